@@ -1,0 +1,180 @@
+/* mlak.h - the backend interface: what a decode is, and who can run it.
+ *
+ * Knows nothing of sockets, clients or buffers: it is handed pointers that its caller keeps valid. A decode goes
+ *     mlak_batch (descriptor, pointers resolved)
+ *       -> mlak_check    every field against the contract and the device's capability table
+ *       -> mlak_prepare  lengths, masks and scales copied once into rows of the request table
+ *       -> launch        the backend runs the rows; a launch may mix rows of many batches
+ * Everything a row points to may be written by a hostile client at any moment: rows hold copies of what decides
+ * addresses and loop bounds; page ids are read once and bounds-checked where they are used. q, KV and sink values are
+ * only ever arithmetic.
+ *
+ * The meaning of every field, and every edge, is the decode contract (README.md, "What a decode means"). */
+#ifndef MLAK_H
+#define MLAK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { MLAK_D = 576, MLAK_V = 512, MLAK_ROPE = 64, MLAK_MAX_HEADS = 128, MLAK_MAX_Q = 64, MLAK_MAX_PAGE = 256, MLAK_MAX_BATCH = 65536 };
+
+enum mlak_dtype { MLAK_BF16, MLAK_FP16, MLAK_E4M3, MLAK_DTYPE_COUNT };
+enum mlak_kv_format { MLAK_KV_BF16, MLAK_KV_FP16, MLAK_KV_E4M3, MLAK_KV_E4M3_656, MLAK_KV_FORMAT_COUNT };
+enum mlak_mask { MLAK_MASK_NONE, MLAK_MASK_CAUSAL, MLAK_MASK_TREE, MLAK_MASK_COUNT };
+enum mlak_lse_base { MLAK_LSE_E, MLAK_LSE_2 };
+
+/* A scale: `tensor` (one fp32, may change between launches) if not NULL, else `value`. */
+struct mlak_scale { float value; const float *tensor; bool present; };
+
+/* The descriptor of one decode. Strides in bytes; `deterministic` etc. as in the contract. Zero is not a default:
+ * the caller resolves defaults (mlak_batch_defaults fills those that depend on nothing else). */
+struct mlak_batch {
+    uint32_t batch, heads;
+    uint64_t q_rows;
+    enum mlak_dtype q_dtype, out_dtype;
+    enum mlak_kv_format kv_format;
+    uint32_t pages, page_size, max_pages;
+    uint64_t page_stride, row_stride;
+    double softmax_scale;
+    struct mlak_scale q_scale, k_scale, v_scale;
+    enum mlak_mask mask;
+    enum mlak_lse_base lse_base;
+    uint32_t dcp_world, dcp_rank, dcp_interleave;
+    uint32_t window;                 /* 0: none */
+    bool deterministic;
+    /* client memory, all NULL while only checking */
+    const void *q, *kv;
+    const int32_t *block_table, *seqlens, *cu_q;   /* cu_q NULL: uniform */
+    const uint64_t *tree_mask;
+    const float *sink;
+    void *out;
+    float *lse;
+    bool has_cu_q, has_tree_mask, has_sink, has_lse;   /* what the descriptor names, pointers resolved or not */
+};
+
+enum mlak_code {
+    MLAK_OK = 0,
+    MLAK_INVALID,       /* a field is out of the contract's bounds */
+    MLAK_UNSUPPORTED,   /* within the contract; this device has no kernel for it */
+    MLAK_BATCH,         /* cu_q is inconsistent: nothing of the batch ran */
+    MLAK_REQUESTS,      /* some requests failed, see their rows */
+    MLAK_MEMORY
+};
+struct mlak_fault { enum mlak_code code; char field[64]; char message[256]; };
+
+/* Bytes that a tensor of the batch spans from its first byte, 0 if the batch has none. 64-bit safe for every batch
+ * that mlak_check accepts. */
+enum mlak_tensor { MLAK_T_Q, MLAK_T_KV, MLAK_T_BLOCK_TABLE, MLAK_T_SEQLENS, MLAK_T_CU_Q, MLAK_T_TREE_MASK, MLAK_T_SINK,
+                   MLAK_T_Q_SCALE, MLAK_T_K_SCALE, MLAK_T_V_SCALE, MLAK_T_OUT, MLAK_T_LSE, MLAK_T_COUNT };
+uint64_t mlak_extent(const struct mlak_batch *batch, enum mlak_tensor tensor);
+uint32_t mlak_alignment(const struct mlak_batch *batch, enum mlak_tensor tensor);   /* bytes: 16, 8 or 4 */
+const char *mlak_tensor_name(enum mlak_tensor tensor);                               /* "block_table" */
+
+/* Bytes of one KV row (1152, 1152, 576, 656), one q element, one out element. */
+uint32_t mlak_kv_row_bytes(enum mlak_kv_format format);
+uint32_t mlak_dtype_bytes(enum mlak_dtype dtype);
+
+/* Fill dcp 0 of 1 interleave 1, mask causal, base e, out dtype of q, packed strides. Call after q_dtype, kv_format
+ * and page_size are set; fields the client gave are set after it. */
+void mlak_batch_defaults(struct mlak_batch *batch);
+
+/* ---- capabilities ---- */
+
+enum { MLAK_CAN_RAGGED = 1, MLAK_CAN_DCP = 2, MLAK_CAN_WINDOW = 4, MLAK_CAN_SINK = 8, MLAK_CAN_LSE_E = 16, MLAK_CAN_LSE_2 = 32,
+       MLAK_CAN_DETERMINISTIC = 64, MLAK_CAN_STRIDED = 128, MLAK_CAN_ALL = 255 };
+struct mlak_capability {
+    const char *variant;             /* "avx512", "reference" */
+    enum mlak_dtype q_dtype, out_dtype;
+    enum mlak_kv_format kv_format;
+    enum mlak_mask mask;
+    uint32_t max_heads, max_q_len, max_page_size;
+    uint32_t features;               /* MLAK_CAN_* */
+};
+/* "ragged dcp ..." for a set of features, into `text` of 128 bytes. */
+void mlak_features_text(uint32_t features, char text[128]);
+
+/* ---- request table ---- */
+
+/* One request. Written by mlak_prepare, read by kernels; `code`, `detail` may be written by a kernel. */
+struct mlak_row {
+    const uint8_t *q;                /* [q_len, heads, 576] */
+    const uint8_t *kv;               /* page 0, row 0 */
+    uint8_t *out;                    /* [q_len, heads, 512] */
+    float *lse;                      /* [q_len, heads] or NULL */
+    const int32_t *block_table;      /* this request's [max_pages], client memory */
+    const float *sink;               /* [heads] or NULL; NULL also on dcp ranks other than 0 */
+    uint64_t page_stride, row_stride;
+    uint64_t tree_mask[MLAK_MAX_Q];  /* copied; zero unless mask is tree */
+    uint32_t pages, page_size, max_pages;
+    uint32_t heads, q_len;
+    int64_t global_len;              /* K, with DCP the global length G */
+    int64_t local_len;               /* keys on this rank */
+    uint32_t dcp_world, dcp_rank, dcp_interleave, window;
+    enum mlak_dtype q_dtype, out_dtype;
+    enum mlak_kv_format kv_format;
+    enum mlak_mask mask;
+    enum mlak_lse_base lse_base;
+    bool deterministic;
+    float score_scale;               /* softmax_scale * q_scale * k_scale */
+    float v_scale;
+    uint32_t request;                /* index in its batch */
+    uint32_t owner;                  /* the caller's tag */
+    int code;                        /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row */
+    int64_t detail[2];               /* see mlak_row_fault; __atomic_*, written before code is */
+};
+enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE };
+
+/* The field ("seqlens[3]", "block_table[3][7]") and sentence of a failed row. */
+void mlak_row_fault(const struct mlak_row *row, struct mlak_fault *fault);
+
+/* What query token t of a row sees, as local key indices: lo <= c < hi, and for tree masks, of the keys c >= base,
+ * only those whose draft bit is set (mlak_tree_sees). Without a tree, base == hi. */
+struct mlak_visible { int64_t lo, base, hi; };
+struct mlak_visible mlak_visible(const struct mlak_row *row, uint32_t t);
+bool mlak_tree_sees(const struct mlak_row *row, uint64_t bits, int64_t c);
+/* Keys that any token of the row sees: all lie in [lo, hi); of those >= base, the ones with a bit in `bits`. */
+struct mlak_visible mlak_visible_any(const struct mlak_row *row, uint64_t *bits);
+/* Number of global keys below g that the row's rank holds. */
+int64_t mlak_local_count(const struct mlak_row *row, int64_t g);
+
+/* ---- devices ---- */
+
+struct mlak_device;
+struct mlak_options {
+    uint32_t threads;                /* 0: one per processor this process may run on */
+    const char *variant;             /* NULL: the best here; else "generic", "avx2", "avx512", "amx": refused if absent */
+    uint64_t *progress;              /* NULL, or __atomic_fetch_add'ed after each work item: a sign of life */
+};
+
+struct mlak_backend {
+    const char *name;                /* the device's name: "cpu", "reference" */
+    /* Open the device; NULL and `fault` on failure. */
+    struct mlak_device *(*open)(const struct mlak_options *options, struct mlak_fault *fault);
+    void (*close)(struct mlak_device *device);
+    const char *(*variant)(const struct mlak_device *device);
+    uint32_t (*threads)(const struct mlak_device *device);
+    const struct mlak_capability *(*capabilities)(const struct mlak_device *device, size_t *count);
+    /* Run rows[0..count) to completion and return; 0, or MLAK_MEMORY with no row's output specified. One launch at a time per
+     * device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
+     * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
+    enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
+    /* Estimated nanoseconds that the rows take (for small-work decisions only). */
+    uint64_t (*estimate_ns)(const struct mlak_device *device, const struct mlak_row *rows, uint32_t count);
+};
+
+/* By device name; NULL if this build has none. */
+const struct mlak_backend *mlak_backend(const char *name);
+
+/* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.
+ * MLAK_OK, MLAK_INVALID or MLAK_UNSUPPORTED with the field named. */
+enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capability *capabilities, size_t count,
+                          struct mlak_fault *fault);
+
+/* Copy requests [first, first + count) of a checked batch with resolved pointers into rows. cu_q is validated and copied whole
+ * into `cu_q_copy` ([batch + 1], caller's) when first == 0 and read from there afterwards; may be NULL without cu_q.
+ * Rows with a bad length get their code set. MLAK_OK or MLAK_BATCH (`fault` names the entry). */
+enum mlak_code mlak_prepare(const struct mlak_batch *batch, int32_t *cu_q_copy, uint32_t first, uint32_t count,
+                            struct mlak_row *rows, struct mlak_fault *fault);
+
+#endif
