@@ -1,4 +1,4 @@
-/* mlap.h - the protocol's two doors: messages to bytes and back (mlap_codec.c),
+/* mlap.h - the protocol's two doors: messages to bytes and back (mlap_encode.c, mlap_decode.c),
  * datagrams with file descriptors (mlap_socket.c).
  *
  * A message on the wire is one SEQPACKET datagram holding one msgpack array
@@ -19,7 +19,8 @@ struct mlap_fault {
     char message[512];
 };
 
-/* Fill `fault` (NULL is allowed) with a printf-style sentence and return `code`. Long text is cut. */
+/* Fill `fault` (NULL is allowed) with a printf-style sentence and return `code`. Long text is cut; what is no printable UTF-8
+ * becomes '?', so that a fault can always be sent. */
 enum mlap_code mlap_fail(struct mlap_fault *fault, enum mlap_code code, const char *field, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
@@ -42,9 +43,10 @@ union mlap_body {
 long mlap_encode(void *buffer, size_t capacity, enum mlap_type type, uint32_t sequence, const void *body);
 
 /* Decode `length` bytes. `header` is filled as far as it could be read (for the ERROR's sequence), even on
- * failure. `body` is wholly overwritten on success. Bounds, unknown, repeated and missing fields are refused,
- * trailing bytes too. Safe on hostile bytes: counts and depth are checked against the remaining length before
- * anything is unpacked; memory used is bounded by `length`. Returns MLAP_code_OK or `fault`'s code. */
+ * failure. `body` is wholly overwritten on success (absent fields with zero; of a list only n_<name> entries).
+ * Bounds, unknown, repeated and missing fields are refused, trailing bytes too. Safe on hostile bytes: counts and
+ * depth are checked against the remaining length before anything is unpacked; memory used is bounded by `length`.
+ * Returns MLAP_code_OK or `fault`'s code. */
 enum mlap_code mlap_decode(const void *bytes, size_t length, struct mlap_header *header, union mlap_body *body,
                            struct mlap_fault *fault);
 
@@ -54,7 +56,7 @@ int mlap_type_fds(uint32_t type);                   /* file descriptors it carri
 enum mlap_from { MLAP_FROM_CLIENT, MLAP_FROM_DAEMON, MLAP_FROM_INTERNAL };
 int mlap_type_from(uint32_t type);                  /* enum mlap_from */
 
-/* Wire text of an enumerator, and back (-1 if unknown): mlap_code_text(MLAP_code_BUSY) is "busy". */
+/* Wire text of an enumerator ("?" if it is none), and back (-1 if unknown): mlap_code_text(MLAP_code_BUSY) is "busy". */
 #define MLAP_DECLARE_TEXT(M, doc) const char *mlap_##M##_text(enum mlap_##M value); int mlap_##M##_from_text(const char *text);
 MLAP_ENUMS(MLAP_DECLARE_TEXT)
 #undef MLAP_DECLARE_TEXT

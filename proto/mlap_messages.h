@@ -1,12 +1,12 @@
 /* mlap_messages.h - every message of the protocol, described once.
  *
  * Each message is one X-macro list of fields. From that list come the C struct
- * (below), the codec's table (mlap_codec.c), the bounds that a decoder enforces
+ * (below), the codec's tables (mlap_tables.c), the bounds that a decoder enforces
  * and the message pages of PROTOCOL.md (printed by mlap_reference). Nothing else
  * in the tree describes a field a second time.
  *
  * A field is  F(message, KIND, name, sub, min, max, NEED, "documentation").
- *   KIND  BOOL | U32 | U64 | I64 | F64  numbers, min..max inclusive (F64: finite)
+ *   KIND  BOOL | U32 | U64 | F64  numbers, min..max inclusive (F64: finite)
  *         STR   text of min..max bytes, valid UTF-8, no NUL, kept NUL-terminated
  *         ENUM  text on the wire, an enumerator of mlap_<sub> in C
  *         MSG   a nested map described by message <sub>
@@ -393,7 +393,6 @@ MLAP_ENUMS(MLAP_DECLARE_ENUM)
 #define MLAP_MEMBER_BOOL(name, sub, max) bool name;
 #define MLAP_MEMBER_U32(name, sub, max) uint32_t name;
 #define MLAP_MEMBER_U64(name, sub, max) uint64_t name;
-#define MLAP_MEMBER_I64(name, sub, max) int64_t name;
 #define MLAP_MEMBER_F64(name, sub, max) double name;
 #define MLAP_MEMBER_STR(name, sub, max) char name[(max) + 1];
 #define MLAP_MEMBER_ENUM(name, sub, max) enum mlap_##sub name;
