@@ -9,7 +9,7 @@
  * addresses and loop bounds; page ids are read once and bounds-checked where they are used. q, KV and sink values are
  * only ever arithmetic.
  *
- * The meaning of every field, and every edge, is the decode contract (README.md, "What a decode means"). */
+ * The meaning of every field, and every edge, is the decode contract (CONTRACT.md beside this). */
 #ifndef MLAK_H
 #define MLAK_H
 

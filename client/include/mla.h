@@ -152,7 +152,7 @@ typedef struct mla_scale {
 } mla_scale;
 
 /* One decode. Contents of seqlens, block_table, cu_q, tree_mask, sink and scale tensors may change between submissions of
- * the same plan. README.md, "What a decode means", is the contract; every field is honoured or refused. */
+ * the same plan. kernels/CONTRACT.md is the contract; every field is honoured or refused. */
 typedef struct mla_batch {
     size_t struct_size;         /* set by mla_batch_init */
     uint32_t batch;             /* B >= 1 */
