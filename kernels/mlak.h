@@ -24,8 +24,9 @@ enum mlak_kv_format { MLAK_KV_BF16, MLAK_KV_FP16, MLAK_KV_E4M3, MLAK_KV_E4M3_656
 enum mlak_mask { MLAK_MASK_NONE, MLAK_MASK_CAUSAL, MLAK_MASK_TREE, MLAK_MASK_COUNT };
 enum mlak_lse_base { MLAK_LSE_E, MLAK_LSE_2 };
 
-/* A scale: `tensor` (one fp32, may change between launches) if not NULL, else `value`. */
-struct mlak_scale { float value; const float *tensor; bool present; };
+/* A scale: `tensor` (one fp32, may change between launches) if not NULL, else `value`. `has_tensor`: the descriptor names
+ * a tensor, resolved or not. */
+struct mlak_scale { float value; const float *tensor; bool present, has_tensor; };
 
 /* The descriptor of one decode. Strides in bytes; `deterministic` etc. as in the contract. Zero is not a default:
  * the caller resolves defaults (mlak_batch_defaults fills those that depend on nothing else). */
@@ -62,6 +63,10 @@ enum mlak_code {
     MLAK_MEMORY
 };
 struct mlak_fault { enum mlak_code code; char field[64]; char message[256]; };
+
+/* Fill `fault` (NULL is allowed) with a printf-style sentence and return `code`. Long text is cut. */
+enum mlak_code mlak_fail(struct mlak_fault *fault, enum mlak_code code, const char *field, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
 
 /* Bytes that a tensor of the batch spans from its first byte, 0 if the batch has none. 64-bit safe for every batch
  * that mlak_check accepts. */
@@ -121,9 +126,12 @@ struct mlak_row {
     uint32_t request;                /* index in its batch */
     uint32_t owner;                  /* the caller's tag */
     int code;                        /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row */
-    int64_t detail[2];               /* see mlak_row_fault; __atomic_*, written before code is */
+    int64_t detail[2];               /* PAGE_RANGE: column, page; TOO_LONG: local keys, room; by __atomic_*, before code */
 };
 enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE };
+
+/* Fail a row from a kernel: its block_table[column] holds `page`, outside 0..pages-1. From any thread; the first one counts. */
+void mlak_row_page_fault(struct mlak_row *row, uint32_t column, int32_t page);
 
 /* The field ("seqlens[3]", "block_table[3][7]") and sentence of a failed row. */
 void mlak_row_fault(const struct mlak_row *row, struct mlak_fault *fault);
