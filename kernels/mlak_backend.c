@@ -1,0 +1,35 @@
+/* mlak_backend.c - the table of backends, and the capability table of those that implement the whole contract. */
+#include "mlak_backends.h"
+
+#include <string.h>
+
+const struct mlak_backend *mlak_backend(const char *name)
+{
+    const struct mlak_backend *const backends[] = {&mlak_cpu_backend, &mlak_reference_backend};
+    for (unsigned i = 0; i < sizeof backends / sizeof backends[0]; i++)
+        if (backends[i] && strcmp(backends[i]->name, name) == 0)
+            return backends[i];
+    return NULL;
+}
+
+void mlak_whole_contract(struct mlak_capability rows[MLAK_CONTRACT_ROWS], const char *variant)
+{
+    static const struct { enum mlak_dtype q; enum mlak_kv_format kv; enum mlak_dtype out; } types[] = {
+        {MLAK_BF16, MLAK_KV_BF16, MLAK_BF16},     {MLAK_FP16, MLAK_KV_FP16, MLAK_FP16},
+        {MLAK_E4M3, MLAK_KV_E4M3, MLAK_BF16},     {MLAK_E4M3, MLAK_KV_E4M3, MLAK_FP16},
+        {MLAK_BF16, MLAK_KV_E4M3, MLAK_BF16},     {MLAK_BF16, MLAK_KV_E4M3_656, MLAK_BF16},
+    };
+    _Static_assert(sizeof types / sizeof types[0] * MLAK_MASK_COUNT == MLAK_CONTRACT_ROWS, "rows of the whole contract");
+    for (unsigned i = 0; i < MLAK_CONTRACT_ROWS; i++)
+        rows[i] = (struct mlak_capability){
+            .variant = variant,
+            .q_dtype = types[i / MLAK_MASK_COUNT].q,
+            .kv_format = types[i / MLAK_MASK_COUNT].kv,
+            .out_dtype = types[i / MLAK_MASK_COUNT].out,
+            .mask = (enum mlak_mask)(i % MLAK_MASK_COUNT),
+            .max_heads = MLAK_MAX_HEADS,
+            .max_q_len = MLAK_MAX_Q,
+            .max_page_size = MLAK_MAX_PAGE,
+            .features = MLAK_CAN_ALL,
+        };
+}
