@@ -61,10 +61,6 @@ int mlap_type_from(uint32_t type);                  /* enum mlap_from */
 MLAP_ENUMS(MLAP_DECLARE_TEXT)
 #undef MLAP_DECLARE_TEXT
 
-/* Print the message pages of PROTOCOL.md as Markdown. */
-#include <stdio.h>
-void mlap_reference(FILE *to);
-
 /* ---- datagrams ---- */
 
 /* Send one datagram, with `fd` unless it is -1. Never blocks when `flags` has MSG_DONTWAIT; MSG_NOSIGNAL is

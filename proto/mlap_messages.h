@@ -2,7 +2,7 @@
  *
  * Each message is one X-macro list of fields. From that list come the C struct
  * (below), the codec's tables (mlap_tables.c), the bounds that a decoder enforces
- * and the message pages of PROTOCOL.md (printed by mlap_reference). Nothing else
+ * and the message pages of PROTOCOL.md (printed by mlap-reference). Nothing else
  * in the tree describes a field a second time.
  *
  * A field is  F(message, KIND, name, sub, min, max, NEED, "documentation").
