@@ -1,0 +1,22 @@
+/* test_device.h - the device that a test program runs on: `PROGRAM backend [variant]`. */
+#ifndef TEST_DEVICE_H
+#define TEST_DEVICE_H
+
+#include "oracle.h"
+
+/* Open it with two threads. Exits with 77 (skipped) when this machine lacks the variant. */
+void test_device_open(int argc, char **argv);
+void test_device_close(void);
+bool test_device_exact(void);                   /* fp64, which rounds nothing but the outputs */
+struct oracle_bar test_device_bar(enum mlak_dtype q_dtype);
+enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count);
+enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fault *fault);
+
+/* Outputs filled with 0xff (NaN), then check, prepare and launch of a whole batch. `rows` has room for its requests. Fails the
+ * running cmocka test if the check refuses it. MLAK_OK or MLAK_BATCH. */
+enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, struct mlak_fault *fault);
+
+/* test_device_decode, and every request that did not fail holds against the oracle; `failed` is how many may. */
+void test_device_assert_right(struct made *made, uint32_t failed, const char *what);
+
+#endif
