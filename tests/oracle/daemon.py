@@ -1,5 +1,6 @@
 """A private mlad with the devices cpu and reference, and captures decoded on it by mlactl."""
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ POOL = 3    # mlactl processes at a time
 
 class Reply(NamedTuple):
     status: int                 # mlactl's exit status
-    text: str                   # what it said on stderr
+    text: str                   # what it said
+    failures: list              # the requests that failed, as {"request", "field", "message"}
     tensors: Optional[dict]     # the result file's, where it was written
 
 
@@ -63,12 +65,13 @@ class Daemon:
                               capture_output=True, text=True, timeout=60)
 
     def decode_file(self, path, device, out):
-        done = self.mlactl("decode", path, "-o", out, "--device", device)
+        done = self.mlactl("decode", path, "-o", out, "--device", device, "--json")
         tensors = None
         if out.exists():
             tensors, _ = safetensors_io.read(out)
             out.unlink()
-        return Reply(done.returncode, done.stderr, tensors)
+        said = json.loads(done.stdout) if done.stdout.startswith("{") else {}
+        return Reply(done.returncode, done.stdout + done.stderr, said.get("failures", []), tensors)
 
     def decode(self, capture, device):
         """The reply to one capture. Safe from several threads."""
