@@ -82,9 +82,9 @@
     E(M, CAUSAL, "causal", "query token t sees keys j < K - (q_len-1) + t") \
     E(M, TREE, "tree", "all keys before the drafts, and the drafts that the token's 64-bit mask names")
 
-#define MLAP_ENUM_lse_base(E, M) \
-    E(M, E, "e", "natural logarithm") \
-    E(M, TWO, "2", "logarithm to base 2")
+#define MLAP_ENUM_lse_base(X, M) /* not E: that is an enumerator here */ \
+    X(M, E, "e", "natural logarithm") \
+    X(M, TWO, "2", "logarithm to base 2")
 
 #define MLAP_ENUM_buffer_kind(E, M) \
     E(M, MEMFD, "memfd", "host memory: a memfd sealed with F_SEAL_SHRINK, sent along")
