@@ -1,0 +1,54 @@
+/* buffer.h - client memory mapped into the worker.
+ *
+ * This file is the trust boundary for memory: whatever a file descriptor is, mlad_buffer_import either maps memory that
+ * stays readable (and writable) until it is unmapped, or says why not. A memfd sealed with F_SEAL_SHRINK cannot lose
+ * the mapped pages, so touching them never raises SIGBUS; what they hold may change at any moment.
+ *
+ * A buffer is held by reference counts: its session's id, each plan that names it. When the last one goes it is unmapped,
+ * its bytes are given back to the user's quota, and its holder hears of it. Loop thread only. */
+#ifndef MLAD_BUFFER_H
+#define MLAD_BUFFER_H
+
+#include "quota.h"
+
+struct mlad_buffer;
+
+/* Whose memory it is: each session embeds one, and lives until `bytes` is 0 again. */
+struct mlad_holder {
+    struct mlad_user *user;
+    uint64_t bytes;
+    uint32_t buffers;
+    /* `answer` is the sequence given to mlad_buffer_retire, 0 without */
+    void (*unmapped)(struct mlad_holder *holder, uint32_t answer);
+};
+
+struct mlad_buffer {
+    struct mlad_holder *holder;
+    uint8_t *data;
+    uint64_t bytes;
+    uint64_t offset;        /* of data[0] in the file */
+    uint64_t device, inode; /* which file: two buffers may be parts of one */
+    uint32_t id;
+    uint32_t refs;
+    uint32_t answer;
+    bool writable;
+};
+
+/* Check `fd`, map what REGISTER asks for, count it. The new buffer has one reference. `fd` stays the caller's. */
+enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const struct mlap_register *request,
+                                  struct mlad_buffer **buffer, struct mlap_fault *fault);
+
+void mlad_buffer_ref(struct mlad_buffer *buffer);
+void mlad_buffer_unref(struct mlad_buffer *buffer);
+
+/* Give up the id's reference; holder->unmapped passes `answer` on once the memory is unmapped. */
+void mlad_buffer_retire(struct mlad_buffer *buffer, uint32_t answer);
+
+/* Do bytes [offset, offset + length) of one buffer and those of another share a byte of the same file? */
+bool mlad_buffer_overlap(const struct mlad_buffer *a, uint64_t a_offset, uint64_t a_length, const struct mlad_buffer *b,
+                         uint64_t b_offset, uint64_t b_length);
+
+/* Bytes mapped by all buffers of this process; counted apart from the holders' sums, to check them. */
+uint64_t mlad_buffer_mapped_bytes(void);
+
+#endif

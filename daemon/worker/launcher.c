@@ -1,0 +1,67 @@
+/* launcher.c - see launcher.h. */
+#include "launcher.h"
+
+#include <signal.h>
+
+static void *launch_slices(void *context)
+{
+    struct mlad_launcher *launcher = context;
+    pthread_mutex_lock(&launcher->lock);
+    for (;;) {
+        while (launcher->state != MLAD_LAUNCHER_FULL)
+            pthread_cond_wait(&launcher->work, &launcher->lock);
+        struct mlak_row *rows = launcher->rows;
+        uint32_t count = launcher->count;
+        pthread_mutex_unlock(&launcher->lock);
+        enum mlak_code code = launcher->backend->launch(launcher->device, rows, count);
+        pthread_mutex_lock(&launcher->lock);
+        launcher->code = code;
+        launcher->state = MLAD_LAUNCHER_DONE;
+        uv_async_send(&launcher->wake_loop);
+    }
+    return NULL;
+}
+
+/* uv_async_send may wake the loop once for many sends, or once too often. */
+static void on_wake(uv_async_t *async)
+{
+    struct mlad_launcher *launcher = async->data;
+    pthread_mutex_lock(&launcher->lock);
+    bool done = launcher->state == MLAD_LAUNCHER_DONE;
+    enum mlak_code code = launcher->code;
+    if (done)
+        launcher->state = MLAD_LAUNCHER_IDLE;
+    pthread_mutex_unlock(&launcher->lock);
+    if (done)
+        launcher->ended(launcher, code);
+}
+
+bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
+                         struct mlak_device *device, void (*ended)(struct mlad_launcher *launcher, enum mlak_code code))
+{
+    *launcher = (struct mlad_launcher){.backend = backend, .device = device, .ended = ended};
+    pthread_mutex_init(&launcher->lock, NULL);
+    pthread_cond_init(&launcher->work, NULL);
+    if (uv_async_init(loop, &launcher->wake_loop, on_wake) != 0)
+        return false;
+    launcher->wake_loop.data = launcher;
+
+    sigset_t all, before; /* signals are the loop thread's */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&launcher->thread, NULL, launch_slices, launcher);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error == 0)
+        pthread_setname_np(launcher->thread, "mlad:launch");
+    return error == 0;
+}
+
+void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count)
+{
+    pthread_mutex_lock(&launcher->lock);
+    launcher->rows = rows;
+    launcher->count = count;
+    launcher->state = MLAD_LAUNCHER_FULL;
+    pthread_cond_signal(&launcher->work);
+    pthread_mutex_unlock(&launcher->lock);
+}

@@ -1,0 +1,96 @@
+/* main.c - mlad-worker's arguments, and what the process is before the worker runs in it. Started by mlad only. */
+#include "log.h"
+#include "worker.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+
+static const char usage[] =
+    "usage: mlad-worker --device NAME --control FD --life FD --lock PATH [--threads N] [--variant V]\n"
+    "                   [--log-level LEVEL] [--log-target stderr|journal]\n"
+    "One device's worker. mlad starts it; it serves nobody on its own.\n";
+
+static _Noreturn void refuse(const char *option, const char *value)
+{
+    fprintf(stderr, "mlad-worker: --%s does not take \"%s\"\n%s", option, value, usage);
+    exit(2);
+}
+
+static long number(const char *option, const char *text, long max)
+{
+    char *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (errno || end == text || *end || value < 0 || value > max)
+        refuse(option, text);
+    return value;
+}
+
+/* Signals are the supervisor's: whoever signals the whole group must not cut short its grace for our clients. */
+static void become_worker(const char *device)
+{
+    char name[16];
+    snprintf(name, sizeof name, "mlad:%s", device);
+    prctl(PR_SET_NAME, name);
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* for a loop that hangs and cannot see its control socket end */
+    const int ignored[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
+    for (unsigned i = 0; i < sizeof ignored / sizeof ignored[0]; i++)
+        signal(ignored[i], SIG_IGN);
+    struct rlimit files; /* one descriptor a session */
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"device", required_argument, NULL, 'd'},    {"control", required_argument, NULL, 'c'},
+        {"life", required_argument, NULL, 'f'},      {"lock", required_argument, NULL, 'k'},
+        {"threads", required_argument, NULL, 't'},   {"variant", required_argument, NULL, 'v'},
+        {"log-level", required_argument, NULL, 'l'}, {"log-target", required_argument, NULL, 'g'},
+        {NULL, 0, NULL, 0},
+    };
+    struct mlad_worker_options worker = {.control = -1, .life = -1};
+    enum mlad_log_target target = MLAD_LOG_AUTO;
+    int level = LOG_INFO;
+    int option;
+    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+        switch (option) {
+        case 'd': worker.device = optarg; break;
+        case 'c': worker.control = (int)number("control", optarg, 65535); break;
+        case 'f': worker.life = (int)number("life", optarg, 65535); break;
+        case 'k': worker.lock = optarg; break;
+        case 't': worker.threads = (uint32_t)number("threads", optarg, 65535); break;
+        case 'v': worker.variant = optarg; break;
+        case 'l':
+            level = mlad_log_level_from_text(optarg);
+            if (level < 0)
+                refuse("log-level", optarg);
+            break;
+        case 'g':
+            if (strcmp(optarg, "stderr") == 0)
+                target = MLAD_LOG_STDERR;
+            else if (strcmp(optarg, "journal") == 0)
+                target = MLAD_LOG_JOURNAL;
+            else
+                refuse("log-target", optarg);
+            break;
+        default: fputs(usage, stderr); return 2;
+        }
+    }
+    if (optind != argc || !worker.device || worker.control < 0 || worker.life < 0 || !worker.lock) {
+        fputs(usage, stderr);
+        return 2;
+    }
+    mlad_log_open(target, level);
+    become_worker(worker.device);
+    return mlad_worker_run(&worker);
+}

@@ -1,0 +1,190 @@
+/* request.c - the messages of a client, one function each, and their answers. See session.h.
+ *
+ * A message that breaks the protocol's frame is answered and ends the session; any other fault is answered with the field at
+ * fault, and the session goes on as if the message had never come. */
+#include "log.h"
+#include "session.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+static void answer_ok(struct mlad_session *session, uint32_t sequence)
+{
+    mlad_link_send(&session->link, MLAP_OK, sequence, &(struct mlap_ok){0});
+}
+
+/* Each handler answers success itself, at once or later; what it returns as a fault is answered for it. */
+typedef enum mlap_code handler(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault);
+
+static enum mlap_code on_register(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    const struct mlap_register *request = &message->body->register_;
+    if (mlad_idmap_get(&session->buffers, request->buffer))
+        return mlap_fail(fault, MLAP_code_EXISTS, "buffer", "buffer %" PRIu32 " is registered; unregister it or choose another id",
+                         request->buffer);
+    struct mlad_buffer *buffer;
+    enum mlap_code code = mlad_buffer_import(&session->holder, message->fds[0], request, &buffer, fault);
+    if (code != MLAP_code_OK)
+        return code;
+    if (!mlad_idmap_put(&session->buffers, request->buffer, buffer)) {
+        mlad_buffer_unref(buffer);
+        return mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to note another buffer; unregister others first");
+    }
+    answer_ok(session, message->header.sequence);
+    return MLAP_code_OK;
+}
+
+static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    uint32_t id = message->body->unregister_.buffer;
+    struct mlad_buffer *buffer = mlad_idmap_get(&session->buffers, id);
+    if (!buffer)
+        return mlap_fail(fault, MLAP_code_NOT_FOUND, "buffer", "no buffer %" PRIu32 " is registered in this session", id);
+    uint32_t position = 0;
+    const struct mlad_plan *plan;
+    while ((plan = mlad_idmap_next(&session->plans, &position))) {
+        if (mlad_plan_names(plan, buffer))
+            return mlap_fail(fault, MLAP_code_IN_USE, "buffer", "plan %" PRIu32 " names buffer %" PRIu32 "; drop it first",
+                             plan->id, id);
+    }
+    mlad_idmap_take(&session->buffers, id);
+    mlad_buffer_retire(buffer, message->header.sequence); /* answered by session.c once it is unmapped */
+    return MLAP_code_OK;
+}
+
+static enum mlap_code on_plan(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    const struct mlap_plan *request = &message->body->plan_;
+    if (mlad_idmap_get(&session->plans, request->plan))
+        return mlap_fail(fault, MLAP_code_EXISTS, "plan", "plan %" PRIu32 " exists; drop it or choose another id", request->plan);
+    enum mlap_code code = mlad_user_take_plan(session->holder.user, fault);
+    if (code != MLAP_code_OK)
+        return code;
+    struct mlad_plan *plan = NULL;
+    code = mlad_plan_new(&request->batch, request->plan, &session->buffers, &session->sessions->capabilities, &plan, fault);
+    if (code == MLAP_code_OK && !mlad_idmap_put(&session->plans, request->plan, plan)) {
+        mlad_plan_unref(plan);
+        code = mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to note another plan; drop others first");
+    }
+    if (code != MLAP_code_OK) {
+        mlad_user_give_plan(session->holder.user);
+        return code;
+    }
+    answer_ok(session, message->header.sequence);
+    return MLAP_code_OK;
+}
+
+static enum mlap_code on_drop(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    uint32_t id = message->body->drop_.plan;
+    struct mlad_plan *plan = mlad_idmap_take(&session->plans, id);
+    if (!plan)
+        return mlap_fail(fault, MLAP_code_NOT_FOUND, "plan", "this session has no plan %" PRIu32, id);
+    mlad_user_give_plan(session->holder.user);
+    mlad_plan_unref(plan);
+    answer_ok(session, message->header.sequence);
+    return MLAP_code_OK;
+}
+
+static enum mlap_code submit(struct mlad_session *session, const struct mlad_message *message, struct mlad_plan *plan,
+                             struct mlap_fault *fault)
+{
+    enum mlap_code code = mlad_scheduler_submit(session->sessions->scheduler, &session->queue, plan, message->header.sequence,
+                                                message->received, fault);
+    if (code == MLAP_code_BUSY)
+        session->sessions->stats->busy++;
+    return code;
+}
+
+static enum mlap_code on_submit(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    uint32_t id = message->body->submit_.plan;
+    struct mlad_plan *plan = mlad_idmap_get(&session->plans, id);
+    if (!plan)
+        return mlap_fail(fault, MLAP_code_NOT_FOUND, "plan", "this session has no plan %" PRIu32, id);
+    return submit(session, message, plan, fault);
+}
+
+static enum mlap_code on_decode(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    struct mlad_plan *plan;
+    enum mlap_code code = mlad_plan_new(&message->body->decode_.batch, 0, &session->buffers, &session->sessions->capabilities,
+                                        &plan, fault);
+    if (code != MLAP_code_OK)
+        return code;
+    code = submit(session, message, plan, fault);
+    mlad_plan_unref(plan); /* the decode has its own reference */
+    return code;
+}
+
+static handler *find_handler(uint32_t type)
+{
+    switch (type) {
+    case MLAP_REGISTER: return on_register;
+    case MLAP_UNREGISTER: return on_unregister;
+    case MLAP_PLAN: return on_plan;
+    case MLAP_DROP: return on_drop;
+    case MLAP_DECODE: return on_decode;
+    case MLAP_SUBMIT: return on_submit;
+    default: return NULL;
+    }
+}
+
+static enum mlap_code dispatch(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    uint32_t type = message->header.type;
+    handler *handle = find_handler(type);
+    if (!handle && mlap_type_from(type) == MLAP_FROM_CLIENT)
+        return mlap_fail(fault, MLAP_code_STATE, "", "%s is not for a session that works on a device; %s", mlap_type_name(type),
+                         type == MLAP_HELLO ? "it was greeted already" : "connect with a HELLO that names none");
+    if (!handle)
+        return mlap_fail(fault, MLAP_code_UNKNOWN_TYPE, "", "%s is never sent by a client", mlap_type_name(type));
+    if (message->n_fds != (unsigned)mlap_type_fds(type))
+        return mlap_fail(fault, MLAP_code_FDS, "fd", "%s carries %d file descriptors, but %u came with it", mlap_type_name(type),
+                         mlap_type_fds(type), message->n_fds);
+    return handle(session, message, fault);
+}
+
+/* After these the sender's idea of the protocol is not ours: nothing it says later can be trusted to mean what we read.
+ * Without a sequence there is nothing to answer to. */
+static bool ends_session(const struct mlad_message *message)
+{
+    return message->fault.code == MLAP_code_MALFORMED || message->fault.code == MLAP_code_VERSION ||
+           message->header.sequence == 0;
+}
+
+void mlad_session_receive(struct mlad_session *session, struct mlad_message *message)
+{
+    struct mlap_fault *fault = &message->fault;
+    if (fault->code == MLAP_code_OK && message->header.sequence == 0)
+        mlap_fail(fault, MLAP_code_MALFORMED, "sequence", "a request's sequence must not be 0, which stands for none");
+    if (fault->code == MLAP_code_OK && dispatch(session, message, fault) == MLAP_code_OK)
+        return;
+    mlad_session_refuse(session, message->header.sequence, fault);
+    if (ends_session(message)) {
+        session->sessions->stats->dropped++;
+        mlad_log(LOG_WARNING, "session dropped", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
+                 MLAD_KV("client", session->client), MLAD_KV("why", fault->message));
+        mlad_session_end(session, "its message broke the protocol");
+    }
+}
+
+void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode, const struct mlap_fault *fault)
+{
+    if (fault) {
+        mlad_session_refuse(session, decode->sequence, fault);
+        return;
+    }
+    static struct mlap_done done; /* large, and only the loop thread's */
+    done.receive_ns = decode->queued - decode->received;
+    done.queue_ns = decode->launched - decode->queued;
+    done.kernel_ns = decode->completed - decode->launched;
+    done.kv_tokens = decode->kv_tokens;
+    done.failed = decode->failed;
+    done.n_failures = decode->n_failures;
+    if (decode->n_failures)
+        memcpy(done.failures, decode->failures, decode->n_failures * sizeof *done.failures);
+    session->decodes++;
+    session->kv_tokens += decode->kv_tokens;
+    mlad_link_send(&session->link, MLAP_DONE, decode->sequence, &done);
+}
