@@ -1,0 +1,119 @@
+/* cpu_avx512_bf16.c - the cpu backend for AVX512_BF16: bf16 and fp8 with vdpbf16ps, two products for each of 16 lanes.
+ *
+ *            accumulators         streams                                        accumulators kept over
+ *   scores   8 keys x 1 or 2      q lines (16 rows), a key's pair of columns     288 pairs of columns
+ *            blocks of rows       splatted from the row itself, in its page
+ *   values   8 rows x 2 chunks    v lines (16 columns), a row's pair of keys     the pairs of keys of the tile
+ *            of 16 columns        splatted from p
+ *
+ * The scores loop prefetches the rows of the next tile, a line of eight keys at a time, so memory works while we multiply. */
+#include "cpu_bf16.h"
+
+enum { KEYS = 8, ROWS = 8 };
+
+LANES_INLINE __m512bh splat_pair(const void *at)
+{
+    int32_t pair;
+    memcpy(&pair, at, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+LANES_INLINE __m512bh load_line(const void *at) { return (__m512bh)_mm512_load_si512(at); }
+
+/* Scores of eight keys and `blocks` (1 or 2, constant) blocks; prefetches lines [from, to) of the eight rows of `next`. */
+LANES_INLINE void scores_of(const uint8_t *const *keys, const uint8_t (*q)[sizeof ((struct cpu_scratch *)0)->q[0]], uint32_t blocks,
+                            float *to, const uint8_t *const *next, uint32_t next_from, uint32_t next_to)
+{
+    const uint8_t *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+    const uint8_t *k4 = keys[4], *k5 = keys[5], *k6 = keys[6], *k7 = keys[7];
+    __m512 sum[KEYS][2];
+    _Pragma("GCC unroll 8") for (int j = 0; j < KEYS; j++)
+        sum[j][0] = sum[j][1] = _mm512_setzero_ps();
+    for (uint32_t line = 0; line < ROW_LINES; line++) {
+        if (line >= next_from && line < next_to)
+            for (int j = 0; j < KEYS; j++)
+                __builtin_prefetch(next[j] + line * LINE, 0, 2);
+        _Pragma("GCC unroll 2") for (uint32_t i = 0; i < CPU_LANES; i++) {
+            uint32_t pair = line * CPU_LANES + i;
+            const uint8_t *const key[KEYS] = {k0, k1, k2, k3, k4, k5, k6, k7};
+            __m512bh lanes[2];
+            lanes[0] = load_line(q[0] + pair * LINE);
+            if (blocks == 2)
+                lanes[1] = load_line(q[1] + pair * LINE);
+            _Pragma("GCC unroll 8") for (int j = 0; j < KEYS; j++) {
+                __m512bh splat = splat_pair(key[j] + pair * 4);
+                sum[j][0] = _mm512_dpbf16_ps(sum[j][0], lanes[0], splat);
+                if (blocks == 2)
+                    sum[j][1] = _mm512_dpbf16_ps(sum[j][1], lanes[1], splat);
+            }
+        }
+    }
+    _Pragma("GCC unroll 8") for (uint32_t j = 0; j < KEYS; j++) {
+        _mm512_store_ps(to + j * CPU_LANES, sum[j][0]);
+        if (blocks == 2)
+            _mm512_store_ps(to + CPU_TILE * CPU_LANES + j * CPU_LANES, sum[j][1]);
+    }
+}
+
+static void scores(struct cpu_scratch *scratch, const struct cpu_tile *tile, const uint8_t *const *keys)
+{
+    uint32_t lines = tile->format == MLAK_KV_BF16 ? ROW_LINES : ROW_LINES / 2, passes = (tile->blocks + 1) / 2;
+    for (uint32_t k = 0; k < tile->padded; k += KEYS)
+        for (uint32_t pass = 0; pass < passes; pass++) {
+            uint32_t b = pass * 2, from = lines * pass / passes, to = k + KEYS <= tile->next_count ? lines * (pass + 1) / passes : 0;
+            float *at = scratch->scores[b] + k * CPU_LANES;
+            if (b + 1 < tile->blocks)
+                scores_of(keys + k, scratch->q + b, 2, at, tile->next + k, from, to);
+            else
+                scores_of(keys + k, scratch->q + b, 1, at, tile->next + k, from, to);
+        }
+}
+
+static void values(const struct cpu_scratch *scratch, const struct cpu_tile *tile)
+{
+    for (uint32_t chunk = 0; chunk < CHUNKS; chunk += 2)
+        for (uint32_t r = 0; r < tile->rows; r += ROWS) {
+            const uint8_t *low = scratch->operand + (size_t)chunk * CPU_PAIR_STRIDE * LINE, *high = low + CPU_PAIR_STRIDE * LINE;
+            const float *p = scratch->scores[r / CPU_LANES] + r % CPU_LANES;
+            float *o = tile->o + (size_t)r * CPU_O_STRIDE + chunk * CPU_LANES;
+            __m512 sum[ROWS][2];
+            _Pragma("GCC unroll 8") for (uint32_t i = 0; i < ROWS; i++) {
+                sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+                if (!tile->first) {
+                    __m512 alpha = _mm512_set1_ps(scratch->alpha[r + i]);
+                    sum[i][0] = _mm512_mul_ps(alpha, _mm512_load_ps(o + i * CPU_O_STRIDE));
+                    sum[i][1] = _mm512_mul_ps(alpha, _mm512_load_ps(o + i * CPU_O_STRIDE + CPU_LANES));
+                }
+            }
+            for (uint32_t j = 0; j < tile->padded / 2; j++) {
+                __m512bh a = load_line(low + j * LINE), b = load_line(high + j * LINE);
+                _Pragma("GCC unroll 8") for (uint32_t i = 0; i < ROWS; i++) {
+                    __m512bh splat = splat_pair(p + j * CPU_LANES + i);
+                    sum[i][0] = _mm512_dpbf16_ps(sum[i][0], a, splat);
+                    sum[i][1] = _mm512_dpbf16_ps(sum[i][1], b, splat);
+                }
+            }
+            _Pragma("GCC unroll 8") for (uint32_t i = 0; i < ROWS; i++) {
+                _mm512_store_ps(o + i * CPU_O_STRIDE, sum[i][0]);
+                _mm512_store_ps(o + i * CPU_O_STRIDE + CPU_LANES, sum[i][1]);
+            }
+        }
+}
+
+static void tile_step(struct cpu_scratch *scratch, const struct cpu_tile *tile)
+{
+    const uint8_t *keys[CPU_TILE];
+    bf16_keys(scratch, tile, keys);
+    scores(scratch, tile, keys);
+    bf16_interleave(scratch, tile->padded, keys);
+    for (uint32_t b = 0; b < tile->blocks; b++) {
+        lanes_softmax(scratch->scores[b], tile, b, scratch->alpha);
+        bf16_round_probs(scratch->scores[b], tile->count, tile->padded);
+    }
+    values(scratch, tile);
+}
+
+const struct cpu_path mlak_cpu_avx512_bf16 = {
+    .tile = CPU_TILE, .pad = KEYS, .key_ns = 170,
+    .pack = bf16_pack, .tile_step = tile_step, .merge = lanes_merge, .finish = lanes_finish,
+};
