@@ -103,15 +103,17 @@ static size_t spell_into(const struct path *path, char *text, size_t capacity) {
     if (path->up == NULL)
         return 0;
     size_t used = spell_into(path->up, text, capacity);
-    if (used >= capacity)
-        return used;
-    int added;
-    if (path->name == NULL)
-        added = snprintf(text + used, capacity - used, "[%" PRIu32 "]", path->index);
-    else
-        added = snprintf(text + used, capacity - used, "%s%.*s", used > 0 ? "." : "",
-                         (int)(path->name_length < capacity ? path->name_length : capacity), path->name);
-    return used + (size_t)added;
+    if (path->name == NULL) {
+        used += (size_t)snprintf(text + used, capacity - used, "[%" PRIu32 "]", path->index);
+        return used < capacity ? used : capacity - 1;
+    }
+    if (used > 0 && used + 1 < capacity)
+        text[used++] = '.';
+    /* An unknown name may hold anything; a NUL in it must not make it look like another name. */
+    for (size_t i = 0; i < path->name_length && used + 1 < capacity; i++)
+        text[used++] = path->name[i] != '\0' ? path->name[i] : '?';
+    text[used] = '\0';
+    return used;
 }
 
 struct spelled { char text[sizeof((struct mlap_fault *)0)->field]; };
