@@ -7,7 +7,7 @@ const struct mlak_backend *mlak_backend(const char *name)
 {
     const struct mlak_backend *const backends[] = {&mlak_cpu_backend, &mlak_reference_backend};
     for (unsigned i = 0; i < sizeof backends / sizeof backends[0]; i++)
-        if (backends[i] && strcmp(backends[i]->name, name) == 0)
+        if (strcmp(backends[i]->name, name) == 0)
             return backends[i];
     return NULL;
 }

@@ -5,8 +5,8 @@
 
 #include "mlak.h"
 
-extern const struct mlak_backend mlak_reference_backend;                        /* mlak_reference.c */
-extern const struct mlak_backend mlak_cpu_backend __attribute__((weak));        /* cpu/ */
+extern const struct mlak_backend mlak_reference_backend;    /* mlak_reference.c */
+extern const struct mlak_backend mlak_cpu_backend;          /* cpu/ */
 
 /* The contract's rows: every combination of element types with every mask. */
 enum { MLAK_CONTRACT_ROWS = 18 };
