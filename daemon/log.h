@@ -42,18 +42,15 @@ struct mlad_field {
     };
 };
 
-static inline struct mlad_field mlad_field_text(const char *key, const char *value)
-{
+static inline struct mlad_field mlad_field_text(const char *key, const char *value) {
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_TEXT, .text = value};
 }
 
-static inline struct mlad_field mlad_field_signed(const char *key, int64_t value)
-{
+static inline struct mlad_field mlad_field_signed(const char *key, int64_t value) {
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_SIGNED, .i = value};
 }
 
-static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t value)
-{
+static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t value) {
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_UNSIGNED, .u = value};
 }
 
@@ -71,6 +68,21 @@ static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t va
     ((level) > mlad_log_level() ? (void)0 \
                                 : mlad_log_write((level), __FILE__, __LINE__, __func__, (sentence), \
                                                  (struct mlad_field[]){__VA_ARGS__ __VA_OPT__(, ){0}}))
+
+/* The same for what a peer can provoke at will: at most ten records each ten seconds from one place in the code; the next one
+ * says how many were left out. */
+#define mlad_log_provoked(level, sentence, ...) \
+    do { \
+        static struct mlad_log_limit limit_here; \
+        uint64_t left_out_here; \
+        if (mlad_log_allows(&limit_here, &left_out_here)) \
+            mlad_log((level), (sentence), __VA_ARGS__, MLAD_KV("left_out", left_out_here)); \
+    } while (0)
+
+struct mlad_log_limit {
+    uint64_t period, count, left_out; /* __atomic_*, relaxed: a race may let one record more through */
+};
+bool mlad_log_allows(struct mlad_log_limit *limit, uint64_t *left_out);
 
 /* What mlad_log calls; at most 16 fields are shown. errno is kept. */
 void mlad_log_write(int level, const char *file, int line, const char *function, const char *sentence,

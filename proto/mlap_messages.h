@@ -334,7 +334,8 @@
     F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running") \
     F(M, U32, queue_limit, _, 0, MLAP_U32_MAX, REQ, "decodes that may wait on the device") \
     F(M, U32, log_level, _, 0, 7, REQ, "syslog priority") \
-    F(M, BOOL, draining, _, 0, 0, REQ, "take no new work")
+    F(M, BOOL, draining, _, 0, 0, REQ, "take no new work") \
+    F(M, BOOL, stopping, _, 0, 0, OPT, "read nothing more from clients: the daemon ends, the next one will answer them")
 
 #define MLAP_FIELDS_attach(F, M) \
     F(M, U64, session, _, 1, UINT64_MAX, REQ, "id the supervisor chose") \

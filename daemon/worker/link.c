@@ -31,7 +31,7 @@ static void lose(struct mlad_link *link, const char *why)
 
 static void watch(struct mlad_link *link)
 {
-    int events = UV_READABLE | (STAILQ_EMPTY(&link->out) ? 0 : UV_WRITABLE);
+    int events = (link->deaf ? 0 : UV_READABLE) | (STAILQ_EMPTY(&link->out) ? 0 : UV_WRITABLE);
     if (uv_poll_start(&link->poll, events, on_poll) != 0)
         lose(link, "it cannot be polled");
 }
@@ -130,12 +130,21 @@ int mlad_link_open(struct mlad_link *link, uv_loop_t *loop, int fd)
     link->out_bytes = 0;
     link->lost = NULL;
     link->flooded = false;
+    link->deaf = false;
     link->fd = fd;
     link->poll.data = link;
     int error = uv_poll_init(loop, &link->poll, fd);
     if (error == 0)
         watch(link);
     return error;
+}
+
+void mlad_link_deafen(struct mlad_link *link)
+{
+    if (link->lost)
+        return;
+    link->deaf = true;
+    watch(link);
 }
 
 void mlad_link_shutdown(struct mlad_link *link)

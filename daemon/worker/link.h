@@ -38,6 +38,7 @@ struct mlad_link {
     size_t out_bytes;
     const char *lost;         /* why nothing more is sent; NULL while all is well */
     bool flooded;             /* lost because the peer did not read */
+    bool deaf;                /* nothing more is read */
     void (*received)(struct mlad_link *link, struct mlad_message *message);
     void (*ended)(struct mlad_link *link, const char *why); /* called once; then mlad_link_shutdown is due */
     void (*closed)(struct mlad_link *link);
@@ -48,6 +49,9 @@ int mlad_link_open(struct mlad_link *link, uv_loop_t *loop, int fd);
 
 /* Send a message, or queue it. Nothing happens on a link that is lost or shut down. */
 void mlad_link_send(struct mlad_link *link, enum mlap_type type, uint32_t sequence, const void *body);
+
+/* Read nothing more; what is sent still goes. */
+void mlad_link_deafen(struct mlad_link *link);
 
 /* Nothing more in either direction; the peer sees its end of file after all that was sent. */
 void mlad_link_shutdown(struct mlad_link *link);

@@ -177,6 +177,13 @@ struct mlad_session *mlad_session_find(struct mlad_sessions *sessions, uint64_t 
     return NULL;
 }
 
+void mlad_sessions_deafen(struct mlad_sessions *sessions)
+{
+    struct mlad_session *session;
+    TAILQ_FOREACH(session, &sessions->all, entry)
+        mlad_link_deafen(&session->link);
+}
+
 void mlad_sessions_list(const struct mlad_sessions *sessions, uint64_t after, struct mlap_sessions_reply *reply)
 {
     uint64_t now = mlad_now_ns();

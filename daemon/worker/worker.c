@@ -53,6 +53,7 @@ static void give_up(const struct mlap_fault *fault)
     mlad_log(LOG_ERR, "the device cannot be served", MLAD_KV("device", worker.options->device),
              MLAD_KV("field", fault->field), MLAD_KV("why", fault->message));
     control_refuse(0, fault);
+    mlad_link_shutdown(&worker.control); /* or what it has not read yet would be lost */
     _exit(EXIT_CANNOT_START);
 }
 
@@ -95,6 +96,8 @@ static enum mlap_code on_configure(const struct mlap_configure *configure)
     worker.configured = true;
     mlad_log_set_level((int)configure->log_level);
     set_draining(configure->draining);
+    if (mlap_has(configure, configure, stopping) && configure->stopping)
+        mlad_sessions_deafen(&worker.sessions);
     return MLAP_code_OK;
 }
 

@@ -1,0 +1,477 @@
+/* config.c - reading and printing the configuration, driven by the table of options.h. See config.h.
+ *
+ * Each kind of option has one parser and one printer; nothing else knows an option by name. */
+#include "config.h"
+
+#include "options.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <pwd.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { FILE_LIMIT = 65536, LINE_LIMIT = 4096 };
+
+enum kind { TEXT, MODE, NUMBER, BYTES, DURATION, CHOICE, NAMES, USERS, ANY_USERS, GROUPS };
+enum when { RESTART, RELOAD };
+
+struct option {
+    const char *name;
+    enum kind kind;
+    uint64_t min, max;
+    const char *standard;
+    enum when when;
+    const char *help;
+    size_t offset, size; /* of its member in struct mlad_config */
+};
+
+#define OPTION(option_name, KIND, lo, hi, text, WHEN, words) \
+    {#option_name, KIND, lo, hi, text, WHEN, words, offsetof(struct mlad_config, option_name), \
+     sizeof(((struct mlad_config *)0)->option_name)},
+static const struct option options[] = {MLAD_OPTIONS(OPTION)};
+enum { N_OPTIONS = sizeof options / sizeof options[0] };
+_Static_assert(N_OPTIONS <= 64, "`given` is a 64-bit set");
+
+/* Where a value came from, for the sentence that refuses it. */
+struct origin {
+    const char *file;
+    unsigned line; /* 0: the command line */
+    const char *key;
+    char *error;
+    uint64_t given; /* bit i: options[i] was set here */
+};
+
+__attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *origin, const char *format, ...) {
+    int n = origin->line ? snprintf(origin->error, MLAD_CONFIG_ERROR, "%s:%u: %s%s", origin->file, origin->line,
+                                    origin->key, *origin->key ? ": " : "")
+                         : snprintf(origin->error, MLAD_CONFIG_ERROR, "%s: %s: ", origin->file, origin->key);
+    va_list arguments;
+    va_start(arguments, format);
+    if (n >= 0 && n < MLAD_CONFIG_ERROR)
+        vsnprintf(origin->error + n, (size_t)(MLAD_CONFIG_ERROR - n), format, arguments);
+    va_end(arguments);
+    return false;
+}
+
+static const struct option *option_by_name(const char *name) {
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (strcmp(options[i].name, name) == 0)
+            return &options[i];
+    return NULL;
+}
+
+static void *member(const struct option *option, struct mlad_config *config) { return (char *)config + option->offset; }
+
+static const void *const_member(const struct option *option, const struct mlad_config *config) {
+    return (const char *)config + option->offset;
+}
+
+static const char *const *option_choices(const struct option *option) {
+    if (strcmp(option->name, "cpu_variant") == 0)
+        return choices_cpu_variant;
+    return strcmp(option->name, "log_level") == 0 ? choices_log_level : choices_log_target;
+}
+
+/* ---- numbers as people write them ---- */
+
+struct unit {
+    const char *suffix;
+    uint64_t factor;
+};
+static const struct unit no_units[] = {{"", 1}, {NULL, 0}};
+static const struct unit byte_units[] = {{"T", 1ull << 40}, {"G", 1 << 30}, {"M", 1 << 20}, {"K", 1 << 10}, {"", 1}, {NULL, 0}};
+static const struct unit duration_units[] = {{"min", 60000}, {"s", 1000}, {"ms", 1}, {"", 1000}, {NULL, 0}};
+
+static const struct unit *units_of(enum kind kind) {
+    return kind == BYTES ? byte_units : kind == DURATION ? duration_units : no_units;
+}
+
+/* `value` in the largest unit that divides it. */
+static void print_number(enum kind kind, uint64_t value, char to[32]) {
+    if (kind == MODE) {
+        snprintf(to, 32, "%04llo", (unsigned long long)value);
+        return;
+    }
+    const struct unit *unit = units_of(kind);
+    if (kind == DURATION)
+        unit++; /* minutes are understood, seconds are what people compare */
+    while (unit[1].suffix && (value == 0 || value % unit->factor != 0))
+        unit++;
+    snprintf(to, 32, "%llu%s", (unsigned long long)(value / unit->factor), value == 0 ? "" : unit->suffix);
+}
+
+static void print_bounds(const struct option *option, char *to, size_t size) {
+    char low[32], high[32];
+    print_number(option->kind, option->min, low);
+    print_number(option->kind, option->max, high);
+    switch (option->kind) {
+    case TEXT:
+        snprintf(to, size, "%s..%s bytes", low, high);
+        break;
+    case CHOICE: {
+        size_t n = 0;
+        for (const char *const *word = option_choices(option); *word && n < size; word++)
+            n += (size_t)snprintf(to + n, size - n, "%s%s", n ? ", " : "", *word);
+        break;
+    }
+    case NAMES:
+    case USERS:
+    case ANY_USERS:
+    case GROUPS:
+        snprintf(to, size, "a comma-separated list of %s..%s", low, high);
+        break;
+    default:
+        snprintf(to, size, "%s..%s", low, high);
+    }
+}
+
+static bool parse_number(const struct option *option, const char *value, uint64_t *number, const struct origin *origin) {
+    char bounds[96], *end;
+    print_bounds(option, bounds, sizeof bounds);
+    errno = 0;
+    unsigned long long n = isdigit((unsigned char)*value) ? strtoull(value, &end, option->kind == MODE ? 8 : 10) : 0;
+    if (!isdigit((unsigned char)*value))
+        return refuse(origin, "'%.64s' is no number; write one of %s", value, bounds);
+    const struct unit *unit = units_of(option->kind);
+    while (unit->suffix && strcmp(unit->suffix, end) != 0)
+        unit++;
+    if (!unit->suffix)
+        return refuse(origin, "'%.64s' is not understood from '%.16s' on; write a number of %s", value, end, bounds);
+    if (errno == ERANGE || __builtin_mul_overflow(n, unit->factor, &n) || n < option->min || n > option->max)
+        return refuse(origin, "%.64s is out of bounds; write a number of %s", value, bounds);
+    *number = n;
+    return true;
+}
+
+/* ---- lists ---- */
+
+static char *trim(char *text) {
+    while (isspace((unsigned char)*text))
+        text++;
+    for (size_t n = strlen(text); n > 0 && isspace((unsigned char)text[n - 1]); n--)
+        text[n - 1] = '\0';
+    return text;
+}
+
+static bool parse_name(const char *word, struct mlad_names *names, const struct origin *origin) {
+    if (strspn(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") != strlen(word))
+        return refuse(origin, "'%s' is no device name; use letters, digits, - and _", word);
+    for (uint32_t i = 0; i < names->n; i++)
+        if (strcmp(names->name[i], word) == 0)
+            return refuse(origin, "'%s' is listed twice; remove one", word);
+    strcpy(names->name[names->n++], word); /* parse_list bounded both */
+    return true;
+}
+
+static bool parse_id(enum kind kind, const char *word, struct mlad_ids *ids, const struct origin *origin) {
+    const char *what = kind == GROUPS ? "group" : "user";
+    uint32_t id;
+    if (strcmp(word, "*") == 0) {
+        if (kind != ANY_USERS)
+            return refuse(origin, "* is not allowed here; list each %s", what);
+        ids->everyone = true;
+        return true;
+    }
+    if (strspn(word, "0123456789") == strlen(word)) {
+        errno = 0;
+        unsigned long long n = strtoull(word, NULL, 10);
+        if (errno == ERANGE || n >= UINT32_MAX) /* the largest means "no id" */
+            return refuse(origin, "%s is no %s id; write one of 0..4294967294, or a name", word, what);
+        id = (uint32_t)n;
+    } else if (kind == GROUPS) {
+        const struct group *group = getgrnam(word);
+        if (!group)
+            return refuse(origin, "there is no group '%s' here; create it, or write a numeric id", word);
+        id = group->gr_gid;
+    } else {
+        const struct passwd *user = getpwnam(word);
+        if (!user)
+            return refuse(origin, "there is no user '%s' here; create it, or write a numeric id", word);
+        id = user->pw_uid;
+    }
+    strcpy(ids->entry[ids->n].name, word);
+    ids->entry[ids->n++].id = id;
+    return true;
+}
+
+static bool parse_list(const struct option *option, char *value, void *into, const struct origin *origin) {
+    uint64_t n = 0;
+    for (char *rest = *value ? value : NULL; rest;) {
+        const char *word = trim(strsep(&rest, ","));
+        if (!*word)
+            return refuse(origin, "an entry is empty; remove the surplus comma");
+        if (strlen(word) > 63)
+            return refuse(origin, "'%.16s...' is too long; names have at most 63 bytes", word);
+        if (++n > option->max)
+            return refuse(origin, "more than %llu entries; remove some", (unsigned long long)option->max);
+        if (option->kind == NAMES ? !parse_name(word, into, origin) : !parse_id(option->kind, word, into, origin))
+            return false;
+    }
+    return n >= option->min ? true : refuse(origin, "the list is empty; name at least %llu", (unsigned long long)option->min);
+}
+
+/* ---- one option ---- */
+
+static bool parse_choice(const struct option *option, const char *value, uint64_t *index, const struct origin *origin) {
+    char bounds[96];
+    const char *const *words = option_choices(option);
+    for (*index = 0; words[*index]; ++*index)
+        if (strcmp(words[*index], value) == 0)
+            return true;
+    print_bounds(option, bounds, sizeof bounds);
+    return refuse(origin, "'%.64s' is none of the choices; write one of %s", value, bounds);
+}
+
+static bool parse_value(const struct option *option, struct mlad_config *config, char *value, const struct origin *origin) {
+    void *into = member(option, config);
+    memset(into, 0, option->size);
+    switch (option->kind) {
+    case TEXT:
+        if (strlen(value) < option->min || strlen(value) > option->max)
+            return refuse(origin, "%zu bytes are out of bounds; write %llu..%llu bytes", strlen(value),
+                          (unsigned long long)option->min, (unsigned long long)option->max);
+        strcpy(into, value);
+        return true;
+    case MODE:
+    case NUMBER:
+    case BYTES:
+    case DURATION:
+        return parse_number(option, value, into, origin);
+    case CHOICE:
+        return parse_choice(option, value, into, origin);
+    default:
+        return parse_list(option, value, into, origin);
+    }
+}
+
+/* Set option `origin->key`; `value` is changed. */
+static bool set(struct mlad_config *config, char *value, struct origin *origin) {
+    const struct option *option = option_by_name(origin->key);
+    if (!option)
+        return refuse(origin, "unknown option; `mlad --help` lists them all");
+    uint64_t bit = UINT64_C(1) << (option - options);
+    if (origin->given & bit)
+        return refuse(origin, "set twice; keep one");
+    origin->given |= bit;
+    return parse_value(option, config, value, origin);
+}
+
+static bool set_text(struct mlad_config *config, const char *text, struct origin *origin) {
+    char value[LINE_LIMIT];
+    if (strlen(text) >= sizeof value)
+        return refuse(origin, "the value is longer than %d bytes; shorten it", LINE_LIMIT - 1);
+    strcpy(value, text);
+    return set(config, trim(value), origin);
+}
+
+static bool set_defaults(struct mlad_config *config, char *error) {
+    struct origin origin = {.file = "default", .error = error};
+    memset(config, 0, sizeof *config);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        origin.key = options[i].name;
+        if (!set_text(config, options[i].standard, &origin))
+            return false;
+    }
+    return true;
+}
+
+/* ---- files ---- */
+
+/* One line, its end removed. A # at its start or after a blank begins a comment. */
+static bool parse_line(struct mlad_config *config, char *line, struct origin *origin) {
+    for (char *c = line; *c; c++)
+        if (*c == '#' && (c == line || isspace((unsigned char)c[-1]))) {
+            *c = '\0';
+            break;
+        }
+    line = trim(line);
+    if (!*line)
+        return true;
+    char *equals = strchr(line, '=');
+    if (!equals)
+        return refuse(origin, "'%.64s' is no setting; write key = value", line);
+    *equals = '\0';
+    origin->key = trim(line);
+    if (strlen(origin->key) > 63)
+        return refuse(&(struct origin){origin->file, origin->line, "", origin->error, 0},
+                      "'%.16s...' is no option; `mlad --help` lists them all", line);
+    return set(config, trim(equals + 1), origin);
+}
+
+bool mlad_config_parse(struct mlad_config *config, const char *text, size_t length, const char *name, char error[MLAD_CONFIG_ERROR]) {
+    struct origin origin = {.file = name, .error = error};
+    const char *end = text + length;
+    while (text < end) {
+        const char *newline = memchr(text, '\n', (size_t)(end - text));
+        size_t n = (size_t)((newline ? newline : end) - text);
+        char line[LINE_LIMIT];
+        origin.line++;
+        origin.key = "";
+        if (n >= sizeof line)
+            return refuse(&origin, "the line is longer than %d bytes; shorten it", LINE_LIMIT - 1);
+        if (memchr(text, '\0', n))
+            return refuse(&origin, "the line holds a NUL byte; remove it");
+        memcpy(line, text, n);
+        line[n] = '\0';
+        if (!parse_line(config, line, &origin))
+            return false;
+        text += newline ? n + 1 : n;
+    }
+    return true;
+}
+
+/* The whole file into `text` of FILE_LIMIT + 1 bytes; -1 with errno. */
+static ssize_t read_file(const char *path, char *text) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return -1;
+    size_t length = 0;
+    ssize_t n = 1;
+    while (length <= FILE_LIMIT && (n = read(fd, text + length, FILE_LIMIT + 1 - length)) != 0)
+        if (n > 0)
+            length += (size_t)n;
+        else if (errno != EINTR)
+            break;
+    int saved = errno;
+    close(fd);
+    errno = saved;
+    return n < 0 ? -1 : (ssize_t)length;
+}
+
+static bool load_file(struct mlad_config *config, const char *path, bool must_exist, char *error) {
+    char *text = malloc(FILE_LIMIT + 1);
+    ssize_t length = text ? read_file(path, text) : -1;
+    bool done = false;
+    if (length > FILE_LIMIT)
+        snprintf(error, MLAD_CONFIG_ERROR, "%.256s: longer than %d bytes; this is no configuration file", path, FILE_LIMIT);
+    else if (length >= 0)
+        done = mlad_config_parse(config, text, (size_t)length, path, error);
+    else if (errno == ENOENT && !must_exist)
+        done = true;
+    else
+        snprintf(error, MLAD_CONFIG_ERROR, "%.256s: cannot be read: %s", path, strerror(errno));
+    free(text);
+    return done;
+}
+
+bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist, const struct mlad_setting *settings,
+                      size_t n_settings, char error[MLAD_CONFIG_ERROR]) {
+    struct origin origin = {.file = "command line", .error = error};
+    if (!set_defaults(config, error) || (path && !load_file(config, path, must_exist, error)))
+        return false;
+    for (size_t i = 0; i < n_settings; i++) {
+        origin.key = settings[i].key;
+        if (!set_text(config, settings[i].value, &origin))
+            return false;
+    }
+    return true;
+}
+
+const char *mlad_config_choice(const struct mlad_config *config, const char *key) {
+    const struct option *option = option_by_name(key);
+    return option_choices(option)[*(const uint64_t *)const_member(option, config)];
+}
+
+void mlad_config_reload(struct mlad_config *live, const struct mlad_config *wanted, char *restart, size_t size) {
+    size_t n = 0;
+    restart[0] = '\0';
+    for (int i = 0; i < N_OPTIONS; i++) {
+        void *ours = member(&options[i], live);
+        const void *theirs = const_member(&options[i], wanted);
+        if (options[i].when == RELOAD)
+            memcpy(ours, theirs, options[i].size);
+        else if (memcmp(ours, theirs, options[i].size) != 0 && n < size)
+            n += (size_t)snprintf(restart + n, size - n, "%s%s", n ? ", " : "", options[i].name);
+    }
+}
+
+/* ---- printing ---- */
+
+/* The value as parse_value reads it, after a blank if there is any. */
+static void print_value(const struct option *option, const struct mlad_config *config, FILE *to) {
+    const void *value = const_member(option, config);
+    char number[32];
+    switch (option->kind) {
+    case TEXT:
+        fprintf(to, "%s%s", *(const char *)value ? " " : "", (const char *)value);
+        break;
+    case CHOICE:
+        fprintf(to, " %s", mlad_config_choice(config, option->name));
+        break;
+    case NAMES: {
+        const struct mlad_names *names = value;
+        for (uint32_t i = 0; i < names->n; i++)
+            fprintf(to, "%s %s", i ? "," : "", names->name[i]);
+        break;
+    }
+    case USERS:
+    case ANY_USERS:
+    case GROUPS: {
+        const struct mlad_ids *ids = value;
+        fputs(ids->everyone ? " *" : "", to);
+        for (uint32_t i = 0; i < ids->n; i++)
+            fprintf(to, "%s %s", i || ids->everyone ? "," : "", ids->entry[i].name);
+        break;
+    }
+    default:
+        print_number(option->kind, *(const uint64_t *)value, number);
+        fprintf(to, " %s", number);
+    }
+}
+
+/* Words of `text`, each line begun with `indent` and at most 100 columns long. */
+static void print_wrapped(const char *indent, const char *text, FILE *to) {
+    size_t column = 0;
+    while (*text) {
+        size_t n = strcspn(text, " ");
+        if (column > 0 && column + 1 + n > 100) {
+            fputc('\n', to);
+            column = 0;
+        }
+        int printed = column == 0 ? fprintf(to, "%s%.*s", indent, (int)n, text) : fprintf(to, " %.*s", (int)n, text);
+        column += printed > 0 ? (size_t)printed : 0;
+        text += n + strspn(text + n, " ");
+    }
+    fputc('\n', to);
+}
+
+static void print_option_help(const char *indent, const struct option *option, FILE *to) {
+    char bounds[96], text[1024];
+    print_bounds(option, bounds, sizeof bounds);
+    snprintf(text, sizeof text, "%s (%s%s)", option->help, bounds, option->when == RESTART ? "; needs a restart" : "");
+    print_wrapped(indent, text, to);
+}
+
+void mlad_config_print(const struct mlad_config *config, FILE *to) {
+    static struct mlad_config standard;
+    char error[MLAD_CONFIG_ERROR];
+    set_defaults(&standard, error);
+    fputs("# mlad.conf - configuration of mlad, the decode daemon. Written by `mlad --print-config`.\n"
+          "#\n"
+          "# One `key = value` a line; a # at the start of a line or after a blank begins a comment; lists are separated\n"
+          "# by commas. What is commented out here has its default. `systemctl reload mlad` (or SIGHUP) reads this file\n"
+          "# again; options that need a restart say so. `mlad --check-config` checks it; the command line\n"
+          "# (`-o key=value`) goes before it.\n",
+          to);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *option = &options[i];
+        bool same = memcmp(const_member(option, config), const_member(option, &standard), option->size) == 0;
+        fputc('\n', to);
+        print_option_help("# ", option, to);
+        fprintf(to, "%s%s =", same ? "#" : "", option->name);
+        print_value(option, config, to);
+        fputc('\n', to);
+    }
+}
+
+void mlad_config_help(FILE *to) {
+    for (int i = 0; i < N_OPTIONS; i++) {
+        fprintf(to, "  %s = %s\n", options[i].name, *options[i].standard ? options[i].standard : "(empty)");
+        print_option_help("        ", &options[i], to);
+    }
+}
