@@ -163,20 +163,20 @@ static inline void lanes_pack(struct cpu_scratch *scratch, const struct mlak_row
 
 static inline void lanes_scores(const float *q, const float *keys, uint32_t padded, float *scores)
 {
-    for (uint32_t k = 0; k < padded; k += SCORE_KEYS) {
-        const float *key = keys + (size_t)k * CPU_KEY_STRIDE;
+    for (size_t k = 0; k < padded; k += SCORE_KEYS) {
+        const float *key = keys + k * CPU_KEY_STRIDE;
         vf sum[SCORE_KEYS][BLOCK_VECTORS];
         memset(sum, 0, sizeof sum);
-        for (uint32_t d = 0; d < MLAK_D; d++) {
+        for (size_t d = 0; d < MLAK_D; d++) {
             vf lanes[BLOCK_VECTORS];
-            _Pragma("GCC unroll 4") for (uint32_t v = 0; v < BLOCK_VECTORS; v++)
+            _Pragma("GCC unroll 4") for (size_t v = 0; v < BLOCK_VECTORS; v++)
                 lanes[v] = load(q + d * CPU_LANES + v * W);
-            _Pragma("GCC unroll 8") for (uint32_t j = 0; j < SCORE_KEYS; j++)
-                _Pragma("GCC unroll 4") for (uint32_t v = 0; v < BLOCK_VECTORS; v++)
+            _Pragma("GCC unroll 8") for (size_t j = 0; j < SCORE_KEYS; j++)
+                _Pragma("GCC unroll 4") for (size_t v = 0; v < BLOCK_VECTORS; v++)
                     sum[j][v] += lanes[v] * key[j * CPU_KEY_STRIDE + d];
         }
-        _Pragma("GCC unroll 8") for (uint32_t j = 0; j < SCORE_KEYS; j++)
-            _Pragma("GCC unroll 4") for (uint32_t v = 0; v < BLOCK_VECTORS; v++)
+        _Pragma("GCC unroll 8") for (size_t j = 0; j < SCORE_KEYS; j++)
+            _Pragma("GCC unroll 4") for (size_t v = 0; v < BLOCK_VECTORS; v++)
                 store(scores + (k + j) * CPU_LANES + v * W, sum[j][v]);
     }
 }
@@ -217,24 +217,24 @@ static inline void lanes_softmax(float *scores, const struct cpu_tile *tile, uin
 static inline void lanes_values(const float *probs, const float *keys, uint32_t count, bool first, const float *alpha, uint32_t rows,
                                 float *o)
 {
-    for (uint32_t column = 0; column < MLAK_V; column += VALUE_VECTORS * W)
-        for (uint32_t r = 0; r < rows; r += VALUE_ROWS) {
+    for (size_t column = 0; column < MLAK_V; column += VALUE_VECTORS * W)
+        for (size_t r = 0; r < rows; r += VALUE_ROWS) {
             vf sum[VALUE_ROWS][VALUE_VECTORS];
-            float *to = o + (size_t)r * CPU_O_STRIDE + column;
+            float *to = o + r * CPU_O_STRIDE + column;
             memset(sum, 0, sizeof sum);
-            _Pragma("GCC unroll 8") for (uint32_t i = 0; i < VALUE_ROWS && !first; i++)
-                _Pragma("GCC unroll 2") for (uint32_t v = 0; v < VALUE_VECTORS; v++)
+            _Pragma("GCC unroll 8") for (size_t i = 0; i < VALUE_ROWS && !first; i++)
+                _Pragma("GCC unroll 2") for (size_t v = 0; v < VALUE_VECTORS; v++)
                     sum[i][v] = load(to + i * CPU_O_STRIDE + v * W) * alpha[r + i];
-            for (uint32_t k = 0; k < count; k++) {
-                const float *value = keys + (size_t)k * CPU_KEY_STRIDE + column, *p = probs + k * CPU_LANES + r;
+            for (size_t k = 0; k < count; k++) {
+                const float *value = keys + k * CPU_KEY_STRIDE + column, *p = probs + k * CPU_LANES + r;
                 vf low = load(value), high = load(value + W);
-                _Pragma("GCC unroll 8") for (uint32_t i = 0; i < VALUE_ROWS; i++) {
+                _Pragma("GCC unroll 8") for (size_t i = 0; i < VALUE_ROWS; i++) {
                     sum[i][0] += low * p[i];
                     sum[i][1] += high * p[i];
                 }
             }
-            _Pragma("GCC unroll 8") for (uint32_t i = 0; i < VALUE_ROWS; i++)
-                _Pragma("GCC unroll 2") for (uint32_t v = 0; v < VALUE_VECTORS; v++)
+            _Pragma("GCC unroll 8") for (size_t i = 0; i < VALUE_ROWS; i++)
+                _Pragma("GCC unroll 2") for (size_t v = 0; v < VALUE_VECTORS; v++)
                     store(to + i * CPU_O_STRIDE + v * W, sum[i][v]);
         }
 }
