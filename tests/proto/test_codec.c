@@ -202,13 +202,14 @@ static void every_truncation_is_malformed(void **state) {
 
 static void damaged_bytes_decode_to_a_legal_message_or_an_error(void **state) {
     (void)state;
+    static const unsigned char damages[] = {0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x55, 0xff};
     size_t accepted = 0, refused = 0;
     for (size_t i = 0; i < n_golden; i++) {
         size_t length = golden_bytes(golden[i].notation, bytes);
         for (size_t at = 0; at < length; at++) {
             unsigned char whole = bytes[at];
-            for (unsigned damage = 1; damage < 256; damage++) {
-                bytes[at] = whole ^ (unsigned char)damage;
+            for (size_t k = 0; k < sizeof damages; k++) {
+                bytes[at] = whole ^ damages[k];
                 struct mlap_header header;
                 struct mlap_fault fault = {.code = MLAP_code_OK};
                 enum mlap_code code = mlap_decode(bytes, length, &header, &body, &fault);
@@ -224,7 +225,7 @@ static void damaged_bytes_decode_to_a_legal_message_or_an_error(void **state) {
             bytes[at] = whole;
         }
     }
-    assert_true(accepted > 1000 && refused > 100000);
+    assert_true(accepted > 1000 && refused > 10000);
 }
 
 /* ---- the encoder's refusals ---- */
