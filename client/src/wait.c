@@ -49,16 +49,19 @@ static int64_t earlier(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+static bool waits(struct mla_client *client, uint64_t id, enum mlac_state goal)
+{
+    const struct mlac_call *call = mlac_call_find(client, id);
+    return call && call->state < goal;
+}
+
 static mla_status await(struct mla_client *client, uint64_t id, enum mlac_state goal, int64_t deadline)
 {
-    for (;;) {
+    while (waits(client, id, goal)) {
         int64_t now = mlac_now();
         mlac_recover(client, now);
-        struct mlac_call *call = mlac_call_find(client, id);
-        if (!call)
-            return MLA_NOT_FOUND;
-        if (call->state >= goal)
-            return MLA_OK;
+        if (!waits(client, id, goal))
+            break;
         bool late = now >= deadline;
         int64_t until = late ? 0 : earlier(deadline, mlac_timer(client));
         if (client->socket >= 0 && !client->leading) {
@@ -70,6 +73,7 @@ static mla_status await(struct mla_client *client, uint64_t id, enum mlac_state 
             follow(client, id, until);
         }
     }
+    return mlac_call_find(client, id) ? MLA_OK : MLA_NOT_FOUND;
 }
 
 mla_status mlac_await(struct mla_client *client, uint64_t id, enum mlac_state goal, int64_t deadline)
