@@ -1,0 +1,361 @@
+/* bench.c - `mlactl bench`: three questions, each answered by two things measured in turn in one run.
+ *
+ *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
+ *   what does the daemon cost a large decode?                   daemon : direct, slice by slice
+ *   what does it cost a tiny one?                               one-key decode : raw socket ping-pong, hundred by hundred */
+#include "bench.h"
+#include "admin.h"
+#include "output.h"
+#include "progress.h"
+#include "run.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { D = 576, MIN_ROUNDS = 5, MAX_ROUNDS = 1000, MAX_LAUNCHES = 4096, MAX_COPIES = 64, ROUND_TRIPS = 20000, BURST = 100 };
+static const double slice_s = 0.25; /* of one side at a time */
+static const unsigned q_lens[] = {1, 4};
+enum { SHAPES = sizeof q_lens / sizeof *q_lens };
+static const double target_ceiling = 0.5, target_daemon = 0.97, target_round_trip = 2.0;
+
+struct shape_result { double direct_ns, daemon_ns, kernel_ns, ratio, of_ceiling; char ceiling[32]; unsigned rounds; };
+struct round_trip_result { double decode_p50, decode_p99, raw_p50, raw_p99; unsigned count; };
+struct bench {
+    const struct ctl *ctl;
+    mla_client *client;
+    struct pingpong *pingpong;
+    char variant[32];
+    unsigned threads;
+    struct direct_rates rates;
+    struct shape_result shapes[SHAPES];
+    struct round_trip_result round_trip;
+};
+
+/* ---- batches ---- */
+
+/* Random bf16 of magnitude 0.5 to 2 and either sign. */
+static void fill_bf16(uint16_t *to, uint64_t count) {
+    uint64_t state = 88172645463325252u;
+    for (uint64_t i = 0; i < count; i++) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        to[i] = (uint16_t)((state & 0x80ff) | 0x3f00);
+    }
+}
+
+static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys) {
+    capture_auto struct capture *capture = capture_new();
+    if (!capture)
+        return NULL;
+    mla_batch *batch = &capture->batch;
+    batch->batch = requests, batch->heads = heads, batch->q_rows = (uint64_t)requests * q_len;
+    batch->page_size = BENCH_PAGE;
+    batch->max_pages = (keys + BENCH_PAGE - 1) / BENCH_PAGE;
+    batch->pages = requests * batch->max_pages;
+    batch->softmax_scale = 1 / 24.0;
+    uint16_t *q = capture_add(capture, CAPTURE_Q), *kv = capture_add(capture, CAPTURE_KV);
+    int32_t *table = capture_add(capture, CAPTURE_BLOCK_TABLE), *seqlens = capture_add(capture, CAPTURE_SEQLENS);
+    if (!q || !kv || !table || !seqlens)
+        return NULL;
+    fill_bf16(q, batch->q_rows * heads * D);
+    fill_bf16(kv, (uint64_t)batch->pages * BENCH_PAGE * D);
+    for (uint32_t i = 0; i < batch->pages; i++) /* shuffled by a stride that no page count here divides */
+        table[i] = (int32_t)((i * UINT64_C(7919)) % batch->pages);
+    for (uint32_t b = 0; b < requests; b++)
+        seqlens[b] = (int32_t)keys;
+    struct capture *made = capture;
+    capture = NULL;
+    return made;
+}
+
+static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys, struct run **run) {
+    capture_auto struct capture *capture = make_batch(requests, heads, q_len, keys);
+    mla_error error = {.message = "out of memory"};
+    if (!capture || run_new(bench->client, capture, &(struct run_layout){0}, run, &error))
+        return ctl_error(bench->ctl, run_exit_code(error.code), "%s", error.message);
+    return CTL_OK;
+}
+
+static int decode_once(struct bench *bench, struct run *run, double *wall_ns, double *kernel_ns) {
+    mla_result result;
+    mla_error error;
+    uint64_t from = bench_now_ns();
+    mla_status status = mla_decode(bench->client, run->plan, bench->ctl->timeout_ms, &result, &error);
+    *wall_ns = (double)(bench_now_ns() - from);
+    if (status != MLA_OK)
+        return ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
+    *kernel_ns = (double)result.kernel_ns;
+    return CTL_OK;
+}
+
+/* ---- measurements ---- */
+
+static int compare(const void *a, const void *b) {
+    double left = *(const double *)a, right = *(const double *)b;
+    return (left > right) - (left < right);
+}
+
+static double percentile(double *values, unsigned count, double share) {
+    qsort(values, count, sizeof *values, compare);
+    unsigned index = (unsigned)(share * count);
+    return values[index < count ? index : count - 1];
+}
+
+/* As many copies of the batch as exceed the last-level cache twice, used in turn, because a model's layers do not find their KV in
+ * a cache either; mlad-kernel-bench does the same. */
+struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
+
+static unsigned copies_needed(void) {
+    const double kv_bytes = (double)BENCH_BATCH * BENCH_KEYS * D * 2;
+    double cache = (double)sysconf(_SC_LEVEL3_CACHE_SIZE);
+    cache = fmin(fmax(cache, 16 << 20), 256 << 20);
+    return kv_bytes >= 2 * cache ? 1 : (unsigned)(2 * cache / kv_bytes) + 1;
+}
+
+/* Decode through the daemon for a slice; medians of the round trip and of the daemon's own kernel time. */
+static int run_daemon(struct bench *bench, struct copies *copies, double *samples, double *wall_ns, double *kernel_ns) {
+    double *walls = samples, *kernels = samples + MAX_LAUNCHES;
+    unsigned count = 0;
+    int code = decode_once(bench, copies->runs[copies->next++ % copies->count], &walls[0], &kernels[0]); /* warm */
+    double end = (double)bench_now_ns() + slice_s * 1e9;
+    while (!code && count < MAX_LAUNCHES && (count < 3 || (double)bench_now_ns() < end)) {
+        code = decode_once(bench, copies->runs[copies->next++ % copies->count], &walls[count], &kernels[count]);
+        count++;
+    }
+    if (!code) {
+        *wall_ns = percentile(walls, count, 0.5);
+        *kernel_ns = percentile(kernels, count, 0.5);
+    }
+    return code;
+}
+
+/* Direct and daemon in turn until the time is over. */
+static int run_rounds(struct bench *bench, struct direct *direct, struct copies *copies, double seconds, struct shape_result *result) {
+    ctl_autofree double *samples = calloc(2 * MAX_LAUNCHES + 5 * MAX_ROUNDS, sizeof *samples);
+    if (!samples)
+        return ctl_error(bench->ctl, CTL_FAILED, "out of memory");
+    double *direct_ns = samples + 2 * MAX_LAUNCHES, *daemon_ns = direct_ns + MAX_ROUNDS, *kernel_ns = daemon_ns + MAX_ROUNDS;
+    double *ratio = kernel_ns + MAX_ROUNDS, *share = ratio + MAX_ROUNDS, end = (double)bench_now_ns() + seconds * 1e9;
+    unsigned rounds = 0;
+    while (rounds < MIN_ROUNDS || (rounds < MAX_ROUNDS && (double)bench_now_ns() < end)) {
+        struct direct_timing timing;
+        struct ctl_fault fault;
+        if (direct_run(direct, slice_s, &timing, &fault))
+            return ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
+        int code = run_daemon(bench, copies, samples, &daemon_ns[rounds], &kernel_ns[rounds]);
+        if (code)
+            return code;
+        direct_ns[rounds] = timing.median_ns;
+        share[rounds] = timing.of_ceiling;
+        ratio[rounds] = timing.median_ns / daemon_ns[rounds];
+        memcpy(result->ceiling, timing.ceiling, sizeof result->ceiling);
+        rounds++;
+    }
+    result->rounds = rounds;
+    result->direct_ns = percentile(direct_ns, rounds, 0.5);
+    result->daemon_ns = percentile(daemon_ns, rounds, 0.5);
+    result->kernel_ns = percentile(kernel_ns, rounds, 0.5);
+    result->ratio = percentile(ratio, rounds, 0.5);
+    result->of_ceiling = percentile(share, rounds, 0.5);
+    return CTL_OK;
+}
+
+static int measure_shape(struct bench *bench, unsigned q_len, double seconds, struct shape_result *result) {
+    struct copies copies = {.count = copies_needed()};
+    struct direct *direct = NULL;
+    struct ctl_fault fault;
+    int code = CTL_OK;
+    progress("measuring q_len %u", q_len);
+    for (unsigned i = 0; i < copies.count && !code; i++)
+        code = bind_batch(bench, BENCH_BATCH, BENCH_HEADS, q_len, BENCH_KEYS, &copies.runs[i]);
+    if (!code && direct_new(bench->threads, bench->variant, q_len, &direct, &fault))
+        code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
+    if (!code) {
+        bench->rates = *direct_rates(direct);
+        code = run_rounds(bench, direct, &copies, seconds, result);
+    }
+    direct_free(direct);
+    for (unsigned i = 0; i < copies.count; i++)
+        run_free(copies.runs[i]);
+    return code;
+}
+
+static int measure_round_trip(struct bench *bench, double seconds, struct round_trip_result *result) {
+    run_auto struct run *run = NULL;
+    ctl_autofree double *samples = calloc(2 * ROUND_TRIPS, sizeof *samples);
+    double *decode = samples, *raw = samples + ROUND_TRIPS, kernel_ns;
+    struct ctl_fault fault;
+    if (!samples)
+        return ctl_error(bench->ctl, CTL_FAILED, "out of memory");
+    progress("measuring the round trip");
+    int code = bind_batch(bench, 1, 1, 1, 1, &run);
+    if (!code)
+        code = decode_once(bench, run, &decode[0], &kernel_ns); /* warm */
+    double end = (double)bench_now_ns() + seconds * 1e9;
+    unsigned count = 0;
+    while (!code && count + BURST <= ROUND_TRIPS && (count == 0 || (double)bench_now_ns() < end)) {
+        for (unsigned i = 0; i < BURST && !code; i++)
+            code = decode_once(bench, run, &decode[count + i], &kernel_ns);
+        for (unsigned i = 0; i < BURST && !code; i++)
+            if (pingpong_once(bench->pingpong, &raw[count + i], &fault))
+                code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
+        count += BURST;
+    }
+    if (code)
+        return code;
+    *result = (struct round_trip_result){percentile(decode, count, 0.5), percentile(decode, count, 0.99), percentile(raw, count, 0.5),
+                                         percentile(raw, count, 0.99), count};
+    return CTL_OK;
+}
+
+/* The datagrams of a one-key decode, as libmla and the worker encode them. */
+static int start_pingpong(struct bench *bench) {
+    uint8_t bytes[512];
+    struct ctl_fault fault;
+    long request = mlap_encode(bytes, sizeof bytes, MLAP_SUBMIT, 1000, &(struct mlap_submit){.plan = 1});
+    long reply = mlap_encode(bytes, sizeof bytes, MLAP_DONE, 1000,
+                             &(struct mlap_done){.receive_ns = 5000, .queue_ns = 1000, .kernel_ns = 5000, .kv_tokens = 1});
+    if (pingpong_new((size_t)request, (size_t)reply, &bench->pingpong, &fault))
+        return ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
+    return CTL_OK;
+}
+
+/* ---- report ---- */
+
+static double round_trip_ratio(const struct round_trip_result *r) { return r->decode_p50 / r->raw_p50; }
+static double kv_gb_s(double ns) { return (double)BENCH_BATCH * BENCH_KEYS * D * 2 / ns; }
+
+static void mark(struct table *table, bool good, const char *format, double value) {
+    char text[32];
+    snprintf(text, sizeof text, format, value);
+    table_cell(table, good ? GOOD : BAD, "%s %s", text, good ? "pass" : "MISS");
+}
+
+static void report_text(const struct bench *bench) {
+    printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads, BENCH_HEADS,
+           BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
+    printf("  ceilings: read %.1f GB/s, %s %.0f GFLOP/s\n\n", bench->rates.read_gb_s, bench->rates.matmul,
+           bench->rates.matmul_gflop_s);
+    struct table *table = table_new(">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>ITS KERNEL|>DIRECT KV GB/S|>DAEMON KV GB/S|BINDS|>OF CEILING, >= 0.5|"
+                                    ">DAEMON/DIRECT, >= 0.97");
+    for (unsigned i = 0; i < SHAPES; i++) {
+        const struct shape_result *shape = &bench->shapes[i];
+        table_cell(table, PLAIN, "%u", q_lens[i]);
+        table_cell(table, PLAIN, "%u", shape->rounds);
+        table_cell(table, PLAIN, "%s", human_ns(shape->direct_ns).s);
+        table_cell(table, PLAIN, "%s", human_ns(shape->daemon_ns).s);
+        table_cell(table, PLAIN, "%s", human_ns(shape->kernel_ns).s);
+        table_cell(table, PLAIN, "%.1f", kv_gb_s(shape->direct_ns));
+        table_cell(table, PLAIN, "%.1f", kv_gb_s(shape->daemon_ns));
+        table_cell(table, PLAIN, "%s", shape->ceiling);
+        mark(table, shape->of_ceiling >= target_ceiling, "%.2f", shape->of_ceiling);
+        mark(table, shape->ratio >= target_daemon, "%.3f", shape->ratio);
+    }
+    table_print(table);
+    const struct round_trip_result *r = &bench->round_trip;
+    putchar('\n');
+    table = table_new("ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50, <= 2.0");
+    table_cell(table, PLAIN, "one-key decode");
+    table_cell(table, PLAIN, "%u", r->count);
+    table_cell(table, PLAIN, "%s", human_ns(r->decode_p50).s);
+    table_cell(table, PLAIN, "%s", human_ns(r->decode_p99).s);
+    mark(table, round_trip_ratio(r) <= target_round_trip, "%.2f", round_trip_ratio(r));
+    table_cell(table, PLAIN, "raw socket");
+    table_cell(table, PLAIN, "%u", r->count);
+    table_cell(table, PLAIN, "%s", human_ns(r->raw_p50).s);
+    table_cell(table, PLAIN, "%s", human_ns(r->raw_p99).s);
+    table_cell(table, PLAIN, " ");
+    table_print(table);
+}
+
+static void report_json(const struct bench *bench) {
+    cJSON *root = cJSON_CreateObject(), *ceilings = cJSON_AddObjectToObject(root, "ceilings");
+    cJSON_AddStringToObject(root, "device", "cpu");
+    cJSON_AddStringToObject(root, "variant", bench->variant);
+    cJSON_AddNumberToObject(root, "threads", bench->threads);
+    cJSON_AddNumberToObject(ceilings, "read_gb_s", bench->rates.read_gb_s);
+    cJSON_AddNumberToObject(ceilings, "matmul_gflop_s", bench->rates.matmul_gflop_s);
+    cJSON_AddStringToObject(ceilings, "matmul", bench->rates.matmul);
+    cJSON *cases = cJSON_AddArrayToObject(root, "cases");
+    for (unsigned i = 0; i < SHAPES; i++) {
+        const struct shape_result *shape = &bench->shapes[i];
+        cJSON *entry = cJSON_CreateObject();
+        cJSON_AddNumberToObject(entry, "q_len", q_lens[i]);
+        cJSON_AddNumberToObject(entry, "rounds", shape->rounds);
+        cJSON_AddNumberToObject(entry, "direct_ns", shape->direct_ns);
+        cJSON_AddNumberToObject(entry, "daemon_ns", shape->daemon_ns);
+        cJSON_AddNumberToObject(entry, "kernel_ns", shape->kernel_ns);
+        cJSON_AddNumberToObject(entry, "direct_kv_gb_s", kv_gb_s(shape->direct_ns));
+        cJSON_AddNumberToObject(entry, "daemon_kv_gb_s", kv_gb_s(shape->daemon_ns));
+        cJSON_AddStringToObject(entry, "binding_ceiling", shape->ceiling);
+        cJSON_AddNumberToObject(entry, "of_ceiling", shape->of_ceiling);
+        cJSON_AddBoolToObject(entry, "of_ceiling_pass", shape->of_ceiling >= target_ceiling);
+        cJSON_AddNumberToObject(entry, "daemon_over_direct", shape->ratio);
+        cJSON_AddBoolToObject(entry, "daemon_over_direct_pass", shape->ratio >= target_daemon);
+        cJSON_AddItemToArray(cases, entry);
+    }
+    const struct round_trip_result *r = &bench->round_trip;
+    cJSON *trip = cJSON_AddObjectToObject(root, "round_trip");
+    cJSON_AddNumberToObject(trip, "count", r->count);
+    cJSON_AddNumberToObject(trip, "decode_p50_ns", r->decode_p50);
+    cJSON_AddNumberToObject(trip, "decode_p99_ns", r->decode_p99);
+    cJSON_AddNumberToObject(trip, "raw_p50_ns", r->raw_p50);
+    cJSON_AddNumberToObject(trip, "raw_p99_ns", r->raw_p99);
+    cJSON_AddNumberToObject(trip, "ratio", round_trip_ratio(r));
+    cJSON_AddBoolToObject(trip, "ratio_pass", round_trip_ratio(r) <= target_round_trip);
+    output_json(root);
+}
+
+/* ---- the run ---- */
+
+/* The direct backend gets the threads and the variant that the worker has. */
+static int read_device(struct bench *bench) {
+    admin_auto struct admin *admin = NULL;
+    ctl_autofree struct mlap_status_reply *status = NULL;
+    struct ctl_fault fault;
+    int code = admin_new(bench->ctl, &admin, &fault);
+    if (!code)
+        code = admin_status(admin, &status, &fault);
+    if (code)
+        return ctl_error(bench->ctl, code, "%s", fault.text);
+    const struct mlap_device *device = admin_find(status, "cpu");
+    if (!device)
+        return ctl_error(bench->ctl, CTL_FAILED, "device cpu is not served; start mlad with --devices cpu");
+    snprintf(bench->variant, sizeof bench->variant, "%s", device->variant);
+    bench->threads = device->threads;
+    return CTL_OK;
+}
+
+static int measure_all(struct bench *bench, double seconds) {
+    int code = run_connect(bench->ctl, "cpu", &bench->client);
+    if (!code)
+        code = read_device(bench);
+    if (!code)
+        code = start_pingpong(bench);
+    if (code)
+        return code;
+    for (unsigned i = 0; i < SHAPES && !code; i++)
+        code = measure_shape(bench, q_lens[i], seconds * 0.35, &bench->shapes[i]);
+    if (!code)
+        code = measure_round_trip(bench, seconds * 0.3, &bench->round_trip);
+    return code;
+}
+
+int ctl_bench(const struct ctl *ctl) {
+    uint64_t seconds = 10;
+    if (ctl_number(ctl, "--seconds", 1, 3600, &seconds))
+        return CTL_USAGE;
+    struct bench bench = {.ctl = ctl};
+    int code = measure_all(&bench, (double)seconds);
+    pingpong_free(bench.pingpong);
+    mla_close(bench.client);
+    progress_stop();
+    if (!code && ctl->json)
+        report_json(&bench);
+    else if (!code)
+        report_text(&bench);
+    return code;
+}
