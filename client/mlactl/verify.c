@@ -168,7 +168,7 @@ static int report(struct verify *verify) {
         output_json(root);
         return code;
     }
-    struct table *table = table_new("Q|KV|OUT|MASK|VARIANT|>CASES|>REQUESTS|>ABOVE THE BAR|>LSE ERROR|");
+    struct table *table = table_new("Q|KV|OUT|MASK|VARIANT|>CASES|>REQUESTS|>ABOVE THE BAR|>LSE ERROR|VERDICT");
     for (uint32_t i = 0; i < capabilities->n_rows; i++)
         report_row(table, &capabilities->rows[i], &verify->tallies[i]);
     table_print(table);
