@@ -19,7 +19,8 @@ void mlak_whole_contract(struct mlak_capability rows[MLAK_CONTRACT_ROWS], const 
         {MLAK_E4M3, MLAK_KV_E4M3, MLAK_BF16},     {MLAK_E4M3, MLAK_KV_E4M3, MLAK_FP16},
         {MLAK_BF16, MLAK_KV_E4M3, MLAK_BF16},     {MLAK_BF16, MLAK_KV_E4M3_656, MLAK_BF16},
     };
-    _Static_assert(sizeof types / sizeof types[0] * MLAK_MASK_COUNT == MLAK_CONTRACT_ROWS, "rows of the whole contract");
+    _Static_assert(sizeof types / sizeof types[0] * MLAK_MASK_COUNT == MLAK_CONTRACT_ROWS,
+                   "rows of the whole contract");
     for (unsigned i = 0; i < MLAK_CONTRACT_ROWS; i++)
         rows[i] = (struct mlak_capability){
             .variant = variant,

@@ -31,8 +31,8 @@ static const char *const mask_names[MLAK_MASK_COUNT] = {"none", "causal", "tree"
 
 const char *mlak_tensor_name(enum mlak_tensor tensor)
 {
-    static const char *const names[MLAK_T_COUNT] = {"q",       "kv",      "block_table", "seqlens", "cu_q", "tree_mask", "sink",
-                                                    "q_scale", "k_scale", "v_scale",     "out",     "lse"};
+    static const char *const names[MLAK_T_COUNT] = {"q",    "kv",      "block_table", "seqlens", "cu_q", "tree_mask",
+                                                    "sink", "q_scale", "k_scale",     "v_scale", "out",  "lse"};
     return (unsigned)tensor < MLAK_T_COUNT ? names[tensor] : "?";
 }
 
@@ -112,7 +112,8 @@ void mlak_batch_defaults(struct mlak_batch *batch)
 
 void mlak_features_text(uint32_t features, char text[128])
 {
-    static const char *const names[] = {"ragged", "dcp", "window", "sink", "lse_e", "lse_2", "deterministic", "strided"};
+    static const char *const names[] = {"ragged", "dcp",   "window",        "sink",
+                                        "lse_e",  "lse_2", "deterministic", "strided"};
     size_t length = 0;
     text[0] = 0;
     for (unsigned i = 0; i < sizeof names / sizeof names[0]; i++)
@@ -129,7 +130,8 @@ static enum mlak_code check_types(const struct mlak_batch *b, struct mlak_fault 
     if ((unsigned)b->q_dtype >= MLAK_DTYPE_COUNT)
         return INVALID("q_dtype", "%u is no element type; use bf16, fp16 or fp8_e4m3", (unsigned)b->q_dtype);
     if ((unsigned)b->kv_format >= MLAK_KV_FORMAT_COUNT)
-        return INVALID("kv_format", "%u is no KV format; use bf16, fp16, fp8_e4m3 or fp8_e4m3_656", (unsigned)b->kv_format);
+        return INVALID("kv_format", "%u is no KV format; use bf16, fp16, fp8_e4m3 or fp8_e4m3_656",
+                       (unsigned)b->kv_format);
     if ((unsigned)b->out_dtype >= MLAK_DTYPE_COUNT)
         return INVALID("out_dtype", "%u is no element type; use bf16 or fp16", (unsigned)b->out_dtype);
     if ((unsigned)b->mask >= MLAK_MASK_COUNT)
@@ -141,11 +143,13 @@ static enum mlak_code check_types(const struct mlak_batch *b, struct mlak_fault 
                 : b->q_dtype == MLAK_FP16 ? b->kv_format == MLAK_KV_FP16
                                           : b->kv_format == MLAK_KV_E4M3;
     if (!pair)
-        return INVALID("kv_format", "q %s cannot read kv %s; bf16 q reads bf16, fp8_e4m3 and fp8_e4m3_656, fp16 q reads fp16, "
-                       "fp8_e4m3 q reads fp8_e4m3", dtype_names[b->q_dtype], kv_names[b->kv_format]);
+        return INVALID("kv_format",
+                       "q %s cannot read kv %s; bf16 q reads bf16, fp8_e4m3 and fp8_e4m3_656, fp16 q reads fp16, "
+                       "fp8_e4m3 q reads fp8_e4m3",
+                       dtype_names[b->q_dtype], kv_names[b->kv_format]);
     if (b->q_dtype == MLAK_E4M3 ? b->out_dtype == MLAK_E4M3 : b->out_dtype != b->q_dtype)
-        return INVALID("out_dtype", "q %s cannot give out %s; use %s", dtype_names[b->q_dtype], dtype_names[b->out_dtype],
-                       b->q_dtype == MLAK_E4M3 ? "bf16 or fp16" : dtype_names[b->q_dtype]);
+        return INVALID("out_dtype", "q %s cannot give out %s; use %s", dtype_names[b->q_dtype],
+                       dtype_names[b->out_dtype], b->q_dtype == MLAK_E4M3 ? "bf16 or fp16" : dtype_names[b->q_dtype]);
     return MLAK_OK;
 }
 
@@ -156,7 +160,8 @@ static enum mlak_code check_shape(const struct mlak_batch *b, struct mlak_fault 
     if (b->heads < 1 || b->heads > MLAK_MAX_HEADS)
         return INVALID("heads", "%u heads; give 1..%d", b->heads, MLAK_MAX_HEADS);
     if (b->q_rows > MAX_Q_ROWS)
-        return INVALID("q_rows", "%llu rows; give at most %llu", (unsigned long long)b->q_rows, (unsigned long long)MAX_Q_ROWS);
+        return INVALID("q_rows", "%llu rows; give at most %llu", (unsigned long long)b->q_rows,
+                       (unsigned long long)MAX_Q_ROWS);
     if (!b->has_cu_q && b->q_rows % b->batch)
         return INVALID("q_rows", "%llu rows do not divide by %u requests; give a multiple, or cu_q",
                        (unsigned long long)b->q_rows, b->batch);
@@ -185,27 +190,34 @@ static enum mlak_code check_strides(const struct mlak_batch *b, struct mlak_faul
     uint32_t row = mlak_kv_row_bytes(b->kv_format);
     uint64_t page, pool;
     if (b->row_stride % STRIDE_UNIT)
-        return INVALID("row_stride", "%llu bytes; give a multiple of %d", (unsigned long long)b->row_stride, STRIDE_UNIT);
+        return INVALID("row_stride", "%llu bytes; give a multiple of %d", (unsigned long long)b->row_stride,
+                       STRIDE_UNIT);
     if (b->row_stride < row)
-        return INVALID("row_stride", "%llu bytes; a row of %s has %u, give that at least", (unsigned long long)b->row_stride,
-                       kv_names[b->kv_format], row);
+        return INVALID("row_stride", "%llu bytes; a row of %s has %u, give that at least",
+                       (unsigned long long)b->row_stride, kv_names[b->kv_format], row);
     if (!page_span(b, &page))
         return INVALID("row_stride", "%llu bytes; a page of %u rows does not fit 63 bits, give less",
                        (unsigned long long)b->row_stride, b->page_size);
     if (b->page_stride % STRIDE_UNIT)
-        return INVALID("page_stride", "%llu bytes; give a multiple of %d", (unsigned long long)b->page_stride, STRIDE_UNIT);
+        return INVALID("page_stride", "%llu bytes; give a multiple of %d", (unsigned long long)b->page_stride,
+                       STRIDE_UNIT);
     if (b->page_stride < page)
         return INVALID("page_stride", "%llu bytes; a page of %u rows has %llu, give that at least",
                        (unsigned long long)b->page_stride, b->page_size, (unsigned long long)page);
     if (!kv_span(b, &pool))
-        return INVALID("page_stride", "%llu bytes; %u pages do not fit 63 bits, give less", (unsigned long long)b->page_stride,
-                       b->pages);
+        return INVALID("page_stride", "%llu bytes; %u pages do not fit 63 bits, give less",
+                       (unsigned long long)b->page_stride, b->pages);
     return MLAK_OK;
 }
 
 static enum mlak_code check_scales(const struct mlak_batch *b, struct mlak_fault *fault)
 {
-    const struct { const char *name; const struct mlak_scale *scale; bool taken; const char *tensor, *remedy; } scales[] = {
+    const struct {
+        const char *name;
+        const struct mlak_scale *scale;
+        bool taken;
+        const char *tensor, *remedy;
+    } scales[] = {
         {"q_scale", &b->q_scale, b->q_dtype == MLAK_E4M3, dtype_names[b->q_dtype], "only fp8_e4m3 q has one"},
         {"k_scale", &b->k_scale, b->kv_format == MLAK_KV_E4M3, kv_names[b->kv_format], "only fp8_e4m3 kv has one"},
         {"v_scale", &b->v_scale, b->kv_format == MLAK_KV_E4M3, kv_names[b->kv_format], "only fp8_e4m3 kv has one"},
@@ -218,16 +230,19 @@ static enum mlak_code check_scales(const struct mlak_batch *b, struct mlak_fault
         if (!scale->present)
             continue;
         if (!scales[i].taken)
-            return INVALID(scales[i].name, "given for a %s tensor; leave it out, %s", scales[i].tensor, scales[i].remedy);
+            return INVALID(scales[i].name, "given for a %s tensor; leave it out, %s", scales[i].tensor,
+                           scales[i].remedy);
         if (scale->has_tensor || scale->tensor)
             continue;
         if (!isfinite(scale->value))
-            return INVALID(scales[i].name, "%g is not finite; give a number, or a tensor of one fp32", (double)scale->value);
+            return INVALID(scales[i].name, "%g is not finite; give a number, or a tensor of one fp32",
+                           (double)scale->value);
         if (scale != &b->v_scale)
             product *= (double)scale->value;
     }
     if (!(fabs(product) <= (double)FLT_MAX))
-        return INVALID("softmax_scale", "times q_scale and k_scale it is %g, beyond fp32; give smaller factors", product);
+        return INVALID("softmax_scale", "times q_scale and k_scale it is %g, beyond fp32; give smaller factors",
+                       product);
     return MLAK_OK;
 }
 
@@ -236,9 +251,11 @@ static enum mlak_code check_scales(const struct mlak_batch *b, struct mlak_fault
 static uint32_t features_used(const struct mlak_batch *b)
 {
     bool packed = b->row_stride == mlak_kv_row_bytes(b->kv_format) && b->page_stride == b->page_size * b->row_stride;
-    return (b->has_cu_q ? MLAK_CAN_RAGGED : 0u) | (b->dcp_world > 1 ? MLAK_CAN_DCP : 0u) | (b->window ? MLAK_CAN_WINDOW : 0u) |
-           (b->has_sink ? MLAK_CAN_SINK : 0u) | (b->deterministic ? MLAK_CAN_DETERMINISTIC : 0u) |
-           (b->has_lse ? b->lse_base == MLAK_LSE_E ? MLAK_CAN_LSE_E : MLAK_CAN_LSE_2 : 0u) | (packed ? 0u : MLAK_CAN_STRIDED);
+    return (b->has_cu_q ? MLAK_CAN_RAGGED : 0u) | (b->dcp_world > 1 ? MLAK_CAN_DCP : 0u) |
+           (b->window ? MLAK_CAN_WINDOW : 0u) | (b->has_sink ? MLAK_CAN_SINK : 0u) |
+           (b->deterministic ? MLAK_CAN_DETERMINISTIC : 0u) |
+           (b->has_lse ? b->lse_base == MLAK_LSE_E ? MLAK_CAN_LSE_E : MLAK_CAN_LSE_2 : 0u) |
+           (packed ? 0u : MLAK_CAN_STRIDED);
 }
 
 /* How far a capability row goes with the batch: the number of the first thing that it lacks, WHOLE if none. */
@@ -273,15 +290,16 @@ static enum mlak_code check_capabilities(const struct mlak_batch *b, const struc
     snprintf(what, sizeof what, "q %s, kv %s, out %s, mask %s", dtype_names[b->q_dtype], kv_names[b->kv_format],
              dtype_names[b->out_dtype], mask_names[b->mask]);
     if (!best || reached == MASK)
-        return mlak_fail(fault, MLAK_UNSUPPORTED, fields[reached], "the capability table of this device has no row for %s", what);
+        return mlak_fail(fault, MLAK_UNSUPPORTED, fields[reached],
+                         "the capability table of this device has no row for %s", what);
     if (reached == FEATURES) {
         mlak_features_text(features_used(b) & ~best->features, have);
         return mlak_fail(fault, MLAK_UNSUPPORTED, fields[reached], "%s: the capability table's row (%s) lacks %s", what,
                          best->variant, have);
     }
     return mlak_fail(fault, MLAK_UNSUPPORTED, fields[reached],
-                     "%s: the capability table's row (%s) ends at %u heads, q_len %u, page size %u", what, best->variant,
-                     best->max_heads, best->max_q_len, best->max_page_size);
+                     "%s: the capability table's row (%s) ends at %u heads, q_len %u, page size %u", what,
+                     best->variant, best->max_heads, best->max_q_len, best->max_page_size);
 }
 
 enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capability *capabilities, size_t count,

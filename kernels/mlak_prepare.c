@@ -1,8 +1,8 @@
-/* mlak_prepare.c - a batch becomes rows of the request table, and the rows' own arithmetic: which keys a query token sees,
- * under which mask, window and context-parallel rank.
+/* mlak_prepare.c - a batch becomes rows of the request table, and the rows' own arithmetic: which keys a query token
+ * sees, under which mask, window and context-parallel rank.
  *
- * Client arrays (seqlens, cu_q, tree_mask, scales) may change at any moment. Each of their elements is read here exactly
- * once and only the copy is judged and used; block_table is left to the kernels. Rows are their caller's.
+ * Client arrays (seqlens, cu_q, tree_mask, scales) may change at any moment. Each of their elements is read here
+ * exactly once and only the copy is judged and used; block_table is left to the kernels. Rows are their caller's.
  *
  * Global and local keys: of the global keys 0..G-1, a rank holds runs of `interleave` keys, one run in every
  * `world * interleave`. All rules speak of global indices; kernels walk local ones. Both orders agree, so a range of

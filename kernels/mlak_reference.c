@@ -106,7 +106,7 @@ static void start_token(const struct mlak_device *device, const struct mlak_row 
     }
 }
 
-/* Collect the next at most CHUNK keys from *c on that token t sees, decoded. Their number; -1 once the row has failed. */
+/* Decode the next keys from *c on that token t sees, CHUNK at most. Their number; -1 once the row has failed. */
 static int gather(const struct mlak_device *device, struct mlak_row *row, uint32_t t, const struct mlak_visible *sees,
                   int64_t *c, struct scratch *s)
 {
@@ -234,7 +234,8 @@ static void reference_close(struct mlak_device *device)
 static struct mlak_device *reference_open(const struct mlak_options *options, struct mlak_fault *fault)
 {
     if (options->variant && strcmp(options->variant, "reference") != 0) {
-        mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "the reference device has no variant %s; leave it out", options->variant);
+        mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "the reference device has no variant %s; leave it out",
+                  options->variant);
         return NULL;
     }
     struct mlak_device *device = calloc(1, sizeof *device);
@@ -242,7 +243,8 @@ static struct mlak_device *reference_open(const struct mlak_options *options, st
         device->scratch = calloc(mlak_pool_threads(device->pool), sizeof *device->scratch);
     if (!device || !device->scratch) {
         reference_close(device);
-        mlak_fail(fault, MLAK_MEMORY, "threads", "no memory or threads for the reference device; ask for fewer threads");
+        mlak_fail(fault, MLAK_MEMORY, "threads",
+                  "no memory or threads for the reference device; ask for fewer threads");
         return NULL;
     }
     device->progress = options->progress;

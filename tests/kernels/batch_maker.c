@@ -65,7 +65,8 @@ struct mlak_batch maker_describe(struct maker *maker)
     batch.batch = 1 + maker_below(maker, maker->max_batch);
     batch.heads = 1 + maker_below(maker, maker->max_heads);
     batch.has_cu_q = one_in(maker, 2);
-    batch.q_rows = (uint64_t)batch.batch * maker_below(maker, maker->max_q + 1) + (batch.has_cu_q ? maker_below(maker, 5) : 0);
+    batch.q_rows =
+        (uint64_t)batch.batch * maker_below(maker, maker->max_q + 1) + (batch.has_cu_q ? maker_below(maker, 5) : 0);
     batch.max_pages = (maker->max_keys + batch.page_size - 1) / batch.page_size + maker_below(maker, 3);
     batch.pages = batch.batch * batch.max_pages + maker_below(maker, 4);
     if (one_in(maker, 3)) {
@@ -168,7 +169,8 @@ static bool any_sees(const struct made *made, uint32_t b, int64_t k, int64_t g)
 {
     uint32_t q_len = made_q_len(made, b), start = made_q_start(made, b);
     for (uint32_t t = 0; t < q_len; t++)
-        if (contract_sees(&made->batch, k, q_len, t, made->batch.has_tree_mask ? made->batch.tree_mask[start + t] : 0, g))
+        if (contract_sees(&made->batch, k, q_len, t, made->batch.has_tree_mask ? made->batch.tree_mask[start + t] : 0,
+                          g))
             return true;
     return false;
 }
@@ -242,7 +244,8 @@ static void resolve(struct made *made)
     batch->lse = batch->has_lse ? (float *)(void *)tensor[MLAK_T_LSE].data : NULL;
 }
 
-struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const int32_t *seqlens, const int32_t *q_lens)
+struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const int32_t *seqlens,
+                      const int32_t *q_lens)
 {
     struct made *made = calloc(1, sizeof *made);
     int32_t *pool = malloc((shape->pages + UINT64_C(1)) * sizeof *pool);
@@ -251,8 +254,8 @@ struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const
     made->batch = *shape;
     struct mlak_batch *batch = &made->batch;
     for (int i = 0; i < MLAK_T_COUNT; i++)
-        fence_init(&made->tensor[i], mlak_extent(shape, (enum mlak_tensor)i), mlak_alignment(shape, (enum mlak_tensor)i),
-                   one_in(maker, 2));
+        fence_init(&made->tensor[i], mlak_extent(shape, (enum mlak_tensor)i),
+                   mlak_alignment(shape, (enum mlak_tensor)i), one_in(maker, 2));
     resolve(made);
 
     uint32_t bytes = mlak_dtype_bytes(batch->q_dtype), used = 0;

@@ -37,9 +37,10 @@ struct made {
     struct fence tensor[MLAK_T_COUNT];          /* the memory of each; absent ones are empty */
 };
 
-/* Allocate and fill. `seqlens` and `q_lens` ([batch], q_lens only with has_cu_q) are drawn if NULL. Needed keys must fit
- * shape->pages, as those of maker_describe do. Aborts without memory. */
-struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const int32_t *seqlens, const int32_t *q_lens);
+/* Allocate and fill. `seqlens` and `q_lens` ([batch], q_lens only with has_cu_q) are drawn if NULL. Needed keys must
+ * fit shape->pages, as those of maker_describe do. Aborts without memory. */
+struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const int32_t *seqlens,
+                      const int32_t *q_lens);
 void made_free(struct made *made);
 bool made_intact(const struct made *made);      /* every fence_intact */
 
@@ -53,8 +54,8 @@ uint32_t made_q_len(const struct made *made, uint32_t b);
 /* Where the row of local key c of request b lies. */
 uint8_t *made_key(struct made *made, uint32_t b, int64_t c);
 
-/* The contract's words, key by key: does token t (tree mask `bits`) of a request with k keys and q tokens see global key g? Does the
- * batch's rank hold it? */
+/* The contract's words, key by key: does token t (tree mask `bits`) of a request with k keys and q tokens see global
+ * key g? Does the batch's rank hold it? */
 bool contract_sees(const struct mlak_batch *batch, int64_t k, int64_t q, int64_t t, uint64_t bits, int64_t g);
 bool contract_holds(const struct mlak_batch *batch, int64_t g);
 

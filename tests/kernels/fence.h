@@ -14,8 +14,8 @@ struct fence {
     size_t inside;
 };
 
-/* `right`: data ends at the fence after it, as near as `alignment` (a power of 2) lets it; else it begins at the one before. Aborts without
- * memory. */
+/* `right`: data ends at the fence after it, as near as `alignment` (a power of 2) lets it; else it begins at the one
+ * before. Aborts without memory. */
 void fence_init(struct fence *fence, size_t bytes, size_t alignment, bool right);
 void fence_deinit(struct fence *fence);
 /* Nothing was written around the data. */

@@ -177,7 +177,8 @@ void oracle_free(struct oracle *oracle)
 
 /* ---- judgement ---- */
 
-/* What the model gives on N(0, 1) inputs once a request has many values; a small one may do better by luck, which is asked of nobody. */
+/* What the model gives on N(0, 1) inputs once a request has many values; a small one may do better by luck, which is
+ * asked of nobody. */
 static const double usual_db[MLAK_DTYPE_COUNT] = {53.8, 72, 37};
 
 bool oracle_holds(const struct oracle *o, struct oracle_bar bar, char why[256])
@@ -188,7 +189,8 @@ bool oracle_holds(const struct oracle *o, struct oracle_bar bar, char why[256])
     for (size_t i = 0; i < rows * MLAK_V; i++) {
         double got = element(b->out_dtype, o->made->tensor[MLAK_T_OUT].data + first * MLAK_V * 2, i);
         if (!isfinite(got) || (o->exact[i] == 0 && got != 0)) {
-            snprintf(why, 256, "request %u, row %zu: out[%zu] is %g, not %g", o->request, i / MLAK_V, i % MLAK_V, got, o->exact[i]);
+            snprintf(why, 256, "request %u, row %zu: out[%zu] is %g, not %g", o->request, i / MLAK_V, i % MLAK_V, got,
+                     o->exact[i]);
             return false;
         }
         power += o->exact[i] * o->exact[i];
@@ -197,7 +199,8 @@ bool oracle_holds(const struct oracle *o, struct oracle_bar bar, char why[256])
     }
     double usual = power / pow(10, usual_db[b->q_dtype] / 10), factor = pow(10, bar.margin_db / 10);
     if (noise > factor * (allowed > usual ? allowed : usual)) {
-        snprintf(why, 256, "request %u: %.2f dB, the model has %.2f", o->request, 10 * log10(power / noise), 10 * log10(power / allowed));
+        snprintf(why, 256, "request %u: %.2f dB, the model has %.2f", o->request, 10 * log10(power / noise),
+                 10 * log10(power / allowed));
         return false;
     }
     for (size_t i = 0; b->has_lse && i < rows; i++) {

@@ -1,4 +1,4 @@
-/* test_check.c - mlak_check: every field at its bounds and beyond, each refusal with the field's name; sizes and names. */
+/* test_check.c - mlak_check: every field at its bounds and beyond, each refusal naming the field; sizes and names. */
 #include "batch_maker.h"
 
 #include <math.h>
@@ -27,7 +27,8 @@ static int fill_capabilities(void **state)
 
 static struct mlak_batch sound(void)
 {
-    struct mlak_batch b = {.page_size = 64, .batch = 3, .heads = 16, .q_rows = 12, .pages = 10, .max_pages = 4, .softmax_scale = 0.1};
+    struct mlak_batch b = {
+        .page_size = 64, .batch = 3, .heads = 16, .q_rows = 12, .pages = 10, .max_pages = 4, .softmax_scale = 0.1};
     mlak_batch_defaults(&b);
     return b;
 }
@@ -177,7 +178,8 @@ static void strides(void **state)
 static void scales(void **state)
 {
     (void)state;
-    const struct mlak_scale value = {.value = 2, .present = true}, tensor = {.value = NAN, .present = true, .has_tensor = true};
+    const struct mlak_scale value = {.value = 2, .present = true},
+                            tensor = {.value = NAN, .present = true, .has_tensor = true};
     const struct mlak_scale nan = {.value = NAN, .present = true}, big = {.value = 1e30f, .present = true};
     TAKES((b = sound_types(FP8), b.q_scale = value, b.k_scale = value, b.v_scale = tensor));
     TAKES((b = sound_types(BF16_FP8), b.k_scale = tensor, b.v_scale = value));
@@ -203,7 +205,8 @@ static void sizes_and_names_of_tensors(void **state)
 {
     (void)state;
     struct mlak_batch b = sound_types(BF16_656);
-    static const uint64_t plain[MLAK_T_COUNT] = {12 * 16 * 1152, 10 * 64 * 656, 48, 12, 0, 0, 0, 0, 0, 0, 12 * 16 * 1024, 0};
+    static const uint64_t plain[MLAK_T_COUNT] = {
+        12 * 16 * 1152, 10 * 64 * 656, 48, 12, 0, 0, 0, 0, 0, 0, 12 * 16 * 1024, 0};
     for (int i = 0; i < MLAK_T_COUNT; i++)
         assert_int_equal(mlak_extent(&b, (enum mlak_tensor)i), plain[i]);
     b = sound_types(FP8);
@@ -251,7 +254,8 @@ static void large_sizes(void **state)
     assert_true(mlak_extent(&b, MLAK_T_KV) == 0);
 }
 
-static void assert_unsupported(const struct mlak_batch *b, struct mlak_capability row, const char *field, const char *cites)
+static void assert_unsupported(const struct mlak_batch *b, struct mlak_capability row, const char *field,
+                               const char *cites)
 {
     struct mlak_fault fault = {0};
     assert_int_equal(mlak_check(b, &row, 1, &fault), MLAK_UNSUPPORTED);
@@ -286,7 +290,8 @@ static void what_a_device_lacks(void **state)
     assert_unsupported(&b, row, "page_size", "page size 63");
 
     struct mlak_batch uses[] = {b, b, b, b, b, b, b, b, b};
-    static const char *const names[] = {"ragged", "dcp", "window", "sink", "lse_e", "lse_2", "deterministic", "strided", "strided"};
+    static const char *const names[] = {"ragged", "dcp",           "window",  "sink",   "lse_e",
+                                        "lse_2",  "deterministic", "strided", "strided"};
     uses[0].has_cu_q = true;
     uses[1].dcp_world = 2;
     uses[2].window = 1;

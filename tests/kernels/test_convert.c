@@ -87,8 +87,9 @@ static void any_float_rounds_to_nearest(void **state)
 {
     (void)state;
     struct maker maker = maker_seeded(1);
-    static const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX, FLT_MIN, 0x1p-149f, -0x1p-149f,
-                                    65519.99f, 65520, 448, 463.9f, 464, 480, 0x1p-10f, 0x1.000002p-10f, 0x1p-25f, 0x1.000002p-25f};
+    static const float special[] = {
+        0.0f,      -0.0f, INFINITY, -INFINITY, NAN, FLT_MAX, -FLT_MAX, FLT_MIN,         0x1p-149f, -0x1p-149f,
+        65519.99f, 65520, 448,      463.9f,    464, 480,     0x1p-10f, 0x1.000002p-10f, 0x1p-25f,  0x1.000002p-25f};
     for (unsigned i = 0; i < 3; i++) {
         for (unsigned j = 0; j < sizeof special / sizeof special[0]; j++)
             assert_rounds(types[i].dtype, special[j]);

@@ -1,4 +1,4 @@
-/* test_decode.c - a backend against the oracle on random batches over the whole contract: `test_decode backend [variant]`. */
+/* test_decode.c - random batches over the whole contract against the oracle: `test_decode backend [variant]`. */
 #include "test_device.h"
 
 #include <setjmp.h>
@@ -11,7 +11,8 @@
 
 static void describe(const struct mlak_batch *b, uint64_t seed, char text[256])
 {
-    snprintf(text, 256, "seed %llu (q %d kv %d out %d mask %d B %u H %u q_rows %llu%s P %u dcp %u/%u/%u window %u sink %d)",
+    snprintf(text, 256,
+             "seed %llu (q %d kv %d out %d mask %d B %u H %u q_rows %llu%s P %u dcp %u/%u/%u window %u sink %d)",
              (unsigned long long)seed, b->q_dtype, b->kv_format, b->out_dtype, b->mask, b->batch, b->heads,
              (unsigned long long)b->q_rows, b->has_cu_q ? " ragged" : "", b->page_size, b->dcp_rank, b->dcp_world,
              b->dcp_interleave, b->window, b->has_sink);

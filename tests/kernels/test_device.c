@@ -37,10 +37,14 @@ struct oracle_bar test_device_bar(enum mlak_dtype q_dtype)
 {
     if (test_device_exact())
         return (struct oracle_bar){.margin_db = 0.01, .lse = 1e-7};
-    return q_dtype == MLAK_E4M3 ? (struct oracle_bar){.margin_db = 2, .lse = 1e-3} : (struct oracle_bar){.margin_db = 1, .lse = 2e-5};
+    return q_dtype == MLAK_E4M3 ? (struct oracle_bar){.margin_db = 2, .lse = 1e-3}
+                                : (struct oracle_bar){.margin_db = 1, .lse = 2e-5};
 }
 
-enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count) { return backend->launch(device, rows, count); }
+enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count)
+{
+    return backend->launch(device, rows, count);
+}
 
 enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fault *fault)
 {

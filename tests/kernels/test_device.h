@@ -12,8 +12,8 @@ struct oracle_bar test_device_bar(enum mlak_dtype q_dtype);
 enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count);
 enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fault *fault);
 
-/* Outputs filled with 0xff (NaN), then check, prepare and launch of a whole batch. `rows` has room for its requests. Fails the
- * running cmocka test if the check refuses it. MLAK_OK or MLAK_BATCH. */
+/* Outputs filled with 0xff (NaN), then check, prepare and launch of a whole batch. `rows` has room for its requests.
+ * Fails the running cmocka test if the check refuses it. MLAK_OK or MLAK_BATCH. */
 enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, struct mlak_fault *fault);
 
 /* test_device_decode, and every request that did not fail holds against the oracle; `failed` is how many may. */

@@ -17,7 +17,8 @@ enum { B = 4, H = 3, Q = 4 };
 /* B requests of Q tokens over 16-key pages, bf16, with lse. */
 static struct mlak_batch plain_shape(void)
 {
-    struct mlak_batch shape = {.page_size = 16, .batch = B, .heads = H, .q_rows = B * Q, .max_pages = 8, .pages = B * 8 + 3};
+    struct mlak_batch shape = {
+        .page_size = 16, .batch = B, .heads = H, .q_rows = B * Q, .max_pages = 8, .pages = B * 8 + 3};
     mlak_batch_defaults(&shape);
     shape.softmax_scale = 1 / 24.0;
     shape.has_lse = true;
@@ -411,7 +412,8 @@ static void both_bases_of_the_lse(void **state)
     decode(made, rows);
     for (size_t i = 0; i < B * Q * H; i++) {
         double want = (double)natural[i] / log(2);
-        assert_true(isinf(want) ? (double)made->batch.lse[i] == want : fabs((double)made->batch.lse[i] - want) < 1e-5 * fmax(1, fabs(want)));
+        assert_true(isinf(want) ? (double)made->batch.lse[i] == want
+                                : fabs((double)made->batch.lse[i] - want) < 1e-5 * fmax(1, fabs(want)));
     }
     made_free(made);
 }

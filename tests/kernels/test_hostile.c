@@ -36,7 +36,7 @@ static uint32_t nasty_word(struct maker *maker, uint32_t old)
     return nasty[maker_below(maker, sizeof nasty / sizeof nasty[0])];
 }
 
-/* Change one aligned word of a tensor, atomically as the C of kernels/ reads it: its kernels race with a client, not with C. */
+/* Change one element of a tensor. Atomic, as kernels/ reads it: a race with a client, none in the sense of C. */
 static void mutate(struct maker *maker, struct made *made)
 {
     for (;;) {
@@ -174,7 +174,8 @@ static void lies_before_the_launch(void **state)
             assert_true(made_intact(victim.made));
             refused += code == MLAK_BATCH;
             for (uint32_t b = 0; code == MLAK_OK && b < batch->batch; b++) {
-                size_t first = (size_t)made_q_start(victim.made, b) * batch->heads, n = (size_t)made_q_len(victim.made, b) * batch->heads;
+                size_t first = (size_t)made_q_start(victim.made, b) * batch->heads;
+                size_t n = (size_t)made_q_len(victim.made, b) * batch->heads;
                 if (rows[b].code) {
                     assert_fault_is_true(&victim, &rows[b]);
                     failed++;
@@ -189,8 +190,8 @@ static void lies_before_the_launch(void **state)
             free(lied.copy[i]);
         victim_deinit(&victim);
     }
-    print_message("%lu mutations before: %lu requests failed, %lu batches refused, %lu requests unharmed\n", mutations / 2, failed,
-                  refused, compared);
+    print_message("%lu mutations before: %lu requests failed, %lu batches refused, %lu requests unharmed\n",
+                  mutations / 2, failed, refused, compared);
     assert_true(compared && failed && refused);
 }
 
@@ -246,7 +247,7 @@ static pthread_t start_thread(struct scribbler *s)
     return thread;
 }
 
-/* Put true contents back, word by word as the scribbler writes, so that launches get far enough to be worth disturbing. */
+/* Put true contents back, word by word as the scribbler writes, so that launches get far enough to be disturbed. */
 static void restore_racing(struct victim *victim)
 {
     for (unsigned i = 0; i < sizeof targets / sizeof targets[0]; i++) {
@@ -291,8 +292,8 @@ static void lies_during_the_launch(void **state)
         assert_true(unchanged(&victim, MLAK_T_SINK, 0, victim.made->tensor[MLAK_T_SINK].bytes));
         victim_deinit(&victim);
     }
-    print_message("%lu mutations during %lu launches: %lu requests failed, %lu batches refused\n", total, launches, failed,
-                  refused);
+    print_message("%lu mutations during %lu launches: %lu requests failed, %lu batches refused\n", total, launches,
+                  failed, refused);
     assert_true(launches > 2 * refused && failed);
 }
 
@@ -304,7 +305,8 @@ int main(int argc, char **argv)
         return 2;
     }
     test_device_open(argc - 1, argv + 1);
-    const struct CMUnitTest tests[] = {cmocka_unit_test(lies_before_the_launch), cmocka_unit_test(lies_during_the_launch)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(lies_before_the_launch),
+                                       cmocka_unit_test(lies_during_the_launch)};
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
     test_device_close();
     return failures != 0;

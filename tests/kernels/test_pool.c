@@ -52,6 +52,7 @@ static void a_pool_of_all_processors(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(every_item_runs_once), cmocka_unit_test(a_pool_of_all_processors)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(every_item_runs_once),
+                                       cmocka_unit_test(a_pool_of_all_processors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

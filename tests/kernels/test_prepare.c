@@ -61,12 +61,13 @@ static void assert_key_by_key(const struct single *s)
             bool sees = contract_sees(batch, k, row->q_len, t, s->tree[t], g);
             seen |= sees;
             if (row_sees(row, mlak_visible(row, t), row->tree_mask[t], c) != sees)
-                fail_msg("mask %d K %d q %u t %u g %d window %u dcp %u/%u/%u: %s", batch->mask, (int)k, row->q_len, t, (int)g,
-                         batch->window, batch->dcp_rank, batch->dcp_world, batch->dcp_interleave, sees ? "not seen" : "seen");
+                fail_msg("mask %d K %d q %u t %u g %d window %u dcp %u/%u/%u: %s", batch->mask, (int)k, row->q_len, t,
+                         (int)g, batch->window, batch->dcp_rank, batch->dcp_world, batch->dcp_interleave,
+                         sees ? "not seen" : "seen");
         }
         if (row_sees(row, any, bits, c) != seen)
-            fail_msg("mask %d K %d q %u g %d window %u: the union %s it", batch->mask, (int)k, row->q_len, (int)g, batch->window,
-                     seen ? "lacks" : "has");
+            fail_msg("mask %d K %d q %u g %d window %u: the union %s it", batch->mask, (int)k, row->q_len, (int)g,
+                     batch->window, seen ? "lacks" : "has");
         c++;
     }
     assert_int_equal(row->local_len, c);
@@ -115,8 +116,9 @@ static void visible_keys_of_huge_requests(void **state)
             for (int64_t g = edges[edge] - 70; g < edges[edge] + 70; g++)
                 for (uint32_t t = 0; t < s.row.q_len; t += 7)
                     if (g >= 0 && contract_holds(&s.batch, g))
-                        assert_int_equal(row_sees(&s.row, mlak_visible(&s.row, t), s.row.tree_mask[t], mlak_local_count(&s.row, g)),
-                                         contract_sees(&s.batch, k, s.row.q_len, t, s.tree[t], g));
+                        assert_int_equal(
+                            row_sees(&s.row, mlak_visible(&s.row, t), s.row.tree_mask[t], mlak_local_count(&s.row, g)),
+                            contract_sees(&s.batch, k, s.row.q_len, t, s.tree[t], g));
     }
 }
 
@@ -330,7 +332,8 @@ static void slices_share_one_copy_of_cu_q(void **state)
 {
     (void)state;
     enum { B = 65536 };
-    int32_t *cu_q = calloc(B + 1, sizeof *cu_q), *copy = calloc(B + 1, sizeof *copy), *seqlens = calloc(B, sizeof *seqlens);
+    int32_t *cu_q = calloc(B + 1, sizeof *cu_q), *copy = calloc(B + 1, sizeof *copy),
+            *seqlens = calloc(B, sizeof *seqlens);
     struct mlak_row *rows = calloc(1024, sizeof *rows);
     struct mlak_batch b = {.page_size = 1, .batch = B, .heads = 1, .has_cu_q = true, .cu_q = cu_q, .seqlens = seqlens};
     struct mlak_fault fault;
