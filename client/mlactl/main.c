@@ -105,12 +105,27 @@ static void print_option(const struct ctl_option *option) {
     printf("  %-28s %s\n", left, option->help);
 }
 
+/* Words in lines of at most 100 columns. */
+static void print_wrapped(const char *text) {
+    size_t column = 0;
+    while (*text) {
+        size_t word = strcspn(text, " ");
+        if (column && column + 1 + word > 100) {
+            putchar('\n');
+            column = 0;
+        }
+        column += (size_t)printf("%s%.*s", column ? " " : "", (int)word, text);
+        text += word + strspn(text + word, " ");
+    }
+    putchar('\n');
+}
+
 static void print_help(const struct ctl_command *command) {
     if (command) {
         printf("Usage: mlactl %s%s%s [options]\n\n%s.\n", command->name, *command->arguments ? " " : "", command->arguments,
                command->summary);
         if (*command->details)
-            printf("%s\n", command->details);
+            print_wrapped(command->details);
         printf("\nOptions:\n");
         for (const struct ctl_option *option = command->options; option->name; option++)
             print_option(option);
