@@ -191,8 +191,6 @@ enum mlad_log_target mlad_log_target(void) {
     return (enum mlad_log_target)atomic_load_explicit(&log_target, memory_order_relaxed);
 }
 
-const char *mlad_log_level_text(int level) { return level >= 0 && level <= LOG_DEBUG ? level_names[level] : "none"; }
-
 int mlad_log_level_from_text(const char *text) {
     for (int level = 0; level <= LOG_DEBUG; level++)
         if (strcmp(text, level_names[level]) == 0 || (text[0] == '0' + level && text[1] == '\0'))

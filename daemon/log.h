@@ -28,8 +28,7 @@ void mlad_log_set_level(int level);
 int mlad_log_level(void);
 enum mlad_log_target mlad_log_target(void); /* never AUTO */
 
-/* "error", "warning", ... for a syslog priority, and back; -1 if it is none. Numbers 0..7 are levels too. */
-const char *mlad_log_level_text(int level);
+/* The syslog priority that "error", "warning", ... or a number 0..7 names; -1 if it is none. */
 int mlad_log_level_from_text(const char *text);
 
 struct mlad_field {
