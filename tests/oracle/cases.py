@@ -199,6 +199,8 @@ def specials():
         out = KINDS[kind][3][-1]
         yield Spec(f"padding {kind}", kind, 4, q=(1,) * 6, k=(0,) * 6, out=out)
         yield Spec(f"no query rows but one {kind}", kind, 4, q=(0, 0, 1, 0), k=(5, 0, 7, 300), out=out)
+        yield Spec(f"no query rows at all {kind}", kind, 4, q=(0, 0), k=(5, 0), ragged=True)
+        yield Spec(f"no keys, columns or pages {kind}", kind, 4, q=(2, 1), k=(0, 0), spare_pages=0, sink="normal")
         yield Spec(f"explicit cu_q {kind}", kind, 4, q=(2, 2), k=(9, 70), ragged=True, explicit=True)
         yield Spec(f"K below q {kind}", kind, 3, q=(8, 5, 7, 64), k=(3, 1, 0, 10), mask="tree", window=2)
         yield Spec(f"shared pages {kind}", kind, 4, q=(4, 4, 2), k=(90, 61, 33), shared_pages=True)

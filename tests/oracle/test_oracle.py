@@ -1,8 +1,8 @@
-"""Every generated capture, decoded by mlactl on cpu and on reference, against the oracle, request by request.
+"""Every generated capture, decoded by mlactl on cpu (each variant that runs here) and on reference, against the oracle.
 
-`test_oracle.py` alone runs everything; ORACLE_RANDOM sets how many random captures follow the grid, ORACLE_ONLY
-picks captures whose name holds that text.
+ORACLE_RANDOM sets how many random captures follow the grid, ORACLE_ONLY picks captures whose name holds that text.
 """
+import itertools
 import os
 import sys
 import unittest
@@ -16,7 +16,7 @@ import floats
 import oracle
 import safetensors_io
 from cases import Capture, Spec
-from daemon import DEVICES, Daemon
+from daemon import DEVICES, VARIANTS, Absent, Daemon, decode_all
 from safetensors_io import Tensor, tensor
 
 RANDOM = int(os.environ.get("ORACLE_RANDOM", "90"))
@@ -26,13 +26,17 @@ SHOWN = 12    # failures printed in full
 PARTLY = 2    # mlactl decode: written, but some requests failed
 
 
-def setUpModule():
-    global daemon
-    daemon = Daemon().__enter__()
+class OnDaemon(unittest.TestCase):
+    """A daemon for each class of tests."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon()
+        cls.targets = [(cls.daemon, device) for device in DEVICES]
 
-def tearDownModule():
-    daemon.__exit__(None, None, None)
+    @classmethod
+    def tearDownClass(cls):
+        cls.daemon.stop()
 
 
 class Margins:
@@ -49,19 +53,37 @@ class Margins:
         row[2] = max(row[2], verdict.lse_error)
 
     def print(self):
-        print(f"\n{'device':<11}{'types':<10}{'mask':<8}{'requests':>9}{'worst dB over the bar':>24}{'worst LSE, of allowed':>24}")
+        print(f"\n{'device':<13}{'types':<10}{'mask':<8}{'requests':>9}{'worst dB over the bar':>24}{'worst LSE, of allowed':>24}")
         for key, (count, margin, lse) in sorted(self.rows.items()):
-            print("{:<11}{:<10}{:<8}".format(*key) + f"{count:>9}{margin:>24.2f}{lse:>24.3f}")
+            print("{:<13}{:<10}{:<8}".format(*key) + f"{count:>9}{margin:>24.2f}{lse:>24.3f}")
         sys.stdout.flush()
 
 
 class Decodes(unittest.TestCase):
+    """The cpu device once for each of its variants; which one is the default is a matter of speed, not of meaning."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.variants, absent = {}, []
+        for variant in VARIANTS:
+            try:
+                cls.variants[variant] = Daemon(variant)
+            except Absent:
+                absent.append(variant)
+        print(f"\ncpu variants tested: {', '.join(cls.variants)}; absent on this processor: {', '.join(absent) or 'none'}")
+
+    @classmethod
+    def tearDownClass(cls):
+        for daemon in cls.variants.values():
+            daemon.stop()
+
     def test_every_field_edge_and_type(self):
         specs = [spec for spec in cases.all_specs(RANDOM) if ONLY in spec.name]
         kinds = {spec.name: (spec.kind, spec.mask) for spec in specs}
         self.assertEqual(len(kinds), len(specs), "two captures have one name")
-        margins, problems = Margins(), []
-        expected = {}
+        targets = [(daemon, "cpu") for daemon in self.variants.values()] + [(self.variants["generic"], "reference")]
+        labels = [f"cpu {variant}" for variant in self.variants] + ["reference"]
+        margins, problems, expected = Margins(), [], {}
 
         def captures():
             for spec in specs:
@@ -69,24 +91,27 @@ class Decodes(unittest.TestCase):
                 expected[capture.name] = (capture.batch(), oracle.decode(capture.batch()))
                 yield capture
 
-        for capture, device, reply in daemon.decode_all(captures()):
+        replies = decode_all(captures(), targets)
+        for (capture, _, reply), label in zip(replies, itertools.cycle(labels)):
             batch, want = expected[capture.name]
             if reply.status != 0 or reply.tensors is None:
-                problems.append(f"{capture.name} on {device}: mlactl ended with {reply.status}: {reply.text.strip()}")
+                problems.append(f"{capture.name} on {label}: mlactl ended with {reply.status}: {reply.text}")
                 continue
             for verdict in oracle.compare(batch, want, reply.tensors):
                 if verdict.problem:
-                    problems.append(f"{capture.name} on {device}, request {verdict.request}: {verdict.problem}")
+                    problems.append(f"{capture.name} on {label}, request {verdict.request}: {verdict.problem}")
                 else:
-                    margins.add((device, *kinds[capture.name]), verdict)
+                    margins.add((label, *kinds[capture.name]), verdict)
+            if label == labels[-1]:
+                del expected[capture.name]
         margins.print()
-        print(f"{len(specs)} captures on {' and '.join(DEVICES)}, {len(problems)} problems")
+        print(f"{len(specs)} captures on {', '.join(labels)}: {len(problems)} problems")
         self.assertFalse(problems, "\n" + "\n".join(problems[:SHOWN]))
 
 
-class Determinism(unittest.TestCase):
+class Determinism(OnDaemon):
     def bits(self, capture, device):
-        reply = daemon.decode(capture, device)
+        reply = self.daemon.decode(capture, device)
         self.assertEqual(reply.status, 0, reply.text)
         return reply.tensors["out"].data, reply.tensors["lse"].data.view(np.uint32)
 
@@ -116,7 +141,7 @@ class Determinism(unittest.TestCase):
                 np.testing.assert_array_equal(once[1], twice[1])
 
 
-class Failures(unittest.TestCase):
+class Failures(OnDaemon):
     """A request that cannot be served fails alone; a descriptor that the contract does not allow is refused."""
 
     def broken(self, name, kind="bf16", dcp=(1, 0, 1), window=None, **changes):
@@ -143,7 +168,7 @@ class Failures(unittest.TestCase):
                          self.broken(f"length beyond under DCP {kind}", kind, (2, 1, 3), **length(2 * 3 * 16 + 4))]
         captures.append(self.broken("page in the window", window=20, **table(5, 99)))
         problems = []
-        for capture, device, reply in daemon.decode_all(captures):
+        for capture, device, reply in decode_all(captures, self.targets):
             batch = capture.batch()
             want = oracle.decode(batch)
             self.assertEqual([b for b, result in enumerate(want) if result.failure], [1], capture.name)
@@ -151,9 +176,9 @@ class Failures(unittest.TestCase):
             if [f["request"] for f in reply.failures] != [1] or field not in reply.failures[0]["field"]:
                 problems.append(f"{capture.name} on {device}: not request 1's {field} reported but {reply.failures}")
             if reply.status != PARTLY:
-                problems.append(f"{capture.name} on {device}: mlactl ended with {reply.status}: {reply.text.strip()}")
+                problems.append(f"{capture.name} on {device}: mlactl ended with {reply.status}: {reply.text}")
             elif reply.tensors is None:
-                problems.append(f"{capture.name} on {device}: no result file: {reply.text.strip()}")
+                problems.append(f"{capture.name} on {device}: no result file: {reply.text}")
             else:
                 problems += [f"{capture.name} on {device}, request {v.request}: {v.problem}"
                              for v in oracle.compare(batch, want, reply.tensors) if v.problem]
@@ -167,7 +192,7 @@ class Failures(unittest.TestCase):
             batch = capture.batch()
             capture.tensors["kv"].data[batch.block_table[1, 2], 7] = 0x7fff if batch.kv.dtype == np.uint16 else 0x7f
             captures.append(capture)
-        for capture, device, reply in daemon.decode_all(captures):
+        for capture, device, reply in decode_all(captures, self.targets):
             batch = capture.batch()
             want = oracle.decode(batch)
             self.assertEqual([result.tainted for result in want], [False, True, False])
@@ -184,7 +209,7 @@ class Failures(unittest.TestCase):
             capture = cases.build(Spec(f"cu_q {name}", heads=2, q=q, k=(20, 9, 30), ragged=True))
             capture.tensors["cu_q"] = tensor("I32", values)
             captures.append(capture)
-        for capture, device, reply in daemon.decode_all(captures):
+        for capture, device, reply in decode_all(captures, self.targets):
             self.assertNotEqual(reply.status, 0, f"{capture.name} on {device}")
             self.assertIn("cu_q", reply.text, f"{capture.name} on {device}")
 
@@ -209,23 +234,27 @@ class Failures(unittest.TestCase):
                 ("seqlens", "bf16", {"seqlens": tensor("I32", [20, 20])}, {}),
                 ("kv", "bf16", {"kv": Tensor("F16", np.zeros((4, 16, 576), np.uint16))}, {}),
                 ("kv", "fp8", {"kv": Tensor("U8", np.zeros((4, 16, 656), np.uint8))}, {})]
-        captures, fields = [], {}
+        beyond = [("heads", Spec("129 heads", heads=129)), ("page", Spec("pages of 257", page=257)),
+                  ("q_rows", Spec("65 query tokens", q=(65,), k=(70,))),
+                  ("cu_q[1]", Spec("65 query tokens, ragged", q=(65, 1), k=(70, 3)))]
+        captures = [cases.build(spec) for _, spec in beyond]
+        fields = {spec.name: (field, spec.name) for field, spec in beyond}
         for i, (field, kind, tensors, metadata) in enumerate(rows):
             good = cases.build(Spec(f"refused {i}", kind))
             put = lambda given, changes: {k: v for k, v in {**given, **changes}.items() if v is not None}
             captures.append(Capture(good.name, put(good.tensors, tensors), put(good.metadata, metadata)))
-            fields[good.name] = field, rows[i]
+            fields[good.name] = field, rows[i][1:]
         problems = []
-        for capture, device, reply in daemon.decode_all(captures):
-            field, row = fields[capture.name]
+        for capture, device, reply in decode_all(captures, self.targets):
+            field, what = fields[capture.name]
             if reply.status == 0 or reply.tensors is not None:
-                problems.append(f"{device}: accepted {row[1:]}")
+                problems.append(f"{device}: accepted {what}")
             elif field not in reply.text:
-                problems.append(f"{device}: does not name {field}: {reply.text.strip()}")
+                problems.append(f"{device}: does not name {field}: {reply.text}")
         self.assertFalse(problems, "\n" + "\n".join(problems[:SHOWN]))
 
 
-class RealLayer(unittest.TestCase):
+class RealLayer(OnDaemon):
     def test_deepseek_v3_layer(self):
         """What the model itself computed, to 49 dB; and the oracle's own bar."""
         name = "deepseek-v3-layer"
@@ -238,7 +267,7 @@ class RealLayer(unittest.TestCase):
         print(f"\nDeepSeek-V3 layer: the oracle {oracle.snr(attention, exact):.2f} dB of the model's own result", end="")
         self.assertGreater(oracle.snr(attention, exact), 54)
         for device in DEVICES:
-            reply = daemon.decode(capture, device)
+            reply = self.daemon.decode(capture, device)
             self.assertEqual(reply.status, 0, reply.text)
             self.assertEqual([v.problem for v in oracle.compare(batch, want, reply.tensors)], [None] * batch.requests)
             out = floats.decode(batch.out_type, reply.tensors["out"].data)
