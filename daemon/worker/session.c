@@ -184,6 +184,15 @@ void mlad_sessions_deafen(struct mlad_sessions *sessions)
         mlad_link_deafen(&session->link);
 }
 
+void mlad_sessions_hang_up(struct mlad_sessions *sessions)
+{
+    struct mlad_session *session;
+    TAILQ_FOREACH(session, &sessions->all, entry) {
+        if (!session->draining)
+            mlad_link_shutdown(&session->link);
+    }
+}
+
 void mlad_sessions_list(const struct mlad_sessions *sessions, uint64_t after, struct mlap_sessions_reply *reply)
 {
     uint64_t now = mlad_now_ns();

@@ -49,6 +49,9 @@ void mlad_session_end(struct mlad_session *session, const char *why);
 /* Read nothing more from any of them: the daemon ends, and what they send next is the next daemon's to answer. */
 void mlad_sessions_deafen(struct mlad_sessions *sessions);
 
+/* Before the process exits: each peer sees its end of file behind all that was sent to it. */
+void mlad_sessions_hang_up(struct mlad_sessions *sessions);
+
 /* One page of the list, sessions with an id above `after`. */
 void mlad_sessions_list(const struct mlad_sessions *sessions, uint64_t after, struct mlap_sessions_reply *reply);
 

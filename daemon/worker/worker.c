@@ -205,6 +205,7 @@ static void on_control_ended(struct mlad_link *link, const char *why)
 {
     (void)link;
     mlad_log(LOG_INFO, "worker ends", MLAD_KV("device", worker.options->device), MLAD_KV("why", why));
+    mlad_sessions_hang_up(&worker.sessions);
     _exit(0);
 }
 

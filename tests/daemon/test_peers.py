@@ -297,7 +297,7 @@ def drain_is_answered_when_nothing_is_in_flight():
     with Daemon(devices="reference") as daemon, daemon.admin() as admin, Client(daemon.socket_path, "reference") as client:
         plan, _ = long_plan(client)
         tickets = [client.submit(plan) for _ in range(3)]
-        eventually(lambda: daemon.status("reference")["running"] == 1, "it runs")
+        eventually(lambda: (s := daemon.status("reference"))["running"] + s["queued"] == 3, "all are in flight")
         drain = admin.send("DRAIN", {"device": "reference"})
         health = admin.send("HEALTH")
         assert admin.receive()[1] == health, "the drain is answered later, other requests before"
@@ -330,7 +330,7 @@ def stop_lets_decodes_in_flight_finish_and_reads_nothing_more():
 # ---- devices that start ----
 
 def connection_waits_for_its_device():
-    with Daemon(worker=f'sleep 1; exec {REAL_WORKER} "$@"', wait=False) as daemon:
+    with Daemon(worker=f'sleep 4; exec {REAL_WORKER} "$@"', wait=False, options="hello_timeout = 25s") as daemon:
         eventually(lambda: os.path.exists(daemon.socket_path), "it listens")
         with daemon.peer() as impatient:
             impatient.send("HELLO", {"client": "t", "device": "cpu"})
