@@ -3,6 +3,7 @@
     test_worker.py PROGRAM DEVICE BEHAVIOUR...
 """
 import fcntl
+import functools
 import os
 import socket
 import sys
@@ -20,9 +21,18 @@ def start(**named):
     return Worker(PROGRAM, named.pop("device", DEVICE), **named)
 
 
-def slow(K=4096, B=16, H=8):
-    """On the reference device a fraction of a second: long enough for messages to arrive meanwhile."""
-    return Case(B=B, H=H, K=K)
+@functools.cache
+def keys_per_second():
+    """How many keys the reference device does for one head of one token; a sanitizer makes it 50 times fewer."""
+    with start(device="reference") as worker:
+        session = worker.attach()
+        Case(B=4, H=8, K=128).register(session).plan(session)
+        return 4 * 8 * 128 / min(done(session, submit(session))["kernel_ns"] / 1e9 for _ in range(3))
+
+
+def slow(seconds=0.15, B=16):
+    """A batch that keeps the reference device busy for about that long, so that messages arrive meanwhile."""
+    return Case(B=B, H=8, K=max(1, int(seconds * keys_per_second() / B / 8)))
 
 
 def submit(session, plan=1):
@@ -182,14 +192,9 @@ def outputs_never_overlap_inputs():
         plan = lambda number, **fields: session.ask("PLAN", dict(plan=number, batch=case.changed(**fields)))
         end = case.inputs.size
         expect("overlap", "batch.out", plan, 1, out=at(0, 2), lse=at(1024, 3))
-        expect("overlap", "batch.lse", plan, 1, out=at(0, 3), lse=at(case.offsets["seqlens"], 2) if
-               case.offsets["seqlens"] < PAGE else at(16, 2))
+        expect("overlap", "batch.lse", plan, 1, out=at(0, 3), lse=at(16, 2))
         expect("overlap", "batch.lse", plan, 1, out=at(0, 3), lse=at(end + 1020))
-        plan(1, out=at(0, 3), lse=at(end + 1024))
-        q_end = case.offsets["q"] + 1152        # neighbours do not overlap
-        gap = case.offsets["kv"] - q_end
-        assert gap >= 0
-        expect("overlap", "batch.lse", plan, 2, out=at(0, 3), lse=at(q_end - 4))
+        plan(1, out=at(0, 3), lse=at(end + 1024))       # neighbours
 
 
 def content_errors_are_named():
@@ -340,8 +345,8 @@ def too_much_in_flight_is_busy():
 def flood_does_not_starve_others():
     with start(device="reference", max_in_flight=200, queue_limit=200) as worker:
         flooder, other = worker.attach(), worker.attach()
-        slow(K=256, B=8).register(flooder).plan(flooder)
-        case = slow(K=256, B=8).register(other).plan(other)
+        slow(0.005).register(flooder).plan(flooder)
+        case = slow(0.005).register(other).plan(other)
         flood = [submit(flooder) for _ in range(100)]
         done(other, submit(other))
         waiting = worker.report()["queued"]
@@ -409,7 +414,7 @@ def dead_clients_leave_nothing():
         mine = Case().register(other).plan(other)
         held = worker.report()["held_bytes"]
         descriptors, mapped = worker.descriptors(), worker.mapped()
-        case = slow(K=512)
+        case = slow(0.02)
         for turn in range(40):
             session = worker.attach()
             case.register(session).plan(session)
@@ -436,7 +441,7 @@ def ended_session_drains():
     """Its memory is mapped until the running slice has ended, and is shown as draining, not as held."""
     with start(device="reference") as worker:
         session = worker.attach()
-        slow(B=1, H=128, K=8192).register(session).plan(session)     # one request cannot be sliced
+        slow(1, B=1).register(session).plan(session)    # one request cannot be sliced
         submit(session)
         eventually(lambda: worker.report()["running"] == 1)
         session.close()
@@ -511,7 +516,7 @@ def control_end_ends_it_in_mid_launch():
     worker = start(device="reference")
     with worker:
         session = worker.attach()
-        slow(B=1, H=128, K=60000).register(session).plan(session)
+        slow(20, B=1).register(session).plan(session)
         submit(session)
         eventually(lambda: worker.life()["running"] == 1)
         begin = time.monotonic()
@@ -522,7 +527,7 @@ def control_end_ends_it_in_mid_launch():
 def beat_and_progress_grow():
     with start(device="reference") as worker:
         session = worker.attach()
-        slow(B=64, H=16, K=1024).register(session).plan(session)
+        slow(0.8).register(session).plan(session)
         work, before = submit(session), worker.life()
         eventually(lambda: worker.life()["beat"] >= before["beat"] + 3)
         eventually(lambda: worker.life()["progress"] > before["progress"])

@@ -202,7 +202,7 @@ class Worker:
         self.process = subprocess.Popen(
             [program, "--device", device, "--control", "3", "--life", "4", "--lock", f"{self.directory}/{device}.lock",
              "--threads", str(threads), "--log-level", "4", "--log-target", "stderr", *arguments], preexec_fn=move,
-            close_fds=False)
+            close_fds=False, env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=1"})    # memory is measured
         theirs.close()
         os.close(life)
         self.device, self.control, self.next_session = device, Peer(ours), 1
