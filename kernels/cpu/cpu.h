@@ -52,9 +52,8 @@ _Static_assert(sizeof((struct cpu_scratch *)0)->operand >= 32 * CPU_PAIR_STRIDE 
 
 /* One tile of an item, for the functions of a path. Running state: m in log2 units, l, and o. */
 struct cpu_tile {
-    const uint8_t *const *keys;         /* [padded], row pointers; the padding points to zeros */
-    const uint8_t *const *next;         /* [next_count], rows of the next tile, to prefetch */
-    uint32_t next_count;
+    const uint8_t *const *keys;         /* [CPU_TILE], row pointers; to zeros from count on */
+    const uint8_t *const *next;         /* [CPU_TILE], rows of the next tile, to prefetch; NULL after the last */
     uint32_t count, padded;
     uint32_t rows, blocks;
     const uint64_t *seen;               /* [count], bit r: row r sees the key; NULL: every row sees every key */

@@ -42,8 +42,7 @@ static struct key_rows even_rows(struct cpu_scratch *scratch, const uint8_t *con
 
 static void prefetch_lines(const struct cpu_tile *tile, uint32_t first, uint32_t line)
 {
-    uint32_t end = first + GROUP_KEYS < tile->next_count ? first + GROUP_KEYS : tile->next_count;
-    for (uint32_t k = first; k < end; k++)
+    for (uint32_t k = first; k < first + GROUP_KEYS && tile->next != NULL; k++)
         __builtin_prefetch(tile->next[k] + line * LINE, 0, 2);
 }
 

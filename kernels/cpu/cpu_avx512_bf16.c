@@ -60,7 +60,7 @@ static void scores(struct cpu_scratch *scratch, const struct cpu_tile *tile, con
     for (uint32_t k = 0; k < tile->padded; k += KEYS)
         for (uint32_t pass = 0; pass < passes; pass++) {
             uint32_t b = pass * 2, from = lines * pass / passes, to = lines * (pass + 1) / passes;
-            uint32_t ahead = k + KEYS <= tile->next_count ? (1u << to) - (1u << from) : 0;
+            uint32_t ahead = tile->next != NULL ? (1u << to) - (1u << from) : 0;
             float *at = scratch->scores[b] + k * CPU_LANES;
             if (b + 1 < tile->blocks)
                 scores_of(keys + k, scratch->q[b], 2, at, tile->next + k, ahead);

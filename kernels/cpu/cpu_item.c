@@ -42,8 +42,8 @@ static struct span find_visible(const struct cpu_group *group, struct cpu_scratc
     return span;
 }
 
-/* Row pointers of keys [c, c + count), padded with zero rows. False if a needed page id is out of range. */
-static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uint32_t count, uint32_t padded, const uint8_t **keys)
+/* Row pointers of keys [c, c + count), then zero rows. False if a needed page id is out of range. */
+static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uint32_t count, const uint8_t *keys[CPU_TILE])
 {
     uint32_t i = 0;
     while (i < count) {
@@ -67,7 +67,7 @@ static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uin
             keys[i] = page + (uint64_t)offset * row->row_stride;
         }
     }
-    for (; i < padded; i++)
+    for (; i < CPU_TILE; i++)
         keys[i] = zero_row;
     return true;
 }
@@ -116,21 +116,17 @@ static bool walk(const struct cpu_group *group, struct cpu_scratch *scratch, int
                             .scale = group->row->score_scale * 1.44269504088896341f, .format = group->row->kv_format,
                             .o = o, .m = m, .l = l};
     uint32_t count = 0, ahead = (uint32_t)smaller(end - begin, path->tile), flip = 0;
-    uint32_t padded = 0, ahead_padded = (ahead + path->pad - 1) / path->pad * path->pad;
-    if (!gather(group->row, &span, begin, ahead, ahead_padded, scratch->keys[0]))
+    if (!gather(group->row, &span, begin, ahead, scratch->keys[0]))
         return false;
     for (int64_t c = begin; c < end; c += count, flip ^= 1) {
         count = ahead;
-        padded = ahead_padded;
         ahead = (uint32_t)smaller(end - c - count, path->tile);
-        ahead_padded = (ahead + path->pad - 1) / path->pad * path->pad;
-        if (!gather(group->row, &span, c + count, ahead, ahead_padded, scratch->keys[flip ^ 1]))
+        if (!gather(group->row, &span, c + count, ahead, scratch->keys[flip ^ 1]))
             return false;
         tile.keys = scratch->keys[flip];
-        tile.next = scratch->keys[flip ^ 1];
-        tile.next_count = ahead;
+        tile.next = ahead > 0 ? scratch->keys[flip ^ 1] : NULL;
         tile.count = count;
-        tile.padded = padded;
+        tile.padded = (count + path->pad - 1) / path->pad * path->pad;
         tile.seen = mask_tile(group->row, scratch, first_token, tokens, c, count);
         path->tile_step(scratch, &tile);
         tile.first = false;
