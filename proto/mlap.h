@@ -19,8 +19,8 @@ struct mlap_fault {
     char message[512];
 };
 
-/* Fill `fault` (NULL is allowed) with a printf-style sentence and return `code`. Long text is cut; what is no printable UTF-8
- * becomes '?', so that a fault can always be sent. */
+/* Fill `fault` (NULL is allowed) with a printf-style sentence and return `code`. Long text is cut; what is no
+ * printable UTF-8 becomes '?', so that a fault can always be sent. */
 enum mlap_code mlap_fail(struct mlap_fault *fault, enum mlap_code code, const char *field, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
@@ -56,8 +56,11 @@ int mlap_type_fds(uint32_t type);                   /* file descriptors it carri
 enum mlap_from { MLAP_FROM_CLIENT, MLAP_FROM_DAEMON, MLAP_FROM_INTERNAL };
 int mlap_type_from(uint32_t type);                  /* enum mlap_from */
 
-/* Wire text of an enumerator ("?" if it is none), and back (-1 if unknown): mlap_code_text(MLAP_code_BUSY) is "busy". */
-#define MLAP_DECLARE_TEXT(M, doc) const char *mlap_##M##_text(enum mlap_##M value); int mlap_##M##_from_text(const char *text);
+/* Wire text of an enumerator ("?" if it is none), and back (-1 if unknown): mlap_code_text(MLAP_code_BUSY) is
+ * "busy". */
+#define MLAP_DECLARE_TEXT(M, doc) \
+    const char *mlap_##M##_text(enum mlap_##M value); \
+    int mlap_##M##_from_text(const char *text);
 MLAP_ENUMS(MLAP_DECLARE_TEXT)
 #undef MLAP_DECLARE_TEXT
 
@@ -69,8 +72,8 @@ int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags);
 
 /* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set.
  * `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message. Returns its length; 0 at end of file;
- * -1 with errno: EAGAIN (nothing there), EMSGSIZE (too long, or too many descriptors: MSG_TRUNC or MSG_CTRUNC; the datagram
- * is consumed, every descriptor closed, and the session must end), or the socket's error. */
+ * -1 with errno: EAGAIN (nothing there), EMSGSIZE (too long, or too many descriptors: MSG_TRUNC or MSG_CTRUNC; the
+ * datagram is consumed, every descriptor closed, and the session must end), or the socket's error. */
 long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags);
 
 /* mlap_encode into a stack buffer + mlap_send. -1 with errno as both. */

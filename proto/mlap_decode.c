@@ -1,8 +1,8 @@
 /* mlap_decode.c - bytes to a message's struct: a scan that bounds everything, msgpack-c's unpacker, then the tables.
  *
- * Bytes are hostile. scan() proves that the datagram is one whole msgpack value, no deeper than any message, with no count
+ * Bytes are hostile. scan() proves that the datagram is one whole msgpack value, nested within bounds, with no count
  * larger than the bytes that are left; only then may msgpack-c allocate (it reserves a container's memory on sight of its
- * count: 5 bytes can ask for 96 GB). After scan(), the only way for the unpacker to fail is for want of memory. */
+ * count: 5 bytes can ask for 96 GB). After scan(), the unpacker can only fail for want of memory. */
 #include "mlap_tables.h"
 
 #include <inttypes.h>
@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Containers within each other; the deepest message, STATUS_REPLY, has 6: array, body, devices, device, latency, phase. */
+/* Containers in each other; the deepest message, STATUS_REPLY, has 6: array, body, devices, device, latency, phase. */
 enum { MAX_DEPTH = 8 };
 
 /* ---- the scan ---- */
@@ -23,8 +23,8 @@ static uint64_t big_endian(const unsigned char *at, unsigned bytes) {
     return value;
 }
 
-/* What follows a msgpack value's first byte: `size` bytes, or, if `counted`, a big-endian count in `size` bytes that says how
- * many `plus`-extended bytes (scalars) or how many values times `each` (containers) come next. */
+/* What follows a msgpack value's first byte: `size` bytes, or, if `counted`, a big-endian count in `size` bytes, and
+ * then `each` values for each one counted, or, if `each` is 0, as many bytes and `plus` more. */
 struct shape {
     unsigned size, plus, each;
     bool counted;
@@ -35,10 +35,11 @@ static const struct shape shapes[32] = {
     [0x04] = {1, 0, 0, true}, [0x05] = {2, 0, 0, true}, [0x06] = {4, 0, 0, true},   /* bin */
     [0x07] = {1, 1, 0, true}, [0x08] = {2, 1, 0, true}, [0x09] = {4, 1, 0, true},   /* ext: one byte of type */
     [0x0a] = {4, 0, 0, false}, [0x0b] = {8, 0, 0, false},                           /* float */
-    [0x0c] = {1, 0, 0, false}, [0x0d] = {2, 0, 0, false}, [0x0e] = {4, 0, 0, false}, [0x0f] = {8, 0, 0, false}, /* unsigned */
-    [0x10] = {1, 0, 0, false}, [0x11] = {2, 0, 0, false}, [0x12] = {4, 0, 0, false}, [0x13] = {8, 0, 0, false}, /* signed */
+    /* unsigned, signed, fixed ext of 1, 2, 4, 8 and 16 bytes */
+    [0x0c] = {1, 0, 0, false}, [0x0d] = {2, 0, 0, false}, [0x0e] = {4, 0, 0, false}, [0x0f] = {8, 0, 0, false},
+    [0x10] = {1, 0, 0, false}, [0x11] = {2, 0, 0, false}, [0x12] = {4, 0, 0, false}, [0x13] = {8, 0, 0, false},
     [0x14] = {2, 0, 0, false}, [0x15] = {3, 0, 0, false}, [0x16] = {5, 0, 0, false}, [0x17] = {9, 0, 0, false},
-    [0x18] = {17, 0, 0, false},                                                     /* fixed ext 1, 2, 4, 8, 16 */
+    [0x18] = {17, 0, 0, false},
     [0x19] = {1, 0, 0, true}, [0x1a] = {2, 0, 0, true}, [0x1b] = {4, 0, 0, true},   /* str */
     [0x1c] = {2, 0, 1, true}, [0x1d] = {4, 0, 1, true},                             /* array */
     [0x1e] = {2, 0, 2, true}, [0x1f] = {4, 0, 2, true},                             /* map */
@@ -163,7 +164,7 @@ static struct shown show(const msgpack_object *value) {
         snprintf(shown.text, sizeof shown.text, "binary data");
         break;
     default:
-        snprintf(shown.text, sizeof shown.text, "%s", value->type == MSGPACK_OBJECT_NIL ? "nil" : "a msgpack extension");
+        snprintf(shown.text, sizeof shown.text, value->type == MSGPACK_OBJECT_NIL ? "nil" : "a msgpack extension");
         break;
     }
     return shown;
@@ -179,8 +180,8 @@ static enum mlap_code refuse_value(const struct path *at, const struct mlap_fiel
 
 /* ---- values ---- */
 
-static enum mlap_code decode_map(const struct path *at, const struct mlap_table *table, const msgpack_object *from, char *to,
-                                 struct mlap_fault *fault);
+static enum mlap_code decode_map(const struct path *at, const struct mlap_table *table, const msgpack_object *from,
+                                 char *to, struct mlap_fault *fault);
 
 /* A JSON-minded client writes 1.0 as the integer 1: whole numbers are taken where a double holds them exactly. */
 static bool number(const msgpack_object *value, double *number) {
@@ -205,8 +206,8 @@ static uint32_t enumerator(const struct mlap_names *names, const msgpack_object 
     return i;
 }
 
-static enum mlap_code decode_list(const struct path *at, const struct mlap_field *field, const msgpack_object_array *from,
-                                  char *body, struct mlap_fault *fault) {
+static enum mlap_code decode_list(const struct path *at, const struct mlap_field *field,
+                                  const msgpack_object_array *from, char *body, struct mlap_fault *fault) {
     memcpy(body + field->count_offset, &from->size, sizeof from->size);
     for (uint32_t i = 0; i < from->size; i++) {
         struct path here = below(at, NULL, 0, i);
@@ -234,10 +235,11 @@ static enum mlap_code decode_value(const struct path *at, const struct mlap_fiel
         return MLAP_code_OK;
     case MLAP_KIND_U32:
     case MLAP_KIND_U64: {
-        if (value->type != MSGPACK_OBJECT_POSITIVE_INTEGER || value->via.u64 < field->min || value->via.u64 > field->max)
+        uint64_t wide = value->via.u64;
+        if (value->type != MSGPACK_OBJECT_POSITIVE_INTEGER || wide < field->min || wide > field->max)
             break;
-        uint32_t narrow = (uint32_t)value->via.u64;
-        memcpy(member, field->kind == MLAP_KIND_U32 ? (const void *)&narrow : (const void *)&value->via.u64, field->size);
+        uint32_t narrow = (uint32_t)wide;
+        memcpy(member, field->kind == MLAP_KIND_U32 ? (const void *)&narrow : (const void *)&wide, field->size);
         return MLAP_code_OK;
     }
     case MLAP_KIND_F64: {
@@ -297,8 +299,8 @@ static enum mlap_code finish_map(const struct path *at, const struct mlap_table 
             struct path here = below(at, field->name, field->name_length, 0);
             struct spelled name = spell(&here);
             char description[MLAP_DESCRIPTION];
-            return mlap_fail(fault, MLAP_code_MISSING_FIELD, name.text, "%s needs the field %s, %s: %s", at->message->type,
-                             name.text, mlap_describe(field, description), field->doc);
+            return mlap_fail(fault, MLAP_code_MISSING_FIELD, name.text, "%s needs the field %s, %s: %s",
+                             at->message->type, name.text, mlap_describe(field, description), field->doc);
         }
         memset(to + field->offset, 0, field->size);
     }
@@ -306,8 +308,8 @@ static enum mlap_code finish_map(const struct path *at, const struct mlap_table 
     return MLAP_code_OK;
 }
 
-static enum mlap_code decode_map(const struct path *at, const struct mlap_table *table, const msgpack_object *from, char *to,
-                                 struct mlap_fault *fault) {
+static enum mlap_code decode_map(const struct path *at, const struct mlap_table *table, const msgpack_object *from,
+                                 char *to, struct mlap_fault *fault) {
     uint64_t present = 0;
     uint32_t next = 0;
     for (uint32_t k = 0; k < from->via.map.size; k++) {
@@ -358,8 +360,8 @@ static enum mlap_code decode_datagram(const msgpack_object *datagram, struct mla
     bool whole = decode_header(datagram, header);
     /* A later version may have another shape after its first number. */
     if (header->version != 0 && header->version != MLAP_VERSION)
-        return mlap_fail(fault, MLAP_code_VERSION, "", "protocol version %" PRIu32 " is not spoken here; use version %u",
-                         header->version, MLAP_VERSION);
+        return mlap_fail(fault, MLAP_code_VERSION, "", "protocol version %" PRIu32 " is not spoken here; use version "
+                         "%u", header->version, MLAP_VERSION);
     if (!whole || header->version == 0)
         return mlap_fail(fault, MLAP_code_MALFORMED, "", "a message is the msgpack array [version, type, sequence, "
                          "{fields}] with version %u and unsigned 32-bit numbers", MLAP_VERSION);
@@ -379,7 +381,8 @@ enum mlap_code mlap_decode(const void *bytes, size_t length, struct mlap_header 
                          MLAP_MAX_MESSAGE);
     const char *defect = scan(bytes, length);
     if (defect != NULL)
-        return mlap_fail(fault, MLAP_code_MALFORMED, "", "the datagram %s; a message is exactly one msgpack array", defect);
+        return mlap_fail(fault, MLAP_code_MALFORMED, "", "the datagram %s; a message is exactly one msgpack array",
+                         defect);
     msgpack_unpacked unpacked;
     msgpack_unpacked_init(&unpacked);
     enum mlap_code code;

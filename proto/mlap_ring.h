@@ -1,12 +1,13 @@
 /* mlap_ring.h - a submission ring and a completion ring in one memfd: the layout, and how to push and pop.
  *
- * Layout only: protocol version 1 negotiates no feature for it and mlad maps no such memfd. PROTOCOL.md, "Rings", has the
- * picture.
+ * Layout only: protocol version 1 negotiates no feature for it and mlad maps no such memfd. PROTOCOL.md, "Rings", has
+ * the picture.
  *
- * Each ring has one producer and one consumer, in different processes that do not trust each other. A side owns one index and
- * keeps the true value in its private `struct mlap_ring`; the other side's index is read, validated and never believed
- * further than the ring's size. Indices run freely through all 32-bit numbers; tail - head is the number of entries waiting. An
- * entry is copied out once, word by word: validate the copy. The mapping must be sealed with F_SEAL_SHRINK. */
+ * Each ring has one producer and one consumer, in different processes that do not trust each other. A side owns one
+ * index and keeps the true value in its private `struct mlap_ring`; the other side's index is read, validated and never
+ * believed further than the ring's size. Indices run freely through all 32-bit numbers; tail - head is the number of
+ * entries waiting. An entry is copied out once, word by word: validate the copy. The mapping must be sealed with
+ * F_SEAL_SHRINK. */
 #ifndef MLAP_RING_H
 #define MLAP_RING_H
 
@@ -86,8 +87,8 @@ size_t mlap_rings_bytes(uint32_t entries);
 /* Write the head of a zeroed mapping of mlap_rings_bytes(entries). Whoever creates the memfd does so once. */
 void mlap_rings_init(void *mapping, uint32_t entries);
 
-/* Views of both rings of a fresh mapping of `bytes`, before either side has pushed. 0, or -1 with errno EPROTO: no rings of this version,
- * or `bytes` is too small for them. The mapping stays the caller's and must outlive the views. */
+/* Views of both rings of a fresh mapping of `bytes`, before either side has pushed. 0, or -1 with errno EPROTO: no
+ * rings of this version, or `bytes` is too small for them. The mapping stays the caller's and must outlive the views. */
 int mlap_rings_open(void *mapping, size_t bytes, struct mlap_ring *submission, struct mlap_ring *completion);
 
 /* Producer: append one entry. 0; -1 with errno EAGAIN: full; EPROTO: the consumer's index is nonsense. */
@@ -118,9 +119,9 @@ static inline int mlap_ring_pop(struct mlap_ring *ring, union mlap_entry *entry)
     return 0;
 }
 
-/* Consumer, before it sleeps: ask for a wake-up, pop once more, and sleep only if that finds nothing; afterwards `asked` false.
- * Producer, after pushing: is a wake-up asked for? Flag and tail are sequentially consistent on both sides: either the
- * consumer's pop sees the entry, or the producer sees the flag. */
+/* Consumer, before it sleeps: ask for a wake-up, pop once more, and sleep only if that finds nothing; afterwards take
+ * the asking back. Producer, after pushing: is a wake-up asked for? Flag and tail are sequentially consistent on both
+ * sides: either the consumer's pop sees the entry, or the producer sees the flag. */
 static inline void mlap_ring_set_wakeup(struct mlap_ring *ring, bool asked) {
     __atomic_store_n(&ring->shared->flags, asked ? MLAP_RING_NEED_WAKEUP : 0u, __ATOMIC_SEQ_CST);
 }

@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Room for one descriptor more than is legal: the control message's padding has it anyway, so the kernel may deliver it. */
+/* Room for one descriptor more than is legal: the padding has it anyway, so the kernel may deliver it. */
 union control {
     struct cmsghdr align;
     char bytes[CMSG_SPACE(sizeof(int) * (MLAP_MAX_FDS + 1))];

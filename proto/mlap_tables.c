@@ -116,7 +116,8 @@ const char *mlap_describe(const struct mlap_field *field, char text[MLAP_DESCRIP
         snprintf(text, MLAP_DESCRIPTION, "a finite number");
         break;
     case MLAP_KIND_STR:
-        snprintf(text, MLAP_DESCRIPTION, "UTF-8 text of %" PRIu64 " to %" PRIu64 " bytes without NUL", field->min, field->max);
+        snprintf(text, MLAP_DESCRIPTION, "UTF-8 text of %" PRIu64 " to %" PRIu64 " bytes without NUL", field->min,
+                 field->max);
         break;
     case MLAP_KIND_ENUM: {
         size_t used = (size_t)snprintf(text, MLAP_DESCRIPTION, "one of ");

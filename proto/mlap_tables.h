@@ -6,8 +6,8 @@
 
 #include "mlap.h"
 
-enum mlap_kind { MLAP_KIND_BOOL, MLAP_KIND_U32, MLAP_KIND_U64, MLAP_KIND_F64, MLAP_KIND_STR, MLAP_KIND_ENUM, MLAP_KIND_MSG,
-                 MLAP_KIND_LIST };
+enum mlap_kind { MLAP_KIND_BOOL, MLAP_KIND_U32, MLAP_KIND_U64, MLAP_KIND_F64, MLAP_KIND_STR, MLAP_KIND_ENUM,
+                 MLAP_KIND_MSG, MLAP_KIND_LIST };
 
 /* An enumeration: texts[value] and docs[value] for value < count. */
 struct mlap_names {

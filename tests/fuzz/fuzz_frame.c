@@ -1,7 +1,8 @@
-/* Frames: arbitrary datagrams with any number of descriptors, through mlap_receive and mlap_decode; none may be left open.
+/* Frames: arbitrary datagrams with any number of descriptors, through mlap_receive and mlap_decode; none of the
+ * descriptors may be left open.
  *
- * An input is a row of frames: one byte of flags and descriptors, two of length, the datagram. Bit 7 of the first byte makes
- * the receive buffer small, so that datagrams are cut without having to be large. */
+ * An input is a row of frames: one byte of flags and descriptors, two of length, the datagram. Bit 7 of the first byte
+ * makes the receive buffer small, so that datagrams are cut without having to be large. */
 #include "fuzz.h"
 #include "mlap.h"
 

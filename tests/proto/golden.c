@@ -69,9 +69,11 @@ static const struct mlap_capabilities_reply capabilities_reply_body = {.present 
 static const struct mlap_sessions sessions_body = {.present = ALL(sessions), .device = "cpu", .after = 64};
 static const struct mlap_sessions_reply sessions_reply_body = {.present = ALL(sessions_reply), .device = "cpu",
     .n_sessions = 2, .sessions = {{.present = ALL(session), .session = 65, .uid = 1000, .pid = 77, .client =
-    "engine ü", .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1, .decodes = 500,
+    "engine ü", .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
+    .decodes = 500,
     .kv_tokens = 2000000}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
-    .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1, .decodes = 500,
+    .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
+    .decodes = 500,
     .kv_tokens = 2000000}}, .more = true};
 static const struct mlap_health health_body = {};
 static const struct mlap_health_reply health_reply_body = {.present = ALL(health_reply),

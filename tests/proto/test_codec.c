@@ -160,9 +160,10 @@ static const char tensor[] = "82 a6'buffer' 01 a6'offset' 00";
 /* softmax_scale of a DECODE, given as the msgpack value in `notation`. */
 static double decode_scale(const char *notation) {
     char text[1024];
-    snprintf(text, sizeof text, "94 01 09 01 81 a5'batch' 8e a5'batch' 01 a5'heads' 01 a6'q_rows' 01 a7'q_dtype' a4'bf16' "
-             "a9'kv_format' a4'bf16' a5'pages' 01 a9'page_size' 01 a9'max_pages' 01 a1'q' %s a2'kv' %s ab'block_table' %s "
-             "a7'seqlens' %s a3'out' %s ad'softmax_scale' %s", tensor, tensor, tensor, tensor, tensor, notation);
+    snprintf(text, sizeof text, "94 01 09 01 81 a5'batch' 8e a5'batch' 01 a5'heads' 01 a6'q_rows' 01 a7'q_dtype' "
+             "a4'bf16' a9'kv_format' a4'bf16' a5'pages' 01 a9'page_size' 01 a9'max_pages' 01 a1'q' %s a2'kv' %s "
+             "ab'block_table' %s a7'seqlens' %s a3'out' %s ad'softmax_scale' %s",
+             tensor, tensor, tensor, tensor, tensor, notation);
     size_t length = golden_bytes(text, bytes);
     struct mlap_header header;
     return mlap_decode(bytes, length, &header, &body, NULL) == MLAP_code_OK ? body.decode_.batch.softmax_scale : NAN;

@@ -1,7 +1,7 @@
 /* Refusals: each class of malformed input gets its code, the path of the field, and a sentence.
  *
- * Two halves: datagrams written out by hand, and a walk over every field of every golden message that puts each kind of wrong
- * value in its place and expects exactly that path back. */
+ * Two halves: datagrams written out by hand, and a walk over every field of every golden message that puts each kind of
+ * wrong value in its place and expects exactly that path back. */
 #include "cmocka_all.h"
 #include "golden.h"
 #include "mlap_tables.h"
@@ -20,8 +20,8 @@ static void expect(const void *datagram, size_t length, enum mlap_code code, con
     struct mlap_fault fault = {.code = MLAP_code_OK, .field = "", .message = ""};
     enum mlap_code got = mlap_decode(datagram, length, &header, &body, &fault);
     if (got != code || strcmp(fault.field, field) != 0)
-        fail_msg("expected %s at '%s', got %s at '%s': %s", mlap_code_text(code), field, mlap_code_text(got), fault.field,
-                 fault.message);
+        fail_msg("expected %s at '%s', got %s at '%s': %s", mlap_code_text(code), field, mlap_code_text(got),
+                 fault.field, fault.message);
     if (code == MLAP_code_OK)
         return;
     /* Whatever was refused can be told to its sender. */
@@ -109,12 +109,14 @@ static void sentences_say_what_is_allowed(void **state) {
     (void)state;
     struct mlap_header header;
     struct mlap_fault fault;
-    mlap_decode(bytes, golden_bytes("94 01 05 01 83 a6'buffer' 01 a4'kind' a4'cuda' a5'bytes' 01", bytes), &header, &body,
-                &fault);
+    size_t length = golden_bytes("94 01 05 01 83 a6'buffer' 01 a4'kind' a4'cuda' a5'bytes' 01", bytes);
+    mlap_decode(bytes, length, &header, &body, &fault);
     assert_string_equal(fault.message, "kind must be one of memfd, but is the 4-byte text 'cuda'");
-    mlap_decode(bytes, golden_bytes("94 01 0a 01 81 a4'plan' 00", bytes), &header, &body, &fault);
+    length = golden_bytes("94 01 0a 01 81 a4'plan' 00", bytes);
+    mlap_decode(bytes, length, &header, &body, &fault);
     assert_string_equal(fault.message, "plan must be an integer from 1 to 4294967295, but is 0");
-    mlap_decode(bytes, golden_bytes("94 01 07 01 82 a4'plan' 01 a5'batch' 81 a5'heads' cc81", bytes), &header, &body, &fault);
+    length = golden_bytes("94 01 07 01 82 a4'plan' 01 a5'batch' 81 a5'heads' cc81", bytes);
+    mlap_decode(bytes, length, &header, &body, &fault);
     assert_string_equal(fault.field, "batch.heads");
     assert_string_equal(fault.message, "batch.heads must be an integer from 1 to 128, but is 129");
 }
@@ -195,7 +197,8 @@ static msgpack_object float_object(double value) {
     return (msgpack_object){.type = MSGPACK_OBJECT_FLOAT64, .via.f64 = value};
 }
 
-static void try_value(struct walk *walk, msgpack_object *place, msgpack_object value, enum mlap_code code, const char *field) {
+static void try_value(struct walk *walk, msgpack_object *place, msgpack_object value, enum mlap_code code,
+                      const char *field) {
     msgpack_object right = *place;
     *place = value;
     try_it(walk, code, code == MLAP_code_OK ? "" : field);
@@ -229,7 +232,8 @@ static void try_list(struct walk *walk, msgpack_object *place, const struct mlap
     free(many);
 }
 
-static void try_wrong_values(struct walk *walk, msgpack_object *place, const struct mlap_field *field, const char *path) {
+static void try_wrong_values(struct walk *walk, msgpack_object *place, const struct mlap_field *field,
+                             const char *path) {
     try_value(walk, place, (msgpack_object){.type = MSGPACK_OBJECT_NIL}, MLAP_code_INVALID, path);
     bool integer = field->kind == MLAP_KIND_U32 || field->kind == MLAP_KIND_U64;
     if (integer) {
@@ -239,7 +243,8 @@ static void try_wrong_values(struct walk *walk, msgpack_object *place, const str
             try_value(walk, place, unsigned_object(field->min - 1), MLAP_code_INVALID, path);
         if (field->max < UINT64_MAX)
             try_value(walk, place, unsigned_object(field->max + 1), MLAP_code_INVALID, path);
-        try_value(walk, place, (msgpack_object){.type = MSGPACK_OBJECT_NEGATIVE_INTEGER, .via.i64 = -1}, MLAP_code_INVALID, path);
+        msgpack_object negative = {.type = MSGPACK_OBJECT_NEGATIVE_INTEGER, .via.i64 = -1};
+        try_value(walk, place, negative, MLAP_code_INVALID, path);
         try_value(walk, place, float_object((double)field->min + 1), MLAP_code_INVALID, path);
     }
     if (field->kind == MLAP_KIND_F64) {
@@ -264,7 +269,8 @@ static void try_wrong_values(struct walk *walk, msgpack_object *place, const str
 }
 
 /* The key of pair `i` changed, the pair gone, the pair twice. */
-static void try_keys(struct walk *walk, msgpack_object *map, uint32_t i, bool required, const char *path, const char *prefix) {
+static void try_keys(struct walk *walk, msgpack_object *map, uint32_t i, bool required, const char *path,
+                     const char *prefix) {
     msgpack_object_kv *pair = &map->via.map.ptr[i];
     char unknown[128];
     snprintf(unknown, sizeof unknown, "%szzz", prefix);

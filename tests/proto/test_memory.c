@@ -1,4 +1,5 @@
-/* Decoding without memory: an error of its own, and nothing leaked. msgpack-c's allocator is replaced by one that can fail. */
+/* Decoding without memory: an error of its own, and nothing leaked. msgpack-c's allocator is replaced by one that can
+ * fail. */
 #include "cmocka_all.h"
 #include "mlap.h"
 

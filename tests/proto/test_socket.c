@@ -46,7 +46,8 @@ static void send_with_descriptors(const void *bytes, size_t length, int fd, unsi
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
                               .msg_controllen = CMSG_SPACE(count * sizeof(int))};
     struct cmsghdr *rights = CMSG_FIRSTHDR(&datagram);
-    *rights = (struct cmsghdr){.cmsg_len = CMSG_LEN(count * sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    *rights = (struct cmsghdr){.cmsg_len = CMSG_LEN(count * sizeof(int)), .cmsg_level = SOL_SOCKET,
+                               .cmsg_type = SCM_RIGHTS};
     for (unsigned i = 0; i < count; i++)
         memcpy(CMSG_DATA(rights) + i * sizeof fd, &fd, sizeof fd);
     assert_int_equal(sendmsg(ends[0], &datagram, 0), length);
