@@ -202,7 +202,8 @@ class Worker:
         self.process = subprocess.Popen(
             [program, "--device", device, "--control", "3", "--life", "4", "--lock", f"{self.directory}/{device}.lock",
              "--threads", str(threads), "--log-level", "4", "--log-target", "stderr", *arguments], preexec_fn=move,
-            close_fds=False, env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=1"})    # memory is measured
+            close_fds=False, env={**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=1",      # memory is measured
+                                  "TSAN_OPTIONS": "halt_on_error=1"})             # _exit would hide a report
         theirs.close()
         os.close(life)
         self.device, self.control, self.next_session = device, Peer(ours), 1
