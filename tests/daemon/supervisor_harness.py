@@ -187,6 +187,16 @@ class Daemon:
             return self.log().count(text) >= times
         eventually(found, f"'{text}' in the log")
 
+    def await_socket(self):
+        """Until a connection is possible; workers may still start."""
+        def listening():
+            try:
+                self.peer().socket.close()
+                return True
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        eventually(listening, "it listens")
+
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)

@@ -331,7 +331,7 @@ def stop_lets_decodes_in_flight_finish_and_reads_nothing_more():
 
 def connection_waits_for_its_device():
     with Daemon(worker=f'sleep 4; exec {REAL_WORKER} "$@"', wait=False, options="hello_timeout = 25s") as daemon:
-        eventually(lambda: os.path.exists(daemon.socket_path), "it listens")
+        daemon.await_socket()
         with daemon.peer() as impatient:
             impatient.send("HELLO", {"client": "t", "device": "cpu"})
             eventually(lambda: daemon.status()["connections"] == 2, "it is held")
@@ -346,7 +346,7 @@ def connection_waits_for_its_device():
 
 def connection_waits_no_longer_than_hello_timeout():
     with Daemon(worker="sleep 60", wait=False, options="hello_timeout = 300ms\ndrain_timeout = 0") as daemon:
-        eventually(lambda: os.path.exists(daemon.socket_path), "it listens")
+        daemon.await_socket()
         with daemon.peer() as peer:
             peer.refused("unavailable", "HELLO", {"client": "t", "device": "cpu"}, field="device")
             peer.is_closed()

@@ -283,7 +283,7 @@ def worker_inherits_its_two_descriptors_and_no_others():
 def device_whose_lock_is_held_says_so():
     with Daemon() as first:
         with Daemon(options=f"runtime_dir = {first.directory}", wait=False) as second:
-            eventually(lambda: os.path.exists(second.socket_path), "the second listens")
+            second.await_socket()
             cpu = eventually(lambda: (s := second.status("cpu"))["responding"] and s, "its worker answers")
             assert cpu["state"] == "starting" and "lock" in cpu["reason"], cpu
             assert first.stop() == 0
