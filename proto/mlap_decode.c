@@ -1,8 +1,8 @@
 /* mlap_decode.c - bytes to a message's struct: a scan that bounds everything, msgpack-c's unpacker, then the tables.
  *
  * Bytes are hostile. scan() proves that the datagram is one whole msgpack value, nested within bounds, with no count
- * larger than the bytes that are left; only then may msgpack-c allocate (it reserves a container's memory on sight of its
- * count: 5 bytes can ask for 96 GB). After scan(), the unpacker can only fail for want of memory. */
+ * larger than the bytes that are left; only then may msgpack-c allocate (it reserves a container's memory on sight of
+ * its count: 5 bytes can ask for 96 GB). After scan(), the unpacker can only fail for want of memory. */
 #include "mlap_tables.h"
 
 #include <inttypes.h>

@@ -88,7 +88,8 @@ size_t mlap_rings_bytes(uint32_t entries);
 void mlap_rings_init(void *mapping, uint32_t entries);
 
 /* Views of both rings of a fresh mapping of `bytes`, before either side has pushed. 0, or -1 with errno EPROTO: no
- * rings of this version, or `bytes` is too small for them. The mapping stays the caller's and must outlive the views. */
+ * rings of this version, or `bytes` is too small for them. The mapping stays the caller's and must outlive the views.
+ */
 int mlap_rings_open(void *mapping, size_t bytes, struct mlap_ring *submission, struct mlap_ring *completion);
 
 /* Producer: append one entry. 0; -1 with errno EAGAIN: full; EPROTO: the consumer's index is nonsense. */
