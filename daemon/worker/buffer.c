@@ -29,9 +29,11 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
     if (fstat(fd, st) != 0 || fstatfs(fd, &fs) != 0)
         return mlap_fail(fault, bad, "fd", "the file descriptor cannot be examined: %s; send a memfd", strerror(errno));
     if (!S_ISREG(st->st_mode))
-        return mlap_fail(fault, bad, "fd", "the file descriptor is no memory file (a pipe, socket or device?); send a memfd");
+        return mlap_fail(fault, bad, "fd",
+                         "the file descriptor is no memory file (a pipe, socket or device?); send a memfd");
     if (fs.f_type == HUGETLBFS_MAGIC)
-        return mlap_fail(fault, bad, "fd", "the memfd was made with MFD_HUGETLB, which cannot be served; make it without");
+        return mlap_fail(fault, bad, "fd",
+                         "the memfd was made with MFD_HUGETLB, which cannot be served; make it without");
     if (fs.f_type != TMPFS_MAGIC)
         return mlap_fail(fault, bad, "fd", "the file lies on a disk or other file system; send a memfd");
     int seals = fcntl(fd, F_GET_SEALS);
@@ -39,13 +41,15 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
         return mlap_fail(fault, bad, "fd", "the file has no seals (%s); send a memfd, opened for reading and writing",
                          strerror(errno));
     if (!(seals & F_SEAL_SHRINK))
-        return mlap_fail(fault, bad, "fd",
-                         "the memfd is not sealed against shrinking; make it with MFD_ALLOW_SEALING and add F_SEAL_SHRINK");
+        return mlap_fail(
+            fault, bad, "fd",
+            "the memfd is not sealed against shrinking; make it with MFD_ALLOW_SEALING and add F_SEAL_SHRINK");
     if (writes && (seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE)))
         return mlap_fail(fault, bad, "access", "the memfd is sealed against writing; register it with access read");
     int mode = fcntl(fd, F_GETFL) & O_ACCMODE;
     if (mode == O_WRONLY || (writes && mode != O_RDWR))
-        return mlap_fail(fault, bad, "access", "the file descriptor is open for %s only; open it for reading and writing%s",
+        return mlap_fail(fault, bad, "access",
+                         "the file descriptor is open for %s only; open it for reading and writing%s",
                          mode == O_WRONLY ? "writing" : "reading", writes ? " or register it with access read" : "");
     if (request->offset % page != 0)
         return mlap_fail(fault, MLAP_code_INVALID, "offset", "%" PRIu64 " is no multiple of the page size, %" PRIu64,
@@ -53,7 +57,8 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
     uint64_t size = (uint64_t)st->st_size;
     if (request->offset > size || request->bytes > size - request->offset)
         return mlap_fail(fault, bad, "bytes",
-                         "%" PRIu64 " bytes from offset %" PRIu64 " pass the end of the memfd, which has %" PRIu64 " bytes",
+                         "%" PRIu64 " bytes from offset %" PRIu64 " pass the end of the memfd, which has %" PRIu64
+                         " bytes",
                          request->bytes, request->offset, size);
     return MLAP_code_OK;
 }
@@ -78,8 +83,9 @@ enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const stru
         int error = errno;
         free(made);
         mlad_user_give_buffer(holder->user, request->bytes);
-        return mlap_fail(fault, MLAP_code_MEMORY, "bytes", "%" PRIu64 " bytes cannot be mapped: %s; unregister others first",
-                         request->bytes, strerror(error));
+        return mlap_fail(fault, MLAP_code_MEMORY, "bytes",
+                         "%" PRIu64 " bytes cannot be mapped: %s; unregister others first", request->bytes,
+                         strerror(error));
     }
     madvise(data, request->bytes, MADV_DONTDUMP); /* a core dump of ours is no place for client data */
     *made = (struct mlad_buffer){

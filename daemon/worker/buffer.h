@@ -4,8 +4,8 @@
  * stays readable (and writable) until it is unmapped, or says why not. A memfd sealed with F_SEAL_SHRINK cannot lose
  * the mapped pages, so touching them never raises SIGBUS; what they hold may change at any moment.
  *
- * A buffer is held by reference counts: its session's id, each plan that names it. When the last one goes it is unmapped,
- * its bytes are given back to the user's quota, and its holder hears of it. Loop thread only. */
+ * A buffer is held by reference counts: its session's id, each plan that names it. When the last one goes it is
+ * unmapped, its bytes are given back to the user's quota, and its holder hears of it. Loop thread only. */
 #ifndef MLAD_BUFFER_H
 #define MLAD_BUFFER_H
 

@@ -1,8 +1,8 @@
 /* idmap.h - the ids that a client chose, each to the object it stands for.
  *
  * A session owns one map for its buffers and one for its plans; the map owns only its slots, never the objects. Open
- * addressing with linear probing: a client that picks colliding ids only slows its own look-ups, and its quota bounds by
- * how much. Id 0 is never in a map. */
+ * addressing with linear probing: a client that picks colliding ids only slows its own look-ups, and its quota bounds
+ * by how much. Id 0 is never in a map. */
 #ifndef MLAD_IDMAP_H
 #define MLAD_IDMAP_H
 

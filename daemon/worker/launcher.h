@@ -16,7 +16,7 @@ struct mlad_launcher {
     void (*ended)(struct mlad_launcher *launcher, enum mlak_code code);
     uv_async_t wake_loop;
     pthread_t thread;
-    pthread_mutex_t lock;    /* of what follows */
+    pthread_mutex_t lock; /* of what follows */
     pthread_cond_t work;
     enum { MLAD_LAUNCHER_IDLE, MLAD_LAUNCHER_FULL, MLAD_LAUNCHER_DONE } state;
     struct mlak_row *rows;
@@ -25,7 +25,8 @@ struct mlad_launcher {
 };
 
 bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
-                         struct mlak_device *device, void (*ended)(struct mlad_launcher *launcher, enum mlak_code code));
+                         struct mlak_device *device,
+                         void (*ended)(struct mlad_launcher *launcher, enum mlak_code code));
 
 void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count);
 

@@ -100,8 +100,9 @@ static void receive(struct mlad_link *link)
     }
     message.received = mlad_now_ns();
     if (length < 0)
-        mlap_fail(&message.fault, MLAP_code_MALFORMED, "", "a datagram was cut: at most %u bytes and %u file descriptor are allowed",
-                  MLAP_MAX_MESSAGE, MLAP_MAX_FDS);
+        mlap_fail(&message.fault, MLAP_code_MALFORMED, "",
+                  "a datagram was cut: at most %u bytes and %u file descriptor are allowed", MLAP_MAX_MESSAGE,
+                  MLAP_MAX_FDS);
     else
         mlap_decode(incoming, (size_t)length, &message.header, &incoming_body, &message.fault);
     link->received(link, &message);
@@ -151,7 +152,8 @@ void mlad_link_shutdown(struct mlad_link *link)
 {
     uv_poll_stop(&link->poll);
     link->lost = "it was shut down";
-    /* Closing a socket with unread input would make the peer lose what it has not read yet: take no more, empty it, close. */
+    /* Closing a socket with unread input would make the peer lose what it has not read yet: take no more, empty it,
+     * close. */
     shutdown(link->fd, SHUT_RD);
     long length;
     do {

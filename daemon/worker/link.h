@@ -1,8 +1,8 @@
 /* link.h - one SEQPACKET socket on the loop: the control socket, or a session's.
  *
- * Reads one datagram a turn of the loop, so that a peer that floods gets its share and no more; sends at once, or queues
- * up to MLAD_LINK_QUEUE_BYTES for a peer that is slow to read. A peer that lets the queue fill is lost: nothing more is
- * sent, and the loop's next turn says so. Sending therefore never calls back.
+ * Reads one datagram a turn of the loop, so that a peer that floods gets its share and no more; sends at once, or
+ * queues up to MLAD_LINK_QUEUE_BYTES for a peer that is slow to read. A peer that lets the queue fill is lost: nothing
+ * more is sent, and the loop's next turn says so. Sending therefore never calls back.
  *
  * The owner embeds the link, handles what it says, and may free it once `closed` has been called. */
 #ifndef MLAD_LINK_H
@@ -19,10 +19,10 @@ enum { MLAD_LINK_QUEUE_BYTES = 1 << 20 };
 struct mlad_message {
     struct mlap_header header;
     const union mlap_body *body;
-    struct mlap_fault fault;  /* code OK: the body is good */
-    int fds[MLAP_MAX_FDS];    /* closed after the callback, but for those that it sets to -1 */
+    struct mlap_fault fault; /* code OK: the body is good */
+    int fds[MLAP_MAX_FDS];   /* closed after the callback, but for those that it sets to -1 */
     unsigned n_fds;
-    uint64_t received;        /* nanoseconds, monotonic */
+    uint64_t received; /* nanoseconds, monotonic */
 };
 
 struct mlad_outgoing {
@@ -36,9 +36,9 @@ struct mlad_link {
     int fd;
     STAILQ_HEAD(, mlad_outgoing) out;
     size_t out_bytes;
-    const char *lost;         /* why nothing more is sent; NULL while all is well */
-    bool flooded;             /* lost because the peer did not read */
-    bool deaf;                /* nothing more is read */
+    const char *lost; /* why nothing more is sent; NULL while all is well */
+    bool flooded;     /* lost because the peer did not read */
+    bool deaf;        /* nothing more is read */
     void (*received)(struct mlad_link *link, struct mlad_message *message);
     void (*ended)(struct mlad_link *link, const char *why); /* called once; then mlad_link_shutdown is due */
     void (*closed)(struct mlad_link *link);

@@ -52,10 +52,14 @@ static void become_worker(const char *device)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"device", required_argument, NULL, 'd'},    {"control", required_argument, NULL, 'c'},
-        {"life", required_argument, NULL, 'f'},      {"lock", required_argument, NULL, 'k'},
-        {"threads", required_argument, NULL, 't'},   {"variant", required_argument, NULL, 'v'},
-        {"log-level", required_argument, NULL, 'l'}, {"log-target", required_argument, NULL, 'g'},
+        {"device", required_argument, NULL, 'd'},
+        {"control", required_argument, NULL, 'c'},
+        {"life", required_argument, NULL, 'f'},
+        {"lock", required_argument, NULL, 'k'},
+        {"threads", required_argument, NULL, 't'},
+        {"variant", required_argument, NULL, 'v'},
+        {"log-level", required_argument, NULL, 'l'},
+        {"log-target", required_argument, NULL, 'g'},
         {NULL, 0, NULL, 0},
     };
     struct mlad_worker_options worker = {.control = -1, .life = -1};

@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SAME(M, N, name) _Static_assert((int)MLAP_##M##_##name == (int)MLAK_##N##name, "the wire's and the backends' " #M)
+#define SAME(M, N, name) \
+    _Static_assert((int)MLAP_##M##_##name == (int)MLAK_##N##name, "the wire's and the backends' " #M)
 SAME(dtype, , BF16);
 SAME(dtype, , FP16);
 SAME(dtype, , E4M3);
@@ -18,7 +19,8 @@ SAME(mask, MASK_, NONE);
 SAME(mask, MASK_, CAUSAL);
 SAME(mask, MASK_, TREE);
 _Static_assert((int)MLAP_lse_base_E == (int)MLAK_LSE_E && (int)MLAP_lse_base_TWO == (int)MLAK_LSE_2, "bases");
-_Static_assert((int)MLAP_dtype_COUNT == (int)MLAK_DTYPE_COUNT && (int)MLAP_kv_format_COUNT == (int)MLAK_KV_FORMAT_COUNT &&
+_Static_assert((int)MLAP_dtype_COUNT == (int)MLAK_DTYPE_COUNT &&
+                   (int)MLAP_kv_format_COUNT == (int)MLAK_KV_FORMAT_COUNT &&
                    (int)MLAP_mask_COUNT == (int)MLAK_MASK_COUNT,
                "no enumerator on one side only");
 
@@ -160,12 +162,12 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
     const struct mlap_tensor *wire = place->wire;
     struct mlad_buffer *buffer = mlad_idmap_get(buffers, wire->buffer);
     if (!buffer)
-        return FAIL_TENSOR(fault, MLAP_code_NOT_FOUND, tensor, ".buffer", "no buffer %" PRIu32 " is registered in this session",
-                           wire->buffer);
+        return FAIL_TENSOR(fault, MLAP_code_NOT_FOUND, tensor, ".buffer",
+                           "no buffer %" PRIu32 " is registered in this session", wire->buffer);
     uint32_t alignment = mlak_alignment(&plan->batch, tensor);
     if (wire->offset % alignment != 0)
-        return FAIL_TENSOR(fault, MLAP_code_INVALID, tensor, ".offset", "%" PRIu64 " is no multiple of %" PRIu32 " bytes",
-                           wire->offset, alignment);
+        return FAIL_TENSOR(fault, MLAP_code_INVALID, tensor, ".offset",
+                           "%" PRIu64 " is no multiple of %" PRIu32 " bytes", wire->offset, alignment);
     uint64_t needed = mlak_extent(&plan->batch, tensor);
     uint64_t available = wire->offset < buffer->bytes ? buffer->bytes - wire->offset : 0;
     if (wire->offset > buffer->bytes || needed > available)
@@ -175,7 +177,8 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
                            needed, wire->offset, buffer->id, available);
     if (is_output(tensor) && !buffer->writable)
         return FAIL_TENSOR(fault, MLAP_code_INVALID, tensor, ".buffer",
-                           "buffer %" PRIu32 " is registered with access read; an output needs access readwrite", buffer->id);
+                           "buffer %" PRIu32 " is registered with access read; an output needs access readwrite",
+                           buffer->id);
     void *first = buffer->data + wire->offset;
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */
     plan->buffers[tensor] = buffer;
@@ -193,8 +196,9 @@ static enum mlap_code check_overlap(const struct mlad_plan *plan, const struct p
         for (unsigned other = 0; other < output; other++) {
             if (!plan->buffers[other])
                 continue;
-            if (mlad_buffer_overlap(plan->buffers[output], places[output].wire->offset, mlak_extent(&plan->batch, output),
-                                    plan->buffers[other], places[other].wire->offset, mlak_extent(&plan->batch, other)))
+            if (mlad_buffer_overlap(plan->buffers[output], places[output].wire->offset,
+                                    mlak_extent(&plan->batch, output), plan->buffers[other], places[other].wire->offset,
+                                    mlak_extent(&plan->batch, other)))
                 return FAIL_TENSOR(fault, MLAP_code_OVERLAP, output, "",
                                    "shares memory with %s; give outputs memory of their own", mlak_tensor_name(other));
         }

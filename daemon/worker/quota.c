@@ -4,7 +4,8 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
-enum mlap_code mlad_quota_enter(struct mlad_quota *quota, uint32_t uid, struct mlad_user **user, struct mlap_fault *fault)
+enum mlap_code mlad_quota_enter(struct mlad_quota *quota, uint32_t uid, struct mlad_user **user,
+                                struct mlap_fault *fault)
 {
     struct mlad_user *found = quota->users;
     while (found && found->uid != uid)

@@ -1,7 +1,7 @@
 /* quota.h - what each user holds on this device, and how much a user may.
  *
- * The worker owns one mlad_quota. A user's record exists while the user has a session here, draining ones included, and a
- * session keeps a pointer to it. New limits apply to what is taken from then on; what is held already stays. */
+ * The worker owns one mlad_quota. A user's record exists while the user has a session here, draining ones included, and
+ * a session keeps a pointer to it. New limits apply to what is taken from then on; what is held already stays. */
 #ifndef MLAD_QUOTA_H
 #define MLAD_QUOTA_H
 
@@ -26,11 +26,13 @@ struct mlad_user {
 };
 
 /* Count a session of `uid` and give its user's record. MLAP_code_QUOTA or MEMORY with `fault` filled otherwise. */
-enum mlap_code mlad_quota_enter(struct mlad_quota *quota, uint32_t uid, struct mlad_user **user, struct mlap_fault *fault);
+enum mlap_code mlad_quota_enter(struct mlad_quota *quota, uint32_t uid, struct mlad_user **user,
+                                struct mlap_fault *fault);
 /* The session has ended and holds nothing; `user` may be gone afterwards. */
 void mlad_quota_leave(struct mlad_quota *quota, struct mlad_user *user);
 
-/* Count one more, or answer MLAP_code_QUOTA (a decode: BUSY, since waiting helps) with a sentence that names limit and option. */
+/* Count one more, or answer MLAP_code_QUOTA (a decode: BUSY, since waiting helps) with a sentence that names limit and
+ * option. */
 enum mlap_code mlad_user_take_buffer(struct mlad_user *user, uint64_t bytes, struct mlap_fault *fault);
 enum mlap_code mlad_user_take_plan(struct mlad_user *user, struct mlap_fault *fault);
 enum mlap_code mlad_user_take_decode(struct mlad_user *user, struct mlap_fault *fault);

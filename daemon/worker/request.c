@@ -1,7 +1,7 @@
 /* request.c - the messages of a client, one function each, and their answers. See session.h.
  *
- * A message that breaks the protocol's frame is answered and ends the session; any other fault is answered with the field at
- * fault, and the session goes on as if the message had never come. */
+ * A message that breaks the protocol's frame is answered and ends the session; any other fault is answered with the
+ * field at fault, and the session goes on as if the message had never come. */
 #include "log.h"
 #include "session.h"
 
@@ -20,8 +20,8 @@ static enum mlap_code on_register(struct mlad_session *session, struct mlad_mess
 {
     const struct mlap_register *request = &message->body->register_;
     if (mlad_idmap_get(&session->buffers, request->buffer))
-        return mlap_fail(fault, MLAP_code_EXISTS, "buffer", "buffer %" PRIu32 " is registered; unregister it or choose another id",
-                         request->buffer);
+        return mlap_fail(fault, MLAP_code_EXISTS, "buffer",
+                         "buffer %" PRIu32 " is registered; unregister it or choose another id", request->buffer);
     struct mlad_buffer *buffer;
     enum mlap_code code = mlad_buffer_import(&session->holder, message->fds[0], request, &buffer, fault);
     if (code != MLAP_code_OK)
@@ -34,18 +34,20 @@ static enum mlap_code on_register(struct mlad_session *session, struct mlad_mess
     return MLAP_code_OK;
 }
 
-static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_message *message,
+                                    struct mlap_fault *fault)
 {
     uint32_t id = message->body->unregister_.buffer;
     struct mlad_buffer *buffer = mlad_idmap_get(&session->buffers, id);
     if (!buffer)
-        return mlap_fail(fault, MLAP_code_NOT_FOUND, "buffer", "no buffer %" PRIu32 " is registered in this session", id);
+        return mlap_fail(fault, MLAP_code_NOT_FOUND, "buffer", "no buffer %" PRIu32 " is registered in this session",
+                         id);
     uint32_t position = 0;
     const struct mlad_plan *plan;
     while ((plan = mlad_idmap_next(&session->plans, &position))) {
         if (mlad_plan_names(plan, buffer))
-            return mlap_fail(fault, MLAP_code_IN_USE, "buffer", "plan %" PRIu32 " names buffer %" PRIu32 "; drop it first",
-                             plan->id, id);
+            return mlap_fail(fault, MLAP_code_IN_USE, "buffer",
+                             "plan %" PRIu32 " names buffer %" PRIu32 "; drop it first", plan->id, id);
     }
     mlad_idmap_take(&session->buffers, id);
     mlad_buffer_retire(buffer, message->header.sequence); /* answered by session.c once it is unmapped */
@@ -56,12 +58,14 @@ static enum mlap_code on_plan(struct mlad_session *session, struct mlad_message 
 {
     const struct mlap_plan *request = &message->body->plan_;
     if (mlad_idmap_get(&session->plans, request->plan))
-        return mlap_fail(fault, MLAP_code_EXISTS, "plan", "plan %" PRIu32 " exists; drop it or choose another id", request->plan);
+        return mlap_fail(fault, MLAP_code_EXISTS, "plan", "plan %" PRIu32 " exists; drop it or choose another id",
+                         request->plan);
     enum mlap_code code = mlad_user_take_plan(session->holder.user, fault);
     if (code != MLAP_code_OK)
         return code;
     struct mlad_plan *plan = NULL;
-    code = mlad_plan_new(&request->batch, request->plan, &session->buffers, &session->sessions->capabilities, &plan, fault);
+    code = mlad_plan_new(&request->batch, request->plan, &session->buffers, &session->sessions->capabilities, &plan,
+                         fault);
     if (code == MLAP_code_OK && !mlad_idmap_put(&session->plans, request->plan, plan)) {
         mlad_plan_unref(plan);
         code = mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to note another plan; drop others first");
@@ -89,8 +93,8 @@ static enum mlap_code on_drop(struct mlad_session *session, struct mlad_message 
 static enum mlap_code submit(struct mlad_session *session, const struct mlad_message *message, struct mlad_plan *plan,
                              struct mlap_fault *fault)
 {
-    enum mlap_code code = mlad_scheduler_submit(session->sessions->scheduler, &session->queue, plan, message->header.sequence,
-                                                message->received, fault);
+    enum mlap_code code = mlad_scheduler_submit(session->sessions->scheduler, &session->queue, plan,
+                                                message->header.sequence, message->received, fault);
     if (code == MLAP_code_BUSY)
         session->sessions->stats->busy++;
     return code;
@@ -108,8 +112,8 @@ static enum mlap_code on_submit(struct mlad_session *session, struct mlad_messag
 static enum mlap_code on_decode(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
 {
     struct mlad_plan *plan;
-    enum mlap_code code = mlad_plan_new(&message->body->decode_.batch, 0, &session->buffers, &session->sessions->capabilities,
-                                        &plan, fault);
+    enum mlap_code code = mlad_plan_new(&message->body->decode_.batch, 0, &session->buffers,
+                                        &session->sessions->capabilities, &plan, fault);
     if (code != MLAP_code_OK)
         return code;
     code = submit(session, message, plan, fault);
@@ -135,13 +139,14 @@ static enum mlap_code dispatch(struct mlad_session *session, struct mlad_message
     uint32_t type = message->header.type;
     handler *handle = find_handler(type);
     if (!handle && mlap_type_from(type) == MLAP_FROM_CLIENT)
-        return mlap_fail(fault, MLAP_code_STATE, "", "%s is not for a session that works on a device; %s", mlap_type_name(type),
+        return mlap_fail(fault, MLAP_code_STATE, "", "%s is not for a session that works on a device; %s",
+                         mlap_type_name(type),
                          type == MLAP_HELLO ? "it was greeted already" : "connect with a HELLO that names none");
     if (!handle)
         return mlap_fail(fault, MLAP_code_UNKNOWN_TYPE, "", "%s is never sent by a client", mlap_type_name(type));
     if (message->n_fds != (unsigned)mlap_type_fds(type))
-        return mlap_fail(fault, MLAP_code_FDS, "fd", "%s carries %d file descriptors, but %u came with it", mlap_type_name(type),
-                         mlap_type_fds(type), message->n_fds);
+        return mlap_fail(fault, MLAP_code_FDS, "fd", "%s carries %d file descriptors, but %u came with it",
+                         mlap_type_name(type), mlap_type_fds(type), message->n_fds);
     return handle(session, message, fault);
 }
 

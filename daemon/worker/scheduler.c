@@ -1,4 +1,5 @@
-/* scheduler.c - see scheduler.h. A decode's way: submit -> kick -> prepare -> (inline | launcher) -> slice_ended -> finish. */
+/* scheduler.c - see scheduler.h. A decode's way: submit -> kick -> prepare -> (inline | launcher) -> slice_ended ->
+ * finish. */
 #include "scheduler.h"
 
 #include <inttypes.h>
@@ -86,8 +87,8 @@ static enum mlap_code prepare(struct mlad_scheduler *scheduler, struct mlad_deco
     uint32_t left = batch->batch - decode->done;
     uint32_t count = left < decode->width ? left : decode->width;
     struct mlak_fault refusal;
-    if (mlak_prepare(batch, decode->cu_q ? decode->cu_q : scheduler->cu_q, decode->done, count, scheduler->rows, &refusal) !=
-        MLAK_OK)
+    if (mlak_prepare(batch, decode->cu_q ? decode->cu_q : scheduler->cu_q, decode->done, count, scheduler->rows,
+                     &refusal) != MLAK_OK)
         return mlap_fail(fault, MLAP_code_BATCH, refusal.field, "%s", refusal.message);
     *estimate = scheduler->backend->estimate_ns(scheduler->device, scheduler->rows, count);
     while (*estimate > MLAD_SLICE_NS && count > 1) {
@@ -147,7 +148,8 @@ static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
     decode->done += scheduler->slice;
     if (code != MLAK_OK || !noted) {
         struct mlap_fault fault;
-        mlap_fail(&fault, MLAP_code_MEMORY, "", "the device had no memory for the batch; try again, or with a smaller one");
+        mlap_fail(&fault, MLAP_code_MEMORY, "",
+                  "the device had no memory for the batch; try again, or with a smaller one");
         finish(scheduler, decode, &fault);
     } else if (decode->cancelled || decode->done == decode->plan->batch.batch) {
         finish(scheduler, decode, NULL);
@@ -190,7 +192,8 @@ static void kick(struct mlad_scheduler *scheduler)
 
 static void on_launched(struct mlad_launcher *launcher, enum mlak_code code)
 {
-    struct mlad_scheduler *scheduler = (struct mlad_scheduler *)((char *)launcher - offsetof(struct mlad_scheduler, launcher));
+    struct mlad_scheduler *scheduler =
+        (struct mlad_scheduler *)((char *)launcher - offsetof(struct mlad_scheduler, launcher));
     slice_ended(scheduler, code);
     kick(scheduler);
 }
@@ -224,7 +227,8 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
                                      uint32_t sequence, uint64_t received, struct mlap_fault *fault)
 {
     if (scheduler->draining)
-        return mlap_fail(fault, MLAP_code_DRAINING, "", "the device is being drained; work is taken again once an operator resumes it");
+        return mlap_fail(fault, MLAP_code_DRAINING, "",
+                         "the device is being drained; work is taken again once an operator resumes it");
     if (scheduler->launching && scheduler->queued >= scheduler->queue_limit)
         return mlap_fail(fault, MLAP_code_BUSY, "",
                          "%" PRIu32 " decodes wait on this device and %" PRIu32
@@ -236,7 +240,8 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
     struct mlad_decode *decode = take_decode(scheduler);
     if (!decode) {
         mlad_user_give_decode(queue->user);
-        return mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to queue another decode; try again after a completion");
+        return mlap_fail(fault, MLAP_code_MEMORY, "",
+                         "no memory to queue another decode; try again after a completion");
     }
     *decode = (struct mlad_decode){
         .queue = queue,

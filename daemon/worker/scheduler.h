@@ -1,9 +1,10 @@
 /* scheduler.h - which decode runs next, and running it.
  *
- * Each session has a queue; a queue's decodes run in the order they came. Queues take turns (round robin), one slice each: at
- * most MLAD_SLICE_REQUESTS requests and, by the backend's estimate, at most about MLAD_SLICE_NS, so a session that floods
- * or sends huge batches delays each other one by a slice at most. One slice runs at a time, on the launch thread;
- * one that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which spares two wake-ups.
+ * Each session has a queue; a queue's decodes run in the order they came. Queues take turns (round robin), one slice
+ * each: at most MLAD_SLICE_REQUESTS requests and, by the backend's estimate, at most about MLAD_SLICE_NS, so a session
+ * that floods or sends huge batches delays each other one by a slice at most. One slice runs at a time, on the launch
+ * thread; one that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which spares two
+ * wake-ups.
  *
  * The worker owns the scheduler, a session its queue; decodes are the scheduler's. Everything here belongs to the loop
  * thread but the rows of a slice while the launch thread has it. Submitting allocates only until the highest number of
@@ -26,13 +27,13 @@ struct mlad_decode {
     struct mlad_queue *queue;
     struct mlad_plan *plan;
     uint32_t sequence;
-    uint32_t done;           /* requests that have run */
-    uint32_t width;          /* requests to try in the next slice */
-    bool cancelled;          /* its session has gone while a slice was running */
-    int32_t *cu_q;           /* a copy that lasts from slice to slice; NULL: one slice, or no cu_q */
+    uint32_t done;  /* requests that have run */
+    uint32_t width; /* requests to try in the next slice */
+    bool cancelled; /* its session has gone while a slice was running */
+    int32_t *cu_q;  /* a copy that lasts from slice to slice; NULL: one slice, or no cu_q */
     uint64_t received, queued, launched, completed; /* nanoseconds, monotonic; 0: not yet */
-    uint64_t kv_tokens;      /* of requests that completed */
-    uint32_t failed;         /* requests */
+    uint64_t kv_tokens;                             /* of requests that completed */
+    uint32_t failed;                                /* requests */
     uint32_t n_failures;
     struct mlap_failure *failures; /* [MLAP_MAX_FAILURES_LISTED], NULL while nothing failed */
 };
@@ -41,9 +42,9 @@ struct mlad_queue {
     TAILQ_ENTRY(mlad_queue) turn;
     STAILQ_HEAD(, mlad_decode) decodes;
     struct mlad_user *user;
-    uint32_t in_flight;      /* decodes queued or running */
-    /* A decode has ended, well or with `fault`. Called with it already uncounted; must not submit or cancel. Not called with
-     * a fault for cancelled decodes: then `decode` is NULL, and only in_flight has changed. */
+    uint32_t in_flight; /* decodes queued or running */
+    /* A decode has ended, well or with `fault`. Called with it already uncounted; must not submit or cancel. Not called
+     * with a fault for cancelled decodes: then `decode` is NULL, and only in_flight has changed. */
     void (*ended)(struct mlad_queue *queue, const struct mlad_decode *decode, const struct mlap_fault *fault);
 };
 
@@ -52,15 +53,15 @@ struct mlad_scheduler {
     struct mlak_device *device;
     struct mlad_stats *stats;
     struct mlad_launcher launcher;
-    uint32_t queue_limit;    /* decodes that may wait */
-    bool draining;           /* refuse new decodes */
-    uint32_t queued, running; /* decodes not yet started; started and not complete */
+    uint32_t queue_limit;           /* decodes that may wait */
+    bool draining;                  /* refuse new decodes */
+    uint32_t queued, running;       /* decodes not yet started; started and not complete */
     TAILQ_HEAD(, mlad_queue) turns; /* queues with a decode to run, the next one first */
     STAILQ_HEAD(, mlad_decode) spare;
-    struct mlak_row *rows;   /* [MLAD_SLICE_REQUESTS] */
-    int32_t *cu_q;           /* [MLAK_MAX_BATCH + 1], of the slice being run */
+    struct mlak_row *rows; /* [MLAD_SLICE_REQUESTS] */
+    int32_t *cu_q;         /* [MLAK_MAX_BATCH + 1], of the slice being run */
     struct mlad_decode *launching;
-    uint32_t slice;          /* requests of it in `rows` */
+    uint32_t slice;                                 /* requests of it in `rows` */
     void (*idle)(struct mlad_scheduler *scheduler); /* nothing is queued or running any more */
 };
 

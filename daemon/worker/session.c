@@ -91,7 +91,8 @@ _Static_assert(sizeof((struct mlap_error *)0)->message == sizeof((struct mlap_fa
 /* ---- the beginning ---- */
 
 /* Refuse a connection that did not become a session. */
-static void turn_away(struct mlad_sessions *sessions, const struct mlap_attach *attach, int fd, const struct mlap_fault *fault)
+static void turn_away(struct mlad_sessions *sessions, const struct mlap_attach *attach, int fd,
+                      const struct mlap_fault *fault)
 {
     struct mlap_error error = {.code = fault->code};
     memcpy(error.field, fault->field, sizeof error.field);

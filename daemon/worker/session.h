@@ -29,15 +29,16 @@ struct mlad_session {
     uint64_t id;
     uint32_t uid, pid;
     char client[sizeof((struct mlap_hello *)0)->client];
-    uint64_t opened;       /* nanoseconds, monotonic */
+    uint64_t opened; /* nanoseconds, monotonic */
     struct mlad_holder holder;
     struct mlad_idmap buffers, plans;
     struct mlad_queue queue;
     uint64_t decodes, kv_tokens;
-    bool draining;         /* ended; freed once nothing of it runs */
+    bool draining; /* ended; freed once nothing of it runs */
 };
 
-/* Open a session on the connection `fd` and send WELCOME; `fd` is taken over, also on failure: then the peer was sent the error. */
+/* Open a session on the connection `fd` and send WELCOME; `fd` is taken over, also on failure: then the peer was sent
+ * the error. */
 void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach *attach, int fd);
 
 /* NULL: no open session has that id. */
@@ -64,6 +65,7 @@ void mlad_session_refuse(struct mlad_session *session, uint32_t sequence, const 
 /* request.c: answer one message of the client. May end the session. */
 void mlad_session_receive(struct mlad_session *session, struct mlad_message *message);
 /* request.c: a decode has ended; send its DONE or ERROR. */
-void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode, const struct mlap_fault *fault);
+void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode,
+                         const struct mlap_fault *fault);
 
 #endif

@@ -1,7 +1,7 @@
 /* stats.h - what the worker has done so far, and its signs of life.
  *
- * The worker owns one mlad_stats; only the loop thread writes it. The life page belongs to the supervisor, which reads it
- * while we write: relaxed atomics. The backend adds to life->progress itself (mlak_options.progress). */
+ * The worker owns one mlad_stats; only the loop thread writes it. The life page belongs to the supervisor, which reads
+ * it while we write: relaxed atomics. The backend adds to life->progress itself (mlak_options.progress). */
 #ifndef MLAD_STATS_H
 #define MLAD_STATS_H
 
@@ -18,8 +18,8 @@ static inline uint64_t mlad_now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Log-linear: values below 64 exactly, above in 32 buckets for each power of two, so that a bucket's middle is within 1.6%
- * of all it holds. */
+/* Log-linear: values below 64 exactly, above in 32 buckets for each power of two, so that a bucket's middle is
+ * within 1.6% of all it holds. */
 enum { MLAD_HISTOGRAM_BUCKETS = 64 + (64 - 6) * 32 };
 struct mlad_histogram {
     uint64_t count, sum, max;

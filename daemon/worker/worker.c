@@ -25,8 +25,8 @@ static struct {
     struct mlad_scheduler scheduler;
     struct mlad_sessions sessions;
     const struct mlak_backend *backend;
-    struct mlak_device *device;  /* NULL until the lock is ours */
-    uint64_t ready_ns;           /* monotonic */
+    struct mlak_device *device; /* NULL until the lock is ours */
+    uint64_t ready_ns;          /* monotonic */
     bool configured;
     uint32_t drains[MAX_DRAINS]; /* sequences of DRAINs to answer once nothing is queued or running */
     unsigned n_drains;
@@ -184,7 +184,8 @@ static enum mlap_code dispatch(struct mlad_message *message, struct mlap_fault *
     case MLAP_DRAIN: return on_drain(sequence, &message->body->drain_, fault);
     case MLAP_EVICT: return on_evict(sequence, &message->body->evict_, fault);
     default:
-        return mlap_fail(fault, MLAP_code_UNKNOWN_TYPE, "", "%s is not for a worker", mlap_type_name(message->header.type));
+        return mlap_fail(fault, MLAP_code_UNKNOWN_TYPE, "", "%s is not for a worker",
+                         mlap_type_name(message->header.type));
     }
 }
 
@@ -200,7 +201,8 @@ static void on_control(struct mlad_link *link, struct mlad_message *message)
         control_refuse(message->header.sequence, fault);
 }
 
-/* Without a supervisor nobody watches us, and clients are on their way to our successor: leave at once, even in mid-launch. */
+/* Without a supervisor nobody watches us, and clients are on their way to our successor: leave at once, even in
+ * mid-launch. */
 static void on_control_ended(struct mlad_link *link, const char *why)
 {
     (void)link;
@@ -218,8 +220,8 @@ static void announce(void)
     const struct mlak_capability *rows = worker.backend->capabilities(worker.device, &count);
     struct mlap_fault fault;
     if (count > MLAP_MAX_CAPABILITIES) {
-        mlap_fail(&fault, MLAP_code_INTERNAL, "capabilities", "the device's table has %zu rows, READY carries %d", count,
-                  MLAP_MAX_CAPABILITIES);
+        mlap_fail(&fault, MLAP_code_INTERNAL, "capabilities", "the device's table has %zu rows, READY carries %d",
+                  count, MLAP_MAX_CAPABILITIES);
         give_up(&fault);
     }
     worker.sessions.capabilities = (struct mlad_capabilities){.rows = rows, .count = count};
@@ -300,8 +302,7 @@ static void on_beat(uv_timer_t *timer)
 int mlad_worker_run(const struct mlad_worker_options *options)
 {
     worker.options = options;
-    worker.stats.life =
-        mmap(NULL, sizeof *worker.stats.life, PROT_READ | PROT_WRITE, MAP_SHARED, options->life, 0);
+    worker.stats.life = mmap(NULL, sizeof *worker.stats.life, PROT_READ | PROT_WRITE, MAP_SHARED, options->life, 0);
     if (worker.stats.life == MAP_FAILED) {
         mlad_log(LOG_ERR, "the life page cannot be mapped", MLAD_KV("why", strerror(errno)));
         return EXIT_CANNOT_START;
@@ -309,7 +310,8 @@ int mlad_worker_run(const struct mlad_worker_options *options)
     close(options->life);
     worker.lock = open(options->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (worker.lock < 0) {
-        mlad_log(LOG_ERR, "the lock file cannot be opened", MLAD_KV("path", options->lock), MLAD_KV("why", strerror(errno)));
+        mlad_log(LOG_ERR, "the lock file cannot be opened", MLAD_KV("path", options->lock),
+                 MLAD_KV("why", strerror(errno)));
         return EXIT_CANNOT_START;
     }
     worker.sessions = (struct mlad_sessions){.loop = &worker.loop,

@@ -99,7 +99,8 @@ def big_batches_run_in_slices():
         case.plan(session)
         body = done(session, submit(session))
         assert body["failed"] == 101 and len(body["failures"]) == 32, body["failed"]
-        assert [(f["request"], f["field"]) for f in body["failures"]] == [(i, f"seqlens[{i}]") for i in range(1100, 1132)]
+        assert [(f["request"], f["field"]) for f in body["failures"]] == \
+            [(i, f"seqlens[{i}]") for i in range(1100, 1132)]
         assert body["kv_tokens"] == 2500 - 101
         case.seqlens[1100:1200] = 1
         (failure,) = done(session, submit(session))["failures"]
@@ -137,7 +138,8 @@ def refusals_name_their_field():
         refuse("exists", "plan", "PLAN", dict(plan=1, batch=case.batch))
         refuse("not_found", "buffer", "UNREGISTER", dict(buffer=3))
         assert "plan 1" in refuse("in_use", "buffer", "UNREGISTER", dict(buffer=2))
-        refuse("unknown_type", "", "DONE", dict(receive_ns=0, queue_ns=0, kernel_ns=0, kv_tokens=0, failed=0, failures=[]))
+        refuse("unknown_type", "", "DONE",
+               dict(receive_ns=0, queue_ns=0, kernel_ns=0, kv_tokens=0, failed=0, failures=[]))
         refuse("unknown_type", "", "CONFIGURE", LIMITS)
         refuse("unknown_type", "", 99, {})
         refuse("state", "", "HELLO", dict(client="again"))
@@ -568,7 +570,8 @@ def control_faults_are_answered():
     with start() as worker:
         expect("unknown_type", "", worker.control.ask, "SUBMIT", dict(plan=1))
         expect("missing_field", "session", worker.control.ask, "EVICT", dict(device=DEVICE))
-        expect("fds", "fd", worker.control.ask, "ATTACH", dict(session=1, uid=1, pid=1, hello_seq=1, hello=dict(client="x")))
+        expect("fds", "fd", worker.control.ask, "ATTACH",
+               dict(session=1, uid=1, pid=1, hello_seq=1, hello=dict(client="x")))
         worker.control.send_raw(b"\xc1")
         assert worker.report()["state"] == "ready"
 

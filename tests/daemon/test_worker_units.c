@@ -1,5 +1,5 @@
-/* test_worker_units.c - the worker's objects one by one: id maps, histograms, quotas, buffers, plans; and each allocation
- * failing in turn. What needs a running worker is in test_worker.py. */
+/* test_worker_units.c - the worker's objects one by one: id maps, histograms, quotas, buffers, plans; and each
+ * allocation failing in turn. What needs a running worker is in test_worker.py. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -106,7 +106,10 @@ static void histogram_percentiles_follow_ranks(void **state)
     assert_int_equal(mlad_histogram_percentile(&histogram, 99), 0);
     for (uint64_t value = 1; value <= 1000; value++)
         mlad_histogram_add(&histogram, value * 1000);
-    const struct { unsigned percent; double value; } wanted[] = {{50, 500e3}, {90, 900e3}, {99, 990e3}, {100, 1000e3}};
+    const struct {
+        unsigned percent;
+        double value;
+    } wanted[] = {{50, 500e3}, {90, 900e3}, {99, 990e3}, {100, 1000e3}};
     for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
         double got = (double)mlad_histogram_percentile(&histogram, wanted[i].percent);
         assert_true(got >= 0.97 * wanted[i].value && got <= 1.03 * wanted[i].value);
@@ -119,7 +122,8 @@ static void histogram_percentiles_follow_ranks(void **state)
 static void quota_counts_and_names_its_limits(void **state)
 {
     (void)state;
-    struct mlad_quota quota = {.limits = {.max_sessions = 2, .max_buffers = 2, .max_bytes = 100, .max_plans = 1, .max_in_flight = 1}};
+    struct mlad_quota quota = {
+        .limits = {.max_sessions = 2, .max_buffers = 2, .max_bytes = 100, .max_plans = 1, .max_in_flight = 1}};
     struct mlad_user *one, *again, *other;
     struct mlap_fault fault;
     assert_int_equal(mlad_quota_enter(&quota, 1, &one, &fault), MLAP_code_OK);
@@ -180,7 +184,8 @@ static int sealed_memfd(off_t bytes, int seals)
     return fd;
 }
 
-static struct mlad_buffer *import(struct world *world, uint32_t id, uint64_t offset, uint64_t bytes, enum mlap_access access)
+static struct mlad_buffer *import(struct world *world, uint32_t id, uint64_t offset, uint64_t bytes,
+                                  enum mlap_access access)
 {
     struct mlap_register request = {.buffer = id, .offset = offset, .bytes = bytes, .access = access};
     struct mlad_buffer *buffer;
@@ -194,9 +199,15 @@ static struct mlad_buffer *import(struct world *world, uint32_t id, uint64_t off
 static int set_up(void **state)
 {
     struct world *world = calloc(1, sizeof *world);
-    static const struct mlak_capability rows[] = {{
-        .variant = "test", .q_dtype = MLAK_BF16, .out_dtype = MLAK_BF16, .kv_format = MLAK_KV_BF16, .mask = MLAK_MASK_CAUSAL,
-        .max_heads = 16, .max_q_len = 64, .max_page_size = 256, .features = MLAK_CAN_ALL}};
+    static const struct mlak_capability rows[] = {{.variant = "test",
+                                                   .q_dtype = MLAK_BF16,
+                                                   .out_dtype = MLAK_BF16,
+                                                   .kv_format = MLAK_KV_BF16,
+                                                   .mask = MLAK_MASK_CAUSAL,
+                                                   .max_heads = 16,
+                                                   .max_q_len = 64,
+                                                   .max_page_size = 256,
+                                                   .features = MLAK_CAN_ALL}};
     struct mlap_fault fault;
     world->quota.limits = (struct mlad_limits){.max_sessions = 1, .max_bytes = 1 << 30, .max_buffers = 8};
     world->capabilities = (struct mlad_capabilities){rows, 1};
@@ -229,12 +240,18 @@ static int tear_down(void **state)
 static struct mlap_batch small_batch(void)
 {
     return (struct mlap_batch){
-        .batch = 2, .heads = 4, .q_rows = 2, .pages = 2, .page_size = 16, .max_pages = 1, .softmax_scale = 0.1,
-        .q = {.buffer = 1, .offset = 0},            /* 2 * 4 * 1152 = 9216 bytes */
-        .kv = {.buffer = 1, .offset = 16384},       /* 2 * 16 * 1152 = 36864 bytes */
+        .batch = 2,
+        .heads = 4,
+        .q_rows = 2,
+        .pages = 2,
+        .page_size = 16,
+        .max_pages = 1,
+        .softmax_scale = 0.1,
+        .q = {.buffer = 1, .offset = 0},      /* 2 * 4 * 1152 = 9216 bytes */
+        .kv = {.buffer = 1, .offset = 16384}, /* 2 * 16 * 1152 = 36864 bytes */
         .block_table = {.buffer = 1, .offset = 61440},
         .seqlens = {.buffer = 1, .offset = 61448},
-        .out = {.buffer = 2, .offset = 0},          /* 2 * 4 * 1024 = 8192 bytes */
+        .out = {.buffer = 2, .offset = 0}, /* 2 * 4 * 1024 = 8192 bytes */
     };
 }
 
@@ -268,21 +285,29 @@ static void buffers_refuse_what_could_fail_later(void **state)
     struct world *world = *state;
     int ends[2];
     assert_int_equal(pipe(ends), 0);
-    const struct { int fd; uint64_t offset, bytes; enum mlap_access access; enum mlap_code code; const char *field; } cases[] = {
+    const struct {
+        int fd;
+        uint64_t offset, bytes;
+        enum mlap_access access;
+        enum mlap_code code;
+        const char *field;
+    } cases[] = {
         {-1, 0, PAGE_BYTES, MLAP_access_READ, MLAP_code_BUFFER, "fd"},
         {ends[0], 0, PAGE_BYTES, MLAP_access_READ, MLAP_code_BUFFER, "fd"},
         {open("/proc/self/exe", O_RDONLY | O_CLOEXEC), 0, PAGE_BYTES, MLAP_access_READ, MLAP_code_BUFFER, "fd"},
         {sealed_memfd(PAGE_BYTES, F_SEAL_GROW), 0, PAGE_BYTES, MLAP_access_READ, MLAP_code_BUFFER, "fd"},
-        {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK | F_SEAL_WRITE), 0, PAGE_BYTES, MLAP_access_READWRITE, MLAP_code_BUFFER, "access"},
+        {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK | F_SEAL_WRITE), 0, PAGE_BYTES, MLAP_access_READWRITE, MLAP_code_BUFFER,
+         "access"},
         {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK), 0, PAGE_BYTES + 1, MLAP_access_READ, MLAP_code_BUFFER, "bytes"},
         {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK), 1, 1, MLAP_access_READ, MLAP_code_INVALID, "offset"},
-        {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK), INT64_MAX / PAGE_BYTES * PAGE_BYTES, INT64_MAX, MLAP_access_READ, MLAP_code_BUFFER,
-         "bytes"},
+        {sealed_memfd(PAGE_BYTES, F_SEAL_SHRINK), INT64_MAX / PAGE_BYTES * PAGE_BYTES, INT64_MAX, MLAP_access_READ,
+         MLAP_code_BUFFER, "bytes"},
         {sealed_memfd((off_t)2 << 30, F_SEAL_SHRINK), 0, UINT64_C(2) << 30, MLAP_access_READ, MLAP_code_QUOTA, "bytes"},
     };
     uint64_t mapped = mlad_buffer_mapped_bytes();
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        struct mlap_register request = {.buffer = 9, .offset = cases[i].offset, .bytes = cases[i].bytes, .access = cases[i].access};
+        struct mlap_register request = {
+            .buffer = 9, .offset = cases[i].offset, .bytes = cases[i].bytes, .access = cases[i].access};
         struct mlad_buffer *buffer;
         struct mlap_fault fault;
         assert_int_equal(mlad_buffer_import(&world->holder, cases[i].fd, &request, &buffer, &fault), cases[i].code);

@@ -9,12 +9,15 @@ set_tests_properties(daemon.worker_units PROPERTIES LABELS unit TIMEOUT 60)
 function(add_worker_test device)
   foreach(behaviour ${ARGN})
     add_test(NAME daemon.worker_${behaviour}.${device}
-             COMMAND ${MLAD_PYTHON} ${CMAKE_CURRENT_SOURCE_DIR}/test_worker.py $<TARGET_FILE:mlad-worker> ${device} ${behaviour})
-    set_tests_properties(daemon.worker_${behaviour}.${device} PROPERTIES LABELS process TIMEOUT 120)
+             COMMAND ${MLAD_PYTHON} ${CMAKE_CURRENT_SOURCE_DIR}/test_worker.py $<TARGET_FILE:mlad-worker> ${device}
+                     ${behaviour})
+    set_tests_properties(daemon.worker_${behaviour}.${device} PROPERTIES LABELS process TIMEOUT 120
+      ENVIRONMENT PYTHONDONTWRITEBYTECODE=1)
   endforeach()
 endfunction()
 add_worker_test(cpu decodes_in_place computes_attention big_batches_run_in_slices refusals_name_their_field
-  outputs_never_overlap_inputs content_errors_are_named broken_messages_end_only_their_session unusable_memory_is_refused
+  outputs_never_overlap_inputs content_errors_are_named broken_messages_end_only_their_session
+  unusable_memory_is_refused
   quotas_are_per_user client_that_never_reads_is_dropped sessions_are_listed_in_pages held_lock_delays_ready
   unservable_device_is_explained control_faults_are_answered)
 add_worker_test(reference decodes_in_place computes_attention big_batches_run_in_slices content_errors_are_named
