@@ -1,4 +1,5 @@
 """What the fault tests share: a daemon of their own, its processes, its figures, and clients that check what they decode."""
+import atexit
 import json
 import os
 import shutil
@@ -10,6 +11,18 @@ import tempfile
 import time
 
 import msgpack
+
+children = []  # pids that a failing test must not leave behind
+
+
+@atexit.register
+def kill_children():
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
 
 MLAD = os.environ["MLAD_BIN"]
 DECODE_LOOP = os.environ["DECODE_LOOP_BIN"]
@@ -57,6 +70,7 @@ class Daemon:
                 os.execve(self.command[0], self.command, environment)
             finally:
                 os._exit(127)
+        children.append(self.pid)
 
     def status(self):
         """The body of STATUS_REPLY, or None when nobody answers."""
@@ -91,6 +105,7 @@ class DecodeLoop:
 
     def __init__(self, seed):
         self.process = subprocess.Popen([DECODE_LOOP, str(seed)], stdout=subprocess.PIPE, text=True)
+        children.append(self.process.pid)
 
     def wait_ready(self):
         check(self.process.stdout.readline() == "ready\n", "a client did not start")

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { BATCH = 8, HEADS = 4, PAGE = 16, PAGES = 40, MAX_PAGES = 12, ROWS = BATCH * 6, CANARY = 4096 };
 enum { OUT_BYTES = ROWS * HEADS * 512 * 2, LSE_BYTES = ROWS * HEADS * 4,
@@ -27,31 +28,37 @@ static uint32_t next_random(uint64_t *state) {
     return (uint32_t)(*state >> 33);
 }
 
-/* Mostly small changes near the legal values, sometimes the extremes. */
+/* One in eight is an extreme, one in eight near the bounds, the others are legal. */
 static int32_t nasty(uint64_t *state, int32_t legal) {
-    static const int32_t extremes[] = {0, -1, 1, INT32_MAX, INT32_MIN, INT32_MAX - 63, 65536, -65536, PAGES, PAGES - 1, 1 << 30};
+    static const int32_t extremes[] = {-1, INT32_MAX, INT32_MIN, INT32_MAX - 63, 65536, -65536, 1 << 30};
     const uint32_t r = next_random(state);
-    if (r % 4 == 0) return extremes[(r >> 4) % (sizeof extremes / sizeof *extremes)];
-    return (int32_t)((r >> 4) % (uint32_t)(legal + 2)) - (r % 16 == 1);
+    if (r % 8 == 0) return extremes[(r >> 4) % (sizeof extremes / sizeof *extremes)];
+    if (r % 8 == 1) return legal + (int32_t)((r >> 4) % 3) - 1;
+    return (int32_t)((r >> 4) % (uint32_t)legal);
 }
 
+static void scribble_once(uint64_t *state) {
+    const uint32_t r = next_random(state) >> 8;
+    const uint32_t what = r % 16, at = r / 16;
+    if (what < 7) __atomic_store_n((int32_t *)(data + AT_TABLE) + at % (BATCH * MAX_PAGES), nasty(state, PAGES), __ATOMIC_RELAXED);
+    else if (what < 12) __atomic_store_n((int32_t *)(data + AT_LENS) + at % BATCH, nasty(state, PAGE * MAX_PAGES), __ATOMIC_RELAXED);
+    else if (what < 15) __atomic_store_n((uint64_t *)(data + AT_MASK) + at % ROWS, (uint64_t)next_random(state) << 32 | r, __ATOMIC_RELAXED);
+    else __atomic_store_n((int32_t *)(data + AT_CU_Q) + at % (BATCH + 1), nasty(state, ROWS), __ATOMIC_RELAXED);
+}
+
+static void make_legal(uint64_t *state) {
+    for (int b = 0; b <= BATCH; b++) __atomic_store_n((int32_t *)(data + AT_CU_Q) + b, b * 6, __ATOMIC_RELAXED);
+    for (int b = 0; b < BATCH; b++) __atomic_store_n((int32_t *)(data + AT_LENS) + b, (int32_t)(next_random(state) % (PAGE * MAX_PAGES)), __ATOMIC_RELAXED);
+    for (int i = 0; i < BATCH * MAX_PAGES; i++) __atomic_store_n((int32_t *)(data + AT_TABLE) + i, (int32_t)(next_random(state) % PAGES), __ATOMIC_RELAXED);
+}
+
+/* Runs beside the decodes: a few mutations at any moment of each. */
 static void *scribble(void *seed) {
     uint64_t state = *(uint64_t *)seed;
     while (!__atomic_load_n(&finished, __ATOMIC_RELAXED)) {
-        const uint32_t r = next_random(&state) >> 8;
-        switch (r % 4) {
-        case 0: __atomic_store_n((int32_t *)(data + AT_TABLE) + r / 4 % (BATCH * MAX_PAGES), nasty(&state, PAGES), __ATOMIC_RELAXED); break;
-        case 1: __atomic_store_n((int32_t *)(data + AT_LENS) + r / 4 % BATCH, nasty(&state, PAGE * MAX_PAGES), __ATOMIC_RELAXED); break;
-        case 2: __atomic_store_n((uint64_t *)(data + AT_MASK) + r / 4 % ROWS, (uint64_t)next_random(&state) << 32 | next_random(&state), __ATOMIC_RELAXED); break;
-        default: { /* cu_q: broken for a moment, then right again, so that many batches do run */
-            int32_t *entry = (int32_t *)(data + AT_CU_Q) + r / 4 % (BATCH + 1);
-            const int32_t right = __atomic_load_n(entry, __ATOMIC_RELAXED);
-            __atomic_store_n(entry, nasty(&state, ROWS), __ATOMIC_RELAXED);
-            for (int i = 0; i < 200; i++) __asm__ volatile("" ::: "memory");
-            __atomic_store_n(entry, right, __ATOMIC_RELAXED);
-        } }
+        scribble_once(&state);
         __atomic_add_fetch(&mutations, 1, __ATOMIC_RELAXED);
-        for (uint32_t i = 0; i < r % 4000; i++) __asm__ volatile("" ::: "memory");
+        nanosleep(&(struct timespec){.tv_nsec = 1000}, NULL);
     }
     return NULL;
 }
@@ -83,8 +90,7 @@ int main(int argc, char **argv) {
     data = mla_buffer_data(buffer);
     uint64_t state = seed;
     for (size_t i = AT_Q; i < AT_TABLE; i += 2) *(uint16_t *)(data + i) = (uint16_t)(0x3e00 | next_random(&state) % 0x1ff);
-    for (int b = 0; b <= BATCH; b++) ((int32_t *)(data + AT_CU_Q))[b] = b * 6;
-    for (int b = 0; b < BATCH; b++) ((int32_t *)(data + AT_LENS))[b] = PAGE * MAX_PAGES;
+    make_legal(&state);
     memset(data + AT_OUT - CANARY, 0xa5, (size_t)(BYTES - AT_OUT + CANARY));
     unsigned char *inputs = malloc(AT_TABLE);
     if (!inputs) return 1;
@@ -107,6 +113,8 @@ int main(int argc, char **argv) {
     if (pthread_create(&scribbling, NULL, scribble, &seed)) return 1;
     unsigned long ok = 0, requests = 0, batches = 0;
     for (unsigned turn = 0; __atomic_load_n(&mutations, __ATOMIC_RELAXED) < mutations_wanted; turn++) {
+        make_legal(&state); /* else nearly every batch fails before it starts; mutations before each start, too */
+        for (unsigned i = 0; i < 16 * (turn % 4); i++, __atomic_add_fetch(&mutations, 1, __ATOMIC_RELAXED)) scribble_once(&state);
         const mla_status status = mla_decode(client, plans[turn % 3], 30000, NULL, &error);
         if (status == MLA_OK) ok++;
         else if (status == MLA_REQUESTS) requests++;

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from harness import Daemon, DecodeLoop, check
+from harness import Daemon, DecodeLoop, check, children
 
 MUTATIONS = sys.argv[1] if len(sys.argv) > 1 else "100000"
 daemon = Daemon()
@@ -13,6 +13,7 @@ pid = daemon.ready()["pid"]
 witness = DecodeLoop(7)
 witness.wait_ready()
 hostile = [subprocess.Popen([os.environ["SCRIBBLER_BIN"], MUTATIONS, str(seed)], stdout=subprocess.PIPE, text=True) for seed in (1, 2)]
+children += [process.pid for process in hostile]
 for process in hostile:
     out, _ = process.communicate(timeout=280)
     check(process.returncode == 0, "a hostile client was harmed itself")

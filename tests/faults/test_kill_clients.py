@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from harness import DECODE_LOOP, Daemon, DecodeLoop, check, count_fds, count_maps, memory_kb, wait_for
+from harness import Daemon, DecodeLoop, check, children, count_fds, count_maps, memory_kb, wait_for
 
 KILLS = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
 AT_ONCE = 8
@@ -15,12 +15,14 @@ device = daemon.ready()
 pid = device["pid"]
 witness = DecodeLoop(99)  # lives through it all; nothing it decodes may fail or be wrong
 witness.wait_ready()
+maps = count_maps(pid)
 baseline = None
 victim = os.environ["VICTIM_BIN"]
 
 slowest, killed = 0.0, 0
 while killed < KILLS:
     batch = [subprocess.Popen([victim, str(killed + i)], stdout=subprocess.PIPE, text=True) for i in range(AT_ONCE)]
+    children += [process.pid for process in batch]
     for process in batch:
         check(process.stdout.readline() == "decoding\n", "a victim did not start")
     for process in batch:
@@ -33,7 +35,7 @@ while killed < KILLS:
 
     def back():
         d = daemon.device()
-        return d and d["sessions"] == 1 and d["sessions_draining"] == 0 and count_maps(pid) == d["buffers"] == 2 and d
+        return d and d["sessions"] == 1 and d["sessions_draining"] == 0 and d["buffers"] == 2 and count_maps(pid) == maps and d
 
     d = wait_for("return of what the clients held", 5, back)
     slowest = max(slowest, time.monotonic() - died)
