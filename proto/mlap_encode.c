@@ -84,7 +84,8 @@ static int encode_map(msgpack_packer *to, const struct mlap_table *table, const 
     for (uint32_t i = 0; i < table->n_fields; i++) {
         if (table->fields[i].required)
             present |= UINT64_C(1) << i;
-        count += (present >> i) & 1;
+        if ((present >> i) & 1)
+            count++;
     }
     if (msgpack_pack_map(to, count) != 0)
         return -1;
