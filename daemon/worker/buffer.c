@@ -111,19 +111,45 @@ void mlad_buffer_ref(struct mlad_buffer *buffer)
     buffer->refs++;
 }
 
-void mlad_buffer_unref(struct mlad_buffer *buffer)
+/* The memory is unmapped: settle the accounts. */
+static void forget(struct mlad_buffer *buffer)
 {
-    if (--buffer->refs > 0)
-        return;
     struct mlad_holder *holder = buffer->holder;
     uint32_t answer = buffer->answer;
-    munmap(buffer->data, buffer->bytes);
     mapped_bytes -= buffer->bytes;
     holder->bytes -= buffer->bytes;
     holder->buffers--;
     mlad_user_give_buffer(holder->user, buffer->bytes);
     free(buffer);
     holder->unmapped(holder, answer);
+}
+
+static void unmap(uv_work_t *work)
+{
+    struct mlad_buffer *buffer = work->data;
+    for (uint64_t at = 0; at < buffer->bytes; at += MLAD_UNMAP_PIECE) {
+        uint64_t left = buffer->bytes - at;
+        munmap(buffer->data + at, left < MLAD_UNMAP_PIECE ? left : MLAD_UNMAP_PIECE);
+    }
+}
+
+static void on_unmapped(uv_work_t *work, int status)
+{
+    (void)status; /* it is never cancelled */
+    forget(work->data);
+}
+
+void mlad_buffer_unref(struct mlad_buffer *buffer)
+{
+    if (--buffer->refs > 0)
+        return;
+    buffer->unmapping.data = buffer;
+    if (buffer->bytes > MLAD_UNMAP_PIECE) {
+        uv_queue_work(buffer->holder->loop, &buffer->unmapping, unmap, on_unmapped);
+    } else {
+        unmap(&buffer->unmapping);
+        forget(buffer);
+    }
 }
 
 void mlad_buffer_retire(struct mlad_buffer *buffer, uint32_t answer)

@@ -5,17 +5,23 @@
  * the mapped pages, so touching them never raises SIGBUS; what they hold may change at any moment.
  *
  * A buffer is held by reference counts: its session's id, each plan that names it. When the last one goes it is
- * unmapped, its bytes are given back to the user's quota, and its holder hears of it. Loop thread only. */
+ * unmapped, its bytes are given back to the user's quota, and its holder hears of it. Unmapping memory whose client has
+ * gone frees it, which takes up to a second a GiB: beyond MLAD_UNMAP_PIECE bytes libuv's worker thread does it, piece
+ * by piece, so that neither the loop nor a page fault of another session waits for long. All else is the loop
+ * thread's. */
 #ifndef MLAD_BUFFER_H
 #define MLAD_BUFFER_H
 
 #include "quota.h"
 
-struct mlad_buffer;
+#include <uv.h>
 
-/* Whose memory it is: each session embeds one, and lives until `bytes` is 0 again. */
+enum { MLAD_UNMAP_PIECE = 1 << 22 };
+
+/* Whose memory it is: each session embeds one, and lives until `buffers` is 0 again. */
 struct mlad_holder {
     struct mlad_user *user;
+    uv_loop_t *loop;
     uint64_t bytes;
     uint32_t buffers;
     /* `answer` is the sequence given to mlad_buffer_retire, 0 without */
@@ -24,6 +30,7 @@ struct mlad_holder {
 
 struct mlad_buffer {
     struct mlad_holder *holder;
+    uv_work_t unmapping;
     uint8_t *data;
     uint64_t bytes;
     uint64_t offset;        /* of data[0] in the file */

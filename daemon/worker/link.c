@@ -179,6 +179,8 @@ static void on_closed(uv_handle_t *poll)
 
 void mlad_link_close(struct mlad_link *link)
 {
+    if (uv_is_closing((uv_handle_t *)&link->poll))
+        return;
     uv_close((uv_handle_t *)&link->poll, on_closed);
     close(link->fd);
 }

@@ -42,7 +42,8 @@ static void become_worker(const char *device)
     const int ignored[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     for (unsigned i = 0; i < sizeof ignored / sizeof ignored[0]; i++)
         signal(ignored[i], SIG_IGN);
-    struct rlimit files; /* one descriptor a session */
+    setenv("UV_THREADPOOL_SIZE", "1", 1); /* libuv's: it unmaps buffers */
+    struct rlimit files;                  /* one descriptor a session */
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         files.rlim_cur = files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);

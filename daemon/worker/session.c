@@ -10,10 +10,11 @@
 
 /* ---- the end ---- */
 
-/* Close a draining session's socket once nothing of it runs; the session is freed in a later turn of the loop. */
+/* Close a draining session's socket once nothing of it runs or is mapped; the session is freed in a later turn of the
+ * loop. */
 static void settle(struct mlad_session *session)
 {
-    if (session->draining && session->queue.in_flight == 0)
+    if (session->draining && session->queue.in_flight == 0 && session->holder.buffers == 0)
         mlad_link_close(&session->link);
 }
 
@@ -67,6 +68,7 @@ static void on_unmapped(struct mlad_holder *holder, uint32_t answer)
     struct mlad_session *session = (struct mlad_session *)((char *)holder - offsetof(struct mlad_session, holder));
     if (answer)
         mlad_link_send(&session->link, MLAP_OK, answer, &(struct mlap_ok){0});
+    settle(session);
 }
 
 static void on_decode_ended(struct mlad_queue *queue, const struct mlad_decode *decode, const struct mlap_fault *fault)
@@ -158,7 +160,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
     session->pid = attach->pid;
     memcpy(session->client, attach->hello.client, sizeof session->client);
     session->opened = mlad_now_ns();
-    session->holder = (struct mlad_holder){.user = user, .unmapped = on_unmapped};
+    session->holder = (struct mlad_holder){.user = user, .loop = sessions->loop, .unmapped = on_unmapped};
     mlad_queue_init(&session->queue, user, on_decode_ended);
     enlist(sessions, session);
     mlad_log(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),

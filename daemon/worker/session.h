@@ -2,8 +2,9 @@
  *
  * A session owns its link, the ids of its buffers and plans, and its queue at the scheduler; request.c answers its
  * messages. When it ends (end of file, a broken message, eviction) it takes nothing new at once: its queued
- * work is dropped, its ids are given up, its peer sees end of file. While a slice of its is still running it drains:
- * that slice's plan keeps its buffers mapped. Then it is freed. Nobody else waits for any of this.
+ * work is dropped, its ids are given up, its peer sees end of file. It drains while a slice of its is still running,
+ * whose plan keeps its buffers mapped, and until they are unmapped. Then it is freed. Nobody else waits for any of
+ * this.
  *
  * The worker owns the table. Loop thread only. */
 #ifndef MLAD_SESSION_H

@@ -254,8 +254,15 @@ static enum mlap_code open_failure_code(enum mlak_code code)
                                       : MLAP_code_INTERNAL;
 }
 
+static void do_nothing(uv_work_t *work)
+{
+    (void)work;
+}
+
 static void open_device(void)
 {
+    static uv_work_t first; /* libuv starts its thread now, and not when memory is short */
+    uv_queue_work(&worker.loop, &first, do_nothing, NULL);
     struct mlap_fault fault;
     struct mlak_fault refusal = {0};
     worker.backend = mlak_backend(worker.options->device);

@@ -439,6 +439,27 @@ def dead_clients_leave_nothing():
         assert grown < 4 << 20, f"{grown} bytes more"
 
 
+def freeing_big_memory_stops_nobody():
+    """A dead client's last GiB is freed by us; the loop must not wait for that."""
+    with start() as worker:
+        session, other = worker.attach(), worker.attach(uid=2)
+        Case().register(other).plan(other)
+        size = 1 << 30
+        fd = memfd(size)
+        for offset in range(0, size, 1 << 24):
+            os.pwrite(fd, b"\1" * (1 << 24), offset)
+        session.register(1, fd, size)
+        os.close(fd)
+        session.close()
+        eventually(lambda: worker.report()["sessions"] == 1)
+        turns = 0
+        while worker.report()["sessions_draining"]:
+            done(other, submit(other))
+            turns += 1
+        assert turns >= 20, f"others had {turns} turns while memory was freed"
+        assert worker.mapped() < 1 << 20 and worker.report()["held_bytes"] < 1 << 20
+
+
 def ended_session_drains():
     """Its memory is mapped until the running slice has ended, and is shown as draining, not as held."""
     with start(device="reference") as worker:

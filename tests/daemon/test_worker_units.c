@@ -335,6 +335,34 @@ static void retired_buffer_stays_until_its_plan_goes(void **state)
     assert_int_equal(world->last_answer, 77);
 }
 
+static void large_buffers_are_unmapped_off_the_loop(void **state)
+{
+    struct world *world = *state;
+    uv_loop_t loop;
+    assert_int_equal(uv_loop_init(&loop), 0);
+    world->holder.loop = &loop;
+    uint64_t bytes = 5 * (uint64_t)MLAD_UNMAP_PIECE + PAGE_BYTES, mapped = mlad_buffer_mapped_bytes();
+    int fd = sealed_memfd((off_t)bytes, F_SEAL_SHRINK);
+    struct mlap_register request = {.buffer = 9, .bytes = bytes};
+    struct mlad_buffer *buffer;
+    struct mlap_fault fault;
+    assert_int_equal(mlad_buffer_import(&world->holder, fd, &request, &buffer, &fault), MLAP_code_OK);
+    close(fd);
+    uint8_t *data = buffer->data;
+    memset(data, 1, bytes);
+    mlad_buffer_retire(buffer, 5);
+    assert_int_equal(world->unmapped, 0);
+    assert_true(mlad_buffer_mapped_bytes() == mapped + bytes); /* charged until it is unmapped */
+    uv_run(&loop, UV_RUN_DEFAULT);
+    assert_int_equal(world->unmapped, 1);
+    assert_int_equal(world->last_answer, 5);
+    assert_true(mlad_buffer_mapped_bytes() == mapped);
+    unsigned char resident;
+    for (uint64_t at = 0; at < bytes; at += MLAD_UNMAP_PIECE)
+        assert_int_equal(mincore(data + at, PAGE_BYTES, &resident), -1);
+    assert_int_equal(uv_loop_close(&loop), 0);
+}
+
 static void plans_resolve_pointers_and_defaults(void **state)
 {
     struct world *world = *state;
@@ -487,6 +515,7 @@ int main(void)
         cmocka_unit_test(quota_counts_and_names_its_limits),
         cmocka_unit_test_setup_teardown(buffers_refuse_what_could_fail_later, set_up, tear_down),
         cmocka_unit_test_setup_teardown(retired_buffer_stays_until_its_plan_goes, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(large_buffers_are_unmapped_off_the_loop, set_up, tear_down),
         cmocka_unit_test_setup_teardown(plans_resolve_pointers_and_defaults, set_up, tear_down),
         cmocka_unit_test_setup_teardown(plans_end_exactly_where_their_buffer_does, set_up, tear_down),
         cmocka_unit_test_setup_teardown(plans_refuse_misaligned_and_read_only_outputs, set_up, tear_down),

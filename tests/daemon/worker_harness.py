@@ -16,8 +16,8 @@ import msgpack
 import numpy as np
 
 TYPES = dict(HELLO=1, WELCOME=2, OK=3, ERROR=4, REGISTER=5, UNREGISTER=6, PLAN=7, DROP=8, DECODE=9, SUBMIT=10,
-             DONE=11, STATUS=12, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18, DRAIN=20, EVICT=21, CONFIGURE=64, ATTACH=65, READY=66,
-             QUERY=67, REPORT=68)
+             DONE=11, STATUS=12, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18, DRAIN=20, EVICT=21, CONFIGURE=64, ATTACH=65,
+             READY=66, QUERY=67, REPORT=68)
 NAMES = {number: name for name, number in TYPES.items()}
 PAGE = mmap.PAGESIZE
 LIMITS = dict(max_sessions=64, max_bytes=1 << 30, max_buffers=64, max_plans=64, max_in_flight=64, queue_limit=64,
