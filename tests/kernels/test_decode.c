@@ -42,7 +42,7 @@ static void every_type_and_feature(void **state)
 {
     (void)state;
     for (uint32_t types = 0; types < MAKER_TYPES; types++)
-        random_batches(maker_seeded(0), types, 1000 * (types + 1), 30);
+        random_batches(maker_seeded(0), types, 1000 * (types + 1), 20);
 }
 
 /* Tiles of heads and of folded rows end at odd places. */
