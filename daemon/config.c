@@ -227,16 +227,24 @@ static bool parse_choice(const struct option *option, const char *value, uint64_
     return refuse(origin, "'%.64s' is none of the choices; write one of %s", value, bounds);
 }
 
+/* A path, but none that a line of the file could not hold. */
+static bool parse_text(const struct option *option, const char *value, char *into, const struct origin *origin) {
+    if (strlen(value) < option->min || strlen(value) > option->max)
+        return refuse(origin, "%zu bytes are out of bounds; write %llu..%llu bytes", strlen(value),
+                      (unsigned long long)option->min, (unsigned long long)option->max);
+    for (const char *c = value; *c; c++)
+        if (iscntrl((unsigned char)*c) || (*c == '#' && (c == value || c[-1] == ' ')))
+            return refuse(origin, "it holds a control character, or a # where a comment would begin; choose another name");
+    strcpy(into, value);
+    return true;
+}
+
 static bool parse_value(const struct option *option, struct mlad_config *config, char *value, const struct origin *origin) {
     void *into = member(option, config);
     memset(into, 0, option->size);
     switch (option->kind) {
     case TEXT:
-        if (strlen(value) < option->min || strlen(value) > option->max)
-            return refuse(origin, "%zu bytes are out of bounds; write %llu..%llu bytes", strlen(value),
-                          (unsigned long long)option->min, (unsigned long long)option->max);
-        strcpy(into, value);
-        return true;
+        return parse_text(option, value, into, origin);
     case MODE:
     case NUMBER:
     case BYTES:

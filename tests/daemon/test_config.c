@@ -106,6 +106,8 @@ static void mistakes_are_refused_with_place_bounds_and_remedy(void **state) {
     assert_refused("socket_mode = 0999", "test.conf:1: socket_mode: '0999' is not understood from '999' on; write a number of 0000..0777");
     assert_refused("socket_mode = 01777", "test.conf:1: socket_mode: 01777 is out of bounds; write a number of 0000..0777");
     assert_refused("socket =", "test.conf:1: socket: 0 bytes are out of bounds; write 1..107 bytes");
+    assert_refused("socket =#x", "test.conf:1: socket: it holds a control character, or a # where a comment would begin; "
+                                 "choose another name");
     assert_refused("log_level = loud", "test.conf:1: log_level: 'loud' is none of the choices; write one of emergency, alert, "
                                        "critical, error, warning, notice, info, debug");
     assert_refused("devices =", "test.conf:1: devices: the list is empty; name at least 1");
