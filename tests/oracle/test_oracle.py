@@ -117,7 +117,7 @@ class Determinism(OnDaemon):
 
     def test_batch_mates_do_not_change_a_request(self):
         for kind in cases.KINDS:
-            spec = Spec(f"mates {kind}", kind, 16, q=(4, 1, 4, 3), k=(1500, 40, 513, 1024), page=64, deterministic=True)
+            spec = Spec(f"mates {kind}", kind, 6, q=(4, 1, 4, 3), k=(1500, 40, 513, 1024), page=64, deterministic=True)
             whole = cases.build(spec)
             for device in DEVICES:
                 out, lse = self.bits(whole, device)
@@ -134,7 +134,7 @@ class Determinism(OnDaemon):
 
     def test_the_same_launch_gives_the_same_bits(self):
         for kind in cases.KINDS:
-            capture = cases.build(Spec(f"again {kind}", kind, 16, q=(4, 2), k=(1500, 600), page=64))
+            capture = cases.build(Spec(f"again {kind}", kind, 6, q=(4, 2), k=(1500, 600), page=64))
             for device in DEVICES:
                 once, twice = self.bits(capture, device), self.bits(capture, device)
                 np.testing.assert_array_equal(once[0], twice[0])
