@@ -31,6 +31,12 @@ struct verify {
 
 /* ---- one case ---- */
 
+/* Errors that say nothing about the batch, and after which no other would fare better. */
+static bool ends_the_run(mla_status status) {
+    return status == MLA_NOT_CONNECTED || status == MLA_TIMEOUT || status == MLA_EVICTED || status == MLA_DRAINING ||
+           status == MLA_DENIED || status == MLA_STATE || status == MLA_UNAVAILABLE || status == MLA_DEVICE_LOST;
+}
+
 /* Decode on one device and judge every request. 0; 1 with what is wrong in `why`; -1 with `why`: it cannot go on. */
 static int run_case(struct verify *verify, mla_client *client, const struct capture *capture, const struct run_layout *layout,
                     const struct model *model, struct tally *tally, struct ctl_fault *why) {
@@ -38,12 +44,12 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
     mla_error error;
     mla_result result = {0};
     if (run_new(client, capture, layout, &run, &error))
-        return ctl_fail(why, "refused: %s (%s)", error.message, error.field), error.code == MLA_NOT_CONNECTED ? -1 : 1;
+        return ctl_fail(why, "refused: %s (%s)", error.message, error.field), ends_the_run(error.code) ? -1 : 1;
     mla_status status = mla_decode(client, run->plan, verify->ctl->timeout_ms, &result, &error);
     if (status == MLA_REQUESTS)
         return ctl_fail(why, "request %u failed: %s: %s", result.failures[0].request, result.failures[0].field, result.failures[0].message), 1;
     if (status != MLA_OK)
-        return ctl_fail(why, "%s", error.message), status == MLA_NOT_CONNECTED || status == MLA_TIMEOUT ? -1 : 1;
+        return ctl_fail(why, "%s", error.message), ends_the_run(status) ? -1 : 1;
     if (!run_surroundings_intact(run))
         return ctl_fail(why, "wrote outside out and lse"), 1;
     for (uint32_t b = 0; b < capture->batch.batch; b++) {
