@@ -440,11 +440,11 @@ def dead_clients_leave_nothing():
 
 
 def freeing_big_memory_stops_nobody():
-    """A dead client's last GiB is freed by us; the loop must not wait for that."""
+    """What a dead client leaves is freed by us; the loop must not wait for that."""
     with start() as worker:
         session, other = worker.attach(), worker.attach(uid=2)
         Case().register(other).plan(other)
-        size = 1 << 30
+        size = 1 << 28
         fd = memfd(size)
         for offset in range(0, size, 1 << 24):
             os.pwrite(fd, b"\1" * (1 << 24), offset)
