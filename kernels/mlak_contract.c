@@ -26,7 +26,7 @@ enum mlak_code mlak_fail(struct mlak_fault *fault, enum mlak_code code, const ch
 /* ---- names and sizes ---- */
 
 static const char *const dtype_names[MLAK_DTYPE_COUNT] = {"bf16", "fp16", "fp8_e4m3"};
-static const char *const kv_names[MLAK_KV_FORMAT_COUNT] = {"bf16", "fp16", "fp8_e4m3", "fp8_e4m3_656"};
+static const char *const kv_names[MLAK_KV_FORMAT_COUNT] = {"bf16", "fp16", "fp8_e4m3", "fp8_656"};
 static const char *const mask_names[MLAK_MASK_COUNT] = {"none", "causal", "tree"};
 
 const char *mlak_tensor_name(enum mlak_tensor tensor)
@@ -130,7 +130,7 @@ static enum mlak_code check_types(const struct mlak_batch *b, struct mlak_fault 
     if ((unsigned)b->q_dtype >= MLAK_DTYPE_COUNT)
         return INVALID("q_dtype", "%u is no element type; use bf16, fp16 or fp8_e4m3", (unsigned)b->q_dtype);
     if ((unsigned)b->kv_format >= MLAK_KV_FORMAT_COUNT)
-        return INVALID("kv_format", "%u is no KV format; use bf16, fp16, fp8_e4m3 or fp8_e4m3_656",
+        return INVALID("kv_format", "%u is no KV format; use bf16, fp16, fp8_e4m3 or fp8_656",
                        (unsigned)b->kv_format);
     if ((unsigned)b->out_dtype >= MLAK_DTYPE_COUNT)
         return INVALID("out_dtype", "%u is no element type; use bf16 or fp16", (unsigned)b->out_dtype);
@@ -144,7 +144,7 @@ static enum mlak_code check_types(const struct mlak_batch *b, struct mlak_fault 
                                           : b->kv_format == MLAK_KV_E4M3;
     if (!pair)
         return INVALID("kv_format",
-                       "q %s cannot read kv %s; bf16 q reads bf16, fp8_e4m3 and fp8_e4m3_656, fp16 q reads fp16, "
+                       "q %s cannot read kv %s; bf16 q reads bf16, fp8_e4m3 and fp8_656, fp16 q reads fp16, "
                        "fp8_e4m3 q reads fp8_e4m3",
                        dtype_names[b->q_dtype], kv_names[b->kv_format]);
     if (b->q_dtype == MLAK_E4M3 ? b->out_dtype == MLAK_E4M3 : b->out_dtype != b->q_dtype)
