@@ -1,6 +1,6 @@
-/* config.c - reading and printing the configuration, driven by the table of options.h. See config.h.
+/* config.c - reading the configuration, driven by the table of options.c. See config.h.
  *
- * Each kind of option has one parser and one printer; nothing else knows an option by name. */
+ * Each kind of option has one parser here and one printer in config_print.c; neither knows an option by name. */
 #include "config.h"
 
 #include "options.h"
@@ -17,33 +17,13 @@
 
 enum { FILE_LIMIT = 65536, LINE_LIMIT = 4096 };
 
-enum kind { TEXT, MODE, NUMBER, BYTES, DURATION, CHOICE, NAMES, USERS, ANY_USERS, GROUPS };
-enum when { RESTART, RELOAD };
-
-struct option {
-    const char *name;
-    enum kind kind;
-    uint64_t min, max;
-    const char *standard;
-    enum when when;
-    const char *help;
-    size_t offset, size; /* of its member in struct mlad_config */
-};
-
-#define OPTION(option_name, KIND, lo, hi, text, WHEN, words) \
-    {#option_name, KIND, lo, hi, text, WHEN, words, offsetof(struct mlad_config, option_name), \
-     sizeof(((struct mlad_config *)0)->option_name)},
-static const struct option options[] = {MLAD_OPTIONS(OPTION)};
-enum { N_OPTIONS = sizeof options / sizeof options[0] };
-_Static_assert(N_OPTIONS <= 64, "`given` is a 64-bit set");
-
 /* Where a value came from, for the sentence that refuses it. */
 struct origin {
     const char *file;
     unsigned line; /* 0: the command line */
     const char *key;
     char *error;
-    uint64_t given; /* bit i: options[i] was set here */
+    uint64_t given; /* bit i: mlad_options[i] was set here */
 };
 
 __attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *origin, const char *format, ...) {
@@ -58,86 +38,14 @@ __attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *or
     return false;
 }
 
-static const struct option *option_by_name(const char *name) {
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (strcmp(options[i].name, name) == 0)
-            return &options[i];
-    return NULL;
-}
-
-static void *member(const struct option *option, struct mlad_config *config) { return (char *)config + option->offset; }
-
-static const void *const_member(const struct option *option, const struct mlad_config *config) {
-    return (const char *)config + option->offset;
-}
-
-static const char *const *option_choices(const struct option *option) {
-    if (strcmp(option->name, "cpu_variant") == 0)
-        return choices_cpu_variant;
-    return strcmp(option->name, "log_level") == 0 ? choices_log_level : choices_log_target;
-}
-
-/* ---- numbers as people write them ---- */
-
-struct unit {
-    const char *suffix;
-    uint64_t factor;
-};
-static const struct unit no_units[] = {{"", 1}, {NULL, 0}};
-static const struct unit byte_units[] = {{"T", 1ull << 40}, {"G", 1 << 30}, {"M", 1 << 20}, {"K", 1 << 10}, {"", 1}, {NULL, 0}};
-static const struct unit duration_units[] = {{"min", 60000}, {"s", 1000}, {"ms", 1}, {"", 1000}, {NULL, 0}};
-
-static const struct unit *units_of(enum kind kind) {
-    return kind == BYTES ? byte_units : kind == DURATION ? duration_units : no_units;
-}
-
-/* `value` in the largest unit that divides it. */
-static void print_number(enum kind kind, uint64_t value, char to[32]) {
-    if (kind == MODE) {
-        snprintf(to, 32, "%04llo", (unsigned long long)value);
-        return;
-    }
-    const struct unit *unit = units_of(kind);
-    if (kind == DURATION)
-        unit++; /* minutes are understood, seconds are what people compare */
-    while (unit[1].suffix && (value == 0 || value % unit->factor != 0))
-        unit++;
-    snprintf(to, 32, "%llu%s", (unsigned long long)(value / unit->factor), value == 0 ? "" : unit->suffix);
-}
-
-static void print_bounds(const struct option *option, char *to, size_t size) {
-    char low[32], high[32];
-    print_number(option->kind, option->min, low);
-    print_number(option->kind, option->max, high);
-    switch (option->kind) {
-    case TEXT:
-        snprintf(to, size, "%s..%s bytes", low, high);
-        break;
-    case CHOICE: {
-        size_t n = 0;
-        for (const char *const *word = option_choices(option); *word && n < size; word++)
-            n += (size_t)snprintf(to + n, size - n, "%s%s", n ? ", " : "", *word);
-        break;
-    }
-    case NAMES:
-    case USERS:
-    case ANY_USERS:
-    case GROUPS:
-        snprintf(to, size, "a comma-separated list of %s..%s", low, high);
-        break;
-    default:
-        snprintf(to, size, "%s..%s", low, high);
-    }
-}
-
-static bool parse_number(const struct option *option, const char *value, uint64_t *number, const struct origin *origin) {
+static bool parse_number(const struct mlad_option *option, const char *value, uint64_t *number, const struct origin *origin) {
     char bounds[96], *end;
-    print_bounds(option, bounds, sizeof bounds);
+    mlad_option_print_bounds(option, bounds, sizeof bounds);
     errno = 0;
-    unsigned long long n = isdigit((unsigned char)*value) ? strtoull(value, &end, option->kind == MODE ? 8 : 10) : 0;
+    unsigned long long n = isdigit((unsigned char)*value) ? strtoull(value, &end, option->kind == MLAD_MODE ? 8 : 10) : 0;
     if (!isdigit((unsigned char)*value))
         return refuse(origin, "'%.64s' is no number; write one of %s", value, bounds);
-    const struct unit *unit = units_of(option->kind);
+    const struct mlad_unit *unit = mlad_units(option->kind);
     while (unit->suffix && strcmp(unit->suffix, end) != 0)
         unit++;
     if (!unit->suffix)
@@ -168,11 +76,11 @@ static bool parse_name(const char *word, struct mlad_names *names, const struct 
     return true;
 }
 
-static bool parse_id(enum kind kind, const char *word, struct mlad_ids *ids, const struct origin *origin) {
-    const char *what = kind == GROUPS ? "group" : "user";
+static bool parse_id(enum mlad_kind kind, const char *word, struct mlad_ids *ids, const struct origin *origin) {
+    const char *what = kind == MLAD_GROUPS ? "group" : "user";
     uint32_t id;
     if (strcmp(word, "*") == 0) {
-        if (kind != ANY_USERS)
+        if (kind != MLAD_ANY_USERS)
             return refuse(origin, "* is not allowed here; list each %s", what);
         ids->everyone = true;
         return true;
@@ -183,7 +91,7 @@ static bool parse_id(enum kind kind, const char *word, struct mlad_ids *ids, con
         if (errno == ERANGE || n >= UINT32_MAX) /* the largest means "no id" */
             return refuse(origin, "%s is no %s id; write one of 0..4294967294, or a name", word, what);
         id = (uint32_t)n;
-    } else if (kind == GROUPS) {
+    } else if (kind == MLAD_GROUPS) {
         const struct group *group = getgrnam(word);
         if (!group)
             return refuse(origin, "there is no group '%s' here; create it, or write a numeric id", word);
@@ -199,7 +107,7 @@ static bool parse_id(enum kind kind, const char *word, struct mlad_ids *ids, con
     return true;
 }
 
-static bool parse_list(const struct option *option, char *value, void *into, const struct origin *origin) {
+static bool parse_list(const struct mlad_option *option, char *value, void *into, const struct origin *origin) {
     uint64_t n = 0;
     for (char *rest = *value ? value : NULL; rest;) {
         const char *word = trim(strsep(&rest, ","));
@@ -209,7 +117,7 @@ static bool parse_list(const struct option *option, char *value, void *into, con
             return refuse(origin, "'%.16s...' is too long; names have at most 63 bytes", word);
         if (++n > option->max)
             return refuse(origin, "more than %llu entries; remove some", (unsigned long long)option->max);
-        if (option->kind == NAMES ? !parse_name(word, into, origin) : !parse_id(option->kind, word, into, origin))
+        if (option->kind == MLAD_NAMES ? !parse_name(word, into, origin) : !parse_id(option->kind, word, into, origin))
             return false;
     }
     return n >= option->min ? true : refuse(origin, "the list is empty; name at least %llu", (unsigned long long)option->min);
@@ -217,18 +125,18 @@ static bool parse_list(const struct option *option, char *value, void *into, con
 
 /* ---- one option ---- */
 
-static bool parse_choice(const struct option *option, const char *value, uint64_t *index, const struct origin *origin) {
+static bool parse_choice(const struct mlad_option *option, const char *value, uint64_t *index, const struct origin *origin) {
     char bounds[96];
-    const char *const *words = option_choices(option);
+    const char *const *words = option->choices;
     for (*index = 0; words[*index]; ++*index)
         if (strcmp(words[*index], value) == 0)
             return true;
-    print_bounds(option, bounds, sizeof bounds);
+    mlad_option_print_bounds(option, bounds, sizeof bounds);
     return refuse(origin, "'%.64s' is none of the choices; write one of %s", value, bounds);
 }
 
 /* A path, but none that a line of the file could not hold. */
-static bool parse_text(const struct option *option, const char *value, char *into, const struct origin *origin) {
+static bool parse_text(const struct mlad_option *option, const char *value, char *into, const struct origin *origin) {
     if (strlen(value) < option->min || strlen(value) > option->max)
         return refuse(origin, "%zu bytes are out of bounds; write %llu..%llu bytes", strlen(value),
                       (unsigned long long)option->min, (unsigned long long)option->max);
@@ -239,18 +147,18 @@ static bool parse_text(const struct option *option, const char *value, char *int
     return true;
 }
 
-static bool parse_value(const struct option *option, struct mlad_config *config, char *value, const struct origin *origin) {
-    void *into = member(option, config);
+static bool parse_value(const struct mlad_option *option, struct mlad_config *config, char *value, const struct origin *origin) {
+    void *into = mlad_option_member(option, config);
     memset(into, 0, option->size);
     switch (option->kind) {
-    case TEXT:
+    case MLAD_TEXT:
         return parse_text(option, value, into, origin);
-    case MODE:
-    case NUMBER:
-    case BYTES:
-    case DURATION:
+    case MLAD_MODE:
+    case MLAD_NUMBER:
+    case MLAD_BYTES:
+    case MLAD_DURATION:
         return parse_number(option, value, into, origin);
-    case CHOICE:
+    case MLAD_CHOICE:
         return parse_choice(option, value, into, origin);
     default:
         return parse_list(option, value, into, origin);
@@ -259,10 +167,10 @@ static bool parse_value(const struct option *option, struct mlad_config *config,
 
 /* Set option `origin->key`; `value` is changed. */
 static bool set(struct mlad_config *config, char *value, struct origin *origin) {
-    const struct option *option = option_by_name(origin->key);
+    const struct mlad_option *option = mlad_option_by_name(origin->key);
     if (!option)
         return refuse(origin, "unknown option; `mlad --help` lists them all");
-    uint64_t bit = UINT64_C(1) << (option - options);
+    uint64_t bit = UINT64_C(1) << (option - mlad_options);
     if (origin->given & bit)
         return refuse(origin, "set twice; keep one");
     origin->given |= bit;
@@ -280,9 +188,9 @@ static bool set_text(struct mlad_config *config, const char *text, struct origin
 static bool set_defaults(struct mlad_config *config, char *error) {
     struct origin origin = {.file = "default", .error = error};
     memset(config, 0, sizeof *config);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        origin.key = options[i].name;
-        if (!set_text(config, options[i].standard, &origin))
+    for (size_t i = 0; i < mlad_n_options; i++) {
+        origin.key = mlad_options[i].name;
+        if (!set_text(config, mlad_options[i].standard, &origin))
             return false;
     }
     return true;
@@ -381,105 +289,19 @@ bool mlad_config_load(struct mlad_config *config, const char *path, bool must_ex
 }
 
 const char *mlad_config_choice(const struct mlad_config *config, const char *key) {
-    const struct option *option = option_by_name(key);
-    return option_choices(option)[*(const uint64_t *)const_member(option, config)];
+    const struct mlad_option *option = mlad_option_by_name(key);
+    return option->choices[*(const uint64_t *)mlad_option_value(option, config)];
 }
 
 void mlad_config_reload(struct mlad_config *live, const struct mlad_config *wanted, char *restart, size_t size) {
     size_t n = 0;
     restart[0] = '\0';
-    for (int i = 0; i < N_OPTIONS; i++) {
-        void *ours = member(&options[i], live);
-        const void *theirs = const_member(&options[i], wanted);
-        if (options[i].when == RELOAD)
-            memcpy(ours, theirs, options[i].size);
-        else if (memcmp(ours, theirs, options[i].size) != 0 && n < size)
-            n += (size_t)snprintf(restart + n, size - n, "%s%s", n ? ", " : "", options[i].name);
-    }
-}
-
-/* ---- printing ---- */
-
-/* The value as parse_value reads it, after a blank if there is any. */
-static void print_value(const struct option *option, const struct mlad_config *config, FILE *to) {
-    const void *value = const_member(option, config);
-    char number[32];
-    switch (option->kind) {
-    case TEXT:
-        fprintf(to, "%s%s", *(const char *)value ? " " : "", (const char *)value);
-        break;
-    case CHOICE:
-        fprintf(to, " %s", mlad_config_choice(config, option->name));
-        break;
-    case NAMES: {
-        const struct mlad_names *names = value;
-        for (uint32_t i = 0; i < names->n; i++)
-            fprintf(to, "%s %s", i ? "," : "", names->name[i]);
-        break;
-    }
-    case USERS:
-    case ANY_USERS:
-    case GROUPS: {
-        const struct mlad_ids *ids = value;
-        fputs(ids->everyone ? " *" : "", to);
-        for (uint32_t i = 0; i < ids->n; i++)
-            fprintf(to, "%s %s", i || ids->everyone ? "," : "", ids->entry[i].name);
-        break;
-    }
-    default:
-        print_number(option->kind, *(const uint64_t *)value, number);
-        fprintf(to, " %s", number);
-    }
-}
-
-/* Words of `text`, each line begun with `indent` and at most 100 columns long. */
-static void print_wrapped(const char *indent, const char *text, FILE *to) {
-    size_t column = 0;
-    while (*text) {
-        size_t n = strcspn(text, " ");
-        if (column > 0 && column + 1 + n > 100) {
-            fputc('\n', to);
-            column = 0;
-        }
-        int printed = column == 0 ? fprintf(to, "%s%.*s", indent, (int)n, text) : fprintf(to, " %.*s", (int)n, text);
-        column += printed > 0 ? (size_t)printed : 0;
-        text += n + strspn(text + n, " ");
-    }
-    fputc('\n', to);
-}
-
-static void print_option_help(const char *indent, const struct option *option, FILE *to) {
-    char bounds[96], text[1024];
-    print_bounds(option, bounds, sizeof bounds);
-    snprintf(text, sizeof text, "%s (%s%s)", option->help, bounds, option->when == RESTART ? "; needs a restart" : "");
-    print_wrapped(indent, text, to);
-}
-
-void mlad_config_print(const struct mlad_config *config, FILE *to) {
-    static struct mlad_config standard;
-    char error[MLAD_CONFIG_ERROR];
-    set_defaults(&standard, error);
-    fputs("# mlad.conf - configuration of mlad, the decode daemon. Written by `mlad --print-config`.\n"
-          "#\n"
-          "# One `key = value` a line; a # at the start of a line or after a blank begins a comment; lists are separated\n"
-          "# by commas. What is commented out here has its default. `systemctl reload mlad` (or SIGHUP) reads this file\n"
-          "# again; options that need a restart say so. `mlad --check-config` checks it; the command line\n"
-          "# (`-o key=value`) goes before it.\n",
-          to);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *option = &options[i];
-        bool same = memcmp(const_member(option, config), const_member(option, &standard), option->size) == 0;
-        fputc('\n', to);
-        print_option_help("# ", option, to);
-        fprintf(to, "%s%s =", same ? "#" : "", option->name);
-        print_value(option, config, to);
-        fputc('\n', to);
-    }
-}
-
-void mlad_config_help(FILE *to) {
-    for (int i = 0; i < N_OPTIONS; i++) {
-        fprintf(to, "  %s = %s\n", options[i].name, *options[i].standard ? options[i].standard : "(empty)");
-        print_option_help("        ", &options[i], to);
+    for (size_t i = 0; i < mlad_n_options; i++) {
+        void *ours = mlad_option_member(&mlad_options[i], live);
+        const void *theirs = mlad_option_value(&mlad_options[i], wanted);
+        if (mlad_options[i].when == MLAD_RELOAD)
+            memcpy(ours, theirs, mlad_options[i].size);
+        else if (memcmp(ours, theirs, mlad_options[i].size) != 0 && n < size)
+            n += (size_t)snprintf(restart + n, size - n, "%s%s", n ? ", " : "", mlad_options[i].name);
     }
 }

@@ -148,7 +148,7 @@ static void on_connection(uv_poll_t *poll, int status, int events) {
             return;
         else if (errno != EINTR && errno != ECONNABORTED) {
             /* Without a descriptor the connection stays pending and the poll readable: look again at the next tick. */
-            mlad_log(LOG_ERR, "cannot accept a connection", MLAD_KV("why", strerror(errno)));
+            mlad_log_provoked(LOG_ERR, "cannot accept a connection", MLAD_KV("why", strerror(errno)));
             uv_poll_stop(&listener->poll);
             return;
         }
@@ -158,10 +158,12 @@ static void on_connection(uv_poll_t *poll, int status, int events) {
 int mlad_listener_start(struct mlad_listener *listener, uv_loop_t *loop,
                         void (*accepted)(struct mlad_listener *listener, int fd), void *owner) {
     listener->accepted = accepted;
-    listener->owner = owner;
     listener->poll.data = listener;
     int error = uv_poll_init(loop, &listener->poll, listener->fd);
-    return error ? error : uv_poll_start(&listener->poll, UV_READABLE, on_connection);
+    if (error)
+        return error;
+    listener->owner = owner;
+    return uv_poll_start(&listener->poll, UV_READABLE, on_connection);
 }
 
 void mlad_listener_tick(struct mlad_listener *listener) {

@@ -1,57 +1,49 @@
-/* options.h - every option of mlad, described once; included by config.c alone.
- *
- * O(name, KIND, min, max, default, RELOAD | RESTART, "help"), in the order of the documentation. KIND is
- *   TEXT      min..max bytes               NUMBER    min..max
- *   MODE      octal, min..max              BYTES     with K, M, G or T (powers of 1024), min..max bytes
- *   DURATION  with ms, s (implied) or min, min..max milliseconds
- *   CHOICE    one of the words of choices_<name>
- *   NAMES     min..max device names        USERS, ANY_USERS, GROUPS  names or numeric ids; ANY_USERS may be *
- * The default is written as a person would write it. */
+/* options.h - the table of options, for config.c and config_print.c only. See options.c. */
 #ifndef MLAD_OPTIONS_H
 #define MLAD_OPTIONS_H
 
-static const char *const choices_cpu_variant[] = {"auto", "generic", "avx2", "avx512", "amx", NULL};
-static const char *const choices_log_level[] = {"emergency", "alert", "critical", "error", "warning", "notice", "info", "debug", NULL};
-static const char *const choices_log_target[] = {"auto", "stderr", "journal", NULL};
+#include "config.h"
 
-#define MLAD_OPTIONS(O) \
-    O(socket, TEXT, 1, 107, "/run/mlad/mlad.sock", RESTART, \
-      "Path of the Unix socket. Ignored when systemd passes a listening socket (socket activation).") \
-    O(socket_mode, MODE, 0, 0777, "0666", RESTART, \
-      "Permissions of the socket file. Open to all by default, because who may connect is decided by allowed_users and " \
-      "allowed_groups: a user who is refused there is told so, and by which option, instead of a bare EACCES. A narrower " \
-      "mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
-    O(devices, NAMES, 1, 16, "cpu", RESTART, \
-      "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision).") \
-    O(allowed_users, ANY_USERS, 0, 32, "", RELOAD, \
-      "Users who may connect, names or numeric ids; * is everyone. Root, the user that mlad runs as and " \
-      "admin_users always may. Empty: nobody else, unless allowed_groups names a group of theirs.") \
-    O(allowed_groups, GROUPS, 0, 32, "", RELOAD, \
-      "Groups whose members may connect, primary or supplementary, as they were when the client connected.") \
-    O(admin_users, USERS, 0, 32, "", RELOAD, \
-      "Users who may also drain devices, evict sessions and list the sessions of others. Root and the user " \
-      "that mlad runs as always may.") \
-    O(max_sessions, NUMBER, 1, 65536, "64", RELOAD, "Sessions a user may have on a device.") \
-    O(max_bytes, BYTES, 4096, 1ull << 50, "64G", RELOAD, "Bytes of buffers a user may register on a device.") \
-    O(max_buffers, NUMBER, 1, 1000000, "1024", RELOAD, "Buffers a user may register on a device.") \
-    O(max_plans, NUMBER, 1, 1000000, "4096", RELOAD, "Plans a user may hold on a device.") \
-    O(max_in_flight, NUMBER, 1, 65536, "256", RELOAD, "Decodes a user may have queued or running on a device.") \
-    O(queue_limit, NUMBER, 1, 65536, "1024", RELOAD, "Decodes that may wait on a device, all users together; above, busy.") \
-    O(max_connections, NUMBER, 1, 65536, "512", RELOAD, \
-      "Connections that the supervisor holds at a time: those that have not said HELLO, wait for a device to start, or ask " \
-      "for status. Sessions on a device do not count.") \
-    O(max_connections_per_user, NUMBER, 1, 65536, "128", RELOAD, "The same for one user.") \
-    O(hello_timeout, DURATION, 50, 600000, "5s", RELOAD, \
-      "How long a connection may stay silent before its HELLO, and how long it may wait for a device that starts.") \
-    O(worker_timeout, DURATION, 500, 3600000, "10s", RELOAD, \
-      "A worker that shows no sign of life, or has a decode running without progress, for so long is killed and started again.") \
-    O(drain_timeout, DURATION, 0, 3600000, "10s", RELOAD, \
-      "How long a stop waits for decodes in flight. Clients submit what was cut off to the next daemon.") \
-    O(runtime_dir, TEXT, 0, 107, "", RESTART, "Directory of the devices' lock files. Empty: that of the socket.") \
-    O(cpu_threads, NUMBER, 0, 1024, "0", RESTART, "Compute threads of the device cpu. 0: one per processor.") \
-    O(cpu_variant, CHOICE, 0, 0, "auto", RESTART, \
-      "Kernels of the device cpu. auto: the best that this processor runs; one that it cannot run makes the device absent.") \
-    O(log_level, CHOICE, 0, 0, "info", RELOAD, "Least urgent records to keep.") \
-    O(log_target, CHOICE, 0, 0, "auto", RESTART, "Where records go. auto: the journal if stderr leads there, else stderr.")
+#include <stddef.h>
+#include <stdint.h>
+
+/* NAMES and those after it are lists. */
+enum mlad_kind { MLAD_TEXT, MLAD_MODE, MLAD_NUMBER, MLAD_BYTES, MLAD_DURATION, MLAD_CHOICE, MLAD_NAMES, MLAD_USERS,
+                 MLAD_ANY_USERS, MLAD_GROUPS };
+enum mlad_when { MLAD_RESTART, MLAD_RELOAD };
+
+struct mlad_option {
+    const char *name;
+    enum mlad_kind kind;
+    uint64_t min, max;
+    const char *standard;           /* the default, as a person would write it */
+    const char *const *choices;     /* CHOICE: its words, NULL at the end; the member holds an index */
+    enum mlad_when when;
+    const char *help;
+    size_t offset, size;            /* of its member in struct mlad_config */
+};
+
+extern const struct mlad_option mlad_options[];
+extern const size_t mlad_n_options;     /* at most 64 */
+
+/* NULL if there is none of that name. */
+const struct mlad_option *mlad_option_by_name(const char *name);
+
+/* Its member. */
+void *mlad_option_member(const struct mlad_option *option, struct mlad_config *config);
+const void *mlad_option_value(const struct mlad_option *option, const struct mlad_config *config);
+
+/* Suffixes that numbers of a kind may have, NULL at the end. */
+struct mlad_unit {
+    const char *suffix;
+    uint64_t factor;
+};
+const struct mlad_unit *mlad_units(enum mlad_kind kind);
+
+/* `value` as a person would write it. */
+void mlad_option_print_number(enum mlad_kind kind, uint64_t value, char to[32]);
+
+/* What it may be: "1..65536", "auto, stderr, journal". */
+void mlad_option_print_bounds(const struct mlad_option *option, char *to, size_t size);
 
 #endif

@@ -161,7 +161,7 @@ class Daemon:
         return self.start()
 
     def __exit__(self, kind, *_):
-        workers = self.children() if self.process else []
+        workers, failed = self.children() if self.process else [], None
         if self.process and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -169,7 +169,9 @@ class Daemon:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+            if self.process.returncode != 0:    # a sanitizer's verdict, too
                 kind = kind or AssertionError
+                failed = f"mlad ended with {self.process.returncode}"
         if kind:
             print(self.log())
         left = [pid for pid in workers if is_alive(pid)]
@@ -177,6 +179,7 @@ class Daemon:
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
         assert not left, f"workers outlived mlad: {left}"
+        assert not failed, failed
 
     def log(self):
         return pathlib.Path(self.log_path).read_text(encoding="utf-8")
