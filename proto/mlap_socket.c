@@ -14,6 +14,13 @@ union control {
     char bytes[CMSG_SPACE(sizeof(int) * (MLAP_MAX_FDS + 1))];
 };
 
+/* The kernel's own shortages pass: for a caller they are one with "not now". */
+static int not_now(void) {
+    if (errno == ENOMEM || errno == ENOBUFS || errno == ETOOMANYREFS)
+        errno = EAGAIN;
+    return -1;
+}
+
 int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags) {
     struct iovec part = {(void *)(uintptr_t)bytes, length};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1};
@@ -29,7 +36,7 @@ int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags) {
     do
         sent = sendmsg(socket, &datagram, flags | MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
-    return sent < 0 ? -1 : 0;
+    return sent < 0 ? not_now() : 0;
 }
 
 long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags) {
@@ -43,7 +50,7 @@ long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FD
         length = recvmsg(socket, &datagram, flags | MSG_CMSG_CLOEXEC);
     while (length < 0 && errno == EINTR);
     if (length < 0)
-        return -1;
+        return not_now();
 
     int got[sizeof control.bytes / sizeof(int)];
     unsigned n_got = 0;
