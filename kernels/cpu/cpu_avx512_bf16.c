@@ -61,11 +61,12 @@ static void scores(struct cpu_scratch *scratch, const struct cpu_tile *tile, con
         for (uint32_t pass = 0; pass < passes; pass++) {
             uint32_t b = pass * 2, from = lines * pass / passes, to = lines * (pass + 1) / passes;
             uint32_t ahead = tile->next != NULL ? (1u << to) - (1u << from) : 0;
+            const uint8_t *const *next = tile->next != NULL ? tile->next + k : NULL;
             float *at = scratch->scores[b] + k * CPU_LANES;
             if (b + 1 < tile->blocks)
-                scores_of(keys + k, scratch->q[b], 2, at, tile->next + k, ahead);
+                scores_of(keys + k, scratch->q[b], 2, at, next, ahead);
             else
-                scores_of(keys + k, scratch->q[b], 1, at, tile->next + k, ahead);
+                scores_of(keys + k, scratch->q[b], 1, at, next, ahead);
         }
 }
 
