@@ -181,8 +181,6 @@ static mla_status unregister(mla_client *client, mla_buffer *buffer, mla_error *
     mlac_await(client, id, MLAC_COMPLETE, MLAC_NEVER);
     mla_status status = mlac_report(error, &call->error);
     mlac_call_free(client, call);
-    if (status == MLA_OK && buffer->call)
-        mlac_call_free(client, buffer->call);
     return status;
 }
 

@@ -156,6 +156,14 @@ void mlac_call_complete(struct mla_client *client, struct mlac_call *call, const
     mlac_wake(client, call->id);
 }
 
+/* A buffer's registration has ended. It goes together with the answer: a later replay must not register it again. */
+static void unregistered(struct mla_client *client, struct mlac_call *call)
+{
+    mlac_call_free(client, call->buffer->call);
+    call->buffer->call = NULL;
+    mlac_call_complete(client, call, NULL);
+}
+
 /* What became of a call that did not end in a DONE: accepted, or refused with `error`. */
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
@@ -164,6 +172,8 @@ static void settle(struct mla_client *client, struct mlac_call *call, const mla_
         mla_error dead;
         mlac_fail(&dead, error->code, error->field, "the session could not be restored: %.480s", error->message);
         mlac_die(client, &dead);
+    } else if (!error && call->type == MLAP_UNREGISTER) {
+        unregistered(client, call);
     } else if (error || !lasting) {
         mlac_call_complete(client, call, error);
     } else {
@@ -187,7 +197,7 @@ void mlac_flush(struct mla_client *client, int64_t now)
             call->state = MLAC_SENT;
             client->unanswered++;
             mlac_wake(client, call->id);
-        } else if (errno == EAGAIN || errno == ENOBUFS || errno == ENOMEM || errno == ETOOMANYREFS) {
+        } else if (errno == EAGAIN) {
             if (client->unanswered == 0)    /* no answer will bring us back here, so time must */
                 client->paused_until = now + FULL_PAUSE_MS * MLAC_MS;
             return;
@@ -285,10 +295,8 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
         call->state = MLAC_UNSENT;
         if (call->detached) {
             mlac_call_free(client, call);
-        } else if (call->type == MLAP_UNREGISTER) {     /* the session has ended, and the registration with it */
-            mlac_call_free(client, call->buffer->call);
-            call->buffer->call = NULL;
-            mlac_call_complete(client, call, NULL);
+        } else if (call->type == MLAP_UNREGISTER) {
+            unregistered(client, call);
         } else if (call->established) {
             continue;
         } else if (error) {

@@ -52,7 +52,8 @@ static int64_t earlier(int64_t a, int64_t b)
 static bool waits(struct mla_client *client, uint64_t id, enum mlac_state goal)
 {
     const struct mlac_call *call = mlac_call_find(client, id);
-    return call && call->state < goal;
+    bool accepted = call && call->established && goal == MLAC_KEPT;     /* perhaps on its way to be accepted again */
+    return call && call->state < goal && !accepted;
 }
 
 static mla_status await(struct mla_client *client, uint64_t id, enum mlac_state goal, int64_t deadline)

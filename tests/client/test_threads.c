@@ -63,7 +63,7 @@ static void *run(void *argument)
             }
             expect(work, status, &result, batch.heads);
         }
-        if (round % 50 == 7) {
+        if (round % 10 == 7) {
             mla_buffer *buffer;
             work->failures += mla_buffer_alloc(client, 4096, &buffer, &error) != MLA_OK ||
                               mla_buffer_free(buffer, &error) != MLA_OK;
