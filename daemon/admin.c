@@ -1,7 +1,7 @@
 /* admin.c - see admin.h.
  *
- * STATUS and HEALTH ask every worker and wait a second for the slowest; a worker that does not answer is reported with its
- * last figures. SESSIONS goes on asking until its page is full. DRAIN waits for as long as work is in flight. */
+ * STATUS and HEALTH ask every worker and wait a second for the slowest; a worker that does not answer is reported with
+ * its last figures. SESSIONS goes on asking until its page is full. DRAIN waits for as long as work is in flight. */
 #include "admin.h"
 
 #include "log.h"
@@ -13,26 +13,28 @@ enum { ANSWER_LIMIT_MS = 1000, EVICT_LIMIT_MS = 5000, REQUESTS_A_PEER = 4, RECEN
 
 /* A request between its message and its answer. */
 struct mlad_request {
-    struct mlad_request *next;          /* of its peer's */
+    struct mlad_request *next; /* of its peer's */
     struct mlad_supervisor *supervisor;
-    struct mlad_peer *peer;             /* NULL: it has gone */
+    struct mlad_peer *peer; /* NULL: it has gone */
     uint32_t sequence;
     enum mlap_type type;
-    struct mlad_device *device;         /* the one asked; NULL: all */
-    uint32_t waiting;                   /* devices still to answer */
+    struct mlad_device *device; /* the one asked; NULL: all */
+    uint32_t waiting;           /* devices still to answer */
     struct question {
         struct mlad_request *request;
         bool answered;
     } questions[MLAD_CONFIG_DEVICES];
-    struct mlap_sessions_reply *sessions;   /* SESSIONS: collected so far */
+    struct mlap_sessions_reply *sessions; /* SESSIONS: collected so far */
 };
 
 /* ---- requests ---- */
 
-static struct mlad_request *request_new(struct mlad_peer *peer, const struct mlap_header *header, struct mlad_device *device) {
+static struct mlad_request *request_new(struct mlad_peer *peer, const struct mlap_header *header,
+                                        struct mlad_device *device) {
     struct mlad_request *request = NULL;
     if (peer->n_requests >= REQUESTS_A_PEER) {
-        mlad_peer_refuse(peer, header->sequence, MLAP_code_BUSY, "", "four requests of this session wait; collect an answer first");
+        mlad_peer_refuse(peer, header->sequence, MLAP_code_BUSY, "",
+                         "four requests of this session wait; collect an answer first");
         return NULL;
     }
     request = calloc(1, sizeof *request);
@@ -124,7 +126,8 @@ static void find_fault(const struct mlad_device *device, bool answered, char *to
     else if (!answered)
         snprintf(to, size, "%s does not answer", device->name);
     else if (device->ended_at && since_end < RECENT_MS)
-        snprintf(to, size, "%s was restarted %llu s ago: %s", device->name, (unsigned long long)since_end / 1000, device->end_reason);
+        snprintf(to, size, "%s was restarted %llu s ago: %s", device->name, (unsigned long long)since_end / 1000,
+                 device->end_reason);
 }
 
 static void answer_health(struct mlad_request *request) {
@@ -215,8 +218,8 @@ static void on_sessions(void *context, const struct mlap_header *header, const u
     }
 }
 
-static void serve_sessions(struct mlad_peer *peer, const struct mlap_header *header, const struct mlap_sessions *sessions,
-                           struct mlad_device *device) {
+static void serve_sessions(struct mlad_peer *peer, const struct mlap_header *header,
+                           const struct mlap_sessions *sessions, struct mlad_device *device) {
     struct mlad_request *request = request_new(peer, header, device);
     if (!request)
         return;
@@ -273,7 +276,8 @@ static void serve_operator(struct mlad_peer *peer, const struct mlap_header *hea
     if (!request)
         return;
     mlad_log(LOG_NOTICE, "an operator acts", MLAD_KV("what", what), MLAD_KV("device", device->name),
-             MLAD_KV("uid", peer->identity.uid), MLAD_KV("session", header->type == MLAP_EVICT ? body->evict_.session : 0));
+             MLAD_KV("uid", peer->identity.uid),
+             MLAD_KV("session", header->type == MLAP_EVICT ? body->evict_.session : 0));
     if (header->type == MLAP_DRAIN)
         mlad_device_drain(device, body->drain_.resume, on_drained, request);
     else

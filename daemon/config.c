@@ -38,11 +38,13 @@ __attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *or
     return false;
 }
 
-static bool parse_number(const struct mlad_option *option, const char *value, uint64_t *number, const struct origin *origin) {
+static bool parse_number(const struct mlad_option *option, const char *value, uint64_t *number,
+                         const struct origin *origin) {
     char bounds[96], *end;
     mlad_option_print_bounds(option, bounds, sizeof bounds);
     errno = 0;
-    unsigned long long n = isdigit((unsigned char)*value) ? strtoull(value, &end, option->kind == MLAD_MODE ? 8 : 10) : 0;
+    unsigned long long n =
+        isdigit((unsigned char)*value) ? strtoull(value, &end, option->kind == MLAD_MODE ? 8 : 10) : 0;
     if (!isdigit((unsigned char)*value))
         return refuse(origin, "'%.64s' is no number; write one of %s", value, bounds);
     const struct mlad_unit *unit = mlad_units(option->kind);
@@ -120,12 +122,14 @@ static bool parse_list(const struct mlad_option *option, char *value, void *into
         if (option->kind == MLAD_NAMES ? !parse_name(word, into, origin) : !parse_id(option->kind, word, into, origin))
             return false;
     }
-    return n >= option->min ? true : refuse(origin, "the list is empty; name at least %llu", (unsigned long long)option->min);
+    return n >= option->min ? true
+                            : refuse(origin, "the list is empty; name at least %llu", (unsigned long long)option->min);
 }
 
 /* ---- one option ---- */
 
-static bool parse_choice(const struct mlad_option *option, const char *value, uint64_t *index, const struct origin *origin) {
+static bool parse_choice(const struct mlad_option *option, const char *value, uint64_t *index,
+                         const struct origin *origin) {
     char bounds[96];
     const char *const *words = option->choices;
     for (*index = 0; words[*index]; ++*index)
@@ -142,12 +146,14 @@ static bool parse_text(const struct mlad_option *option, const char *value, char
                       (unsigned long long)option->min, (unsigned long long)option->max);
     for (const char *c = value; *c; c++)
         if (iscntrl((unsigned char)*c) || (*c == '#' && (c == value || c[-1] == ' ')))
-            return refuse(origin, "it holds a control character, or a # where a comment would begin; choose another name");
+            return refuse(origin,
+                          "it holds a control character, or a # where a comment would begin; choose another name");
     strcpy(into, value);
     return true;
 }
 
-static bool parse_value(const struct mlad_option *option, struct mlad_config *config, char *value, const struct origin *origin) {
+static bool parse_value(const struct mlad_option *option, struct mlad_config *config, char *value,
+                        const struct origin *origin) {
     void *into = mlad_option_member(option, config);
     memset(into, 0, option->size);
     switch (option->kind) {
@@ -219,7 +225,8 @@ static bool parse_line(struct mlad_config *config, char *line, struct origin *or
     return set(config, trim(equals + 1), origin);
 }
 
-bool mlad_config_parse(struct mlad_config *config, const char *text, size_t length, const char *name, char error[MLAD_CONFIG_ERROR]) {
+bool mlad_config_parse(struct mlad_config *config, const char *text, size_t length, const char *name,
+                       char error[MLAD_CONFIG_ERROR]) {
     struct origin origin = {.file = name, .error = error};
     const char *end = text + length;
     while (text < end) {
@@ -264,7 +271,8 @@ static bool load_file(struct mlad_config *config, const char *path, bool must_ex
     ssize_t length = text ? read_file(path, text) : -1;
     bool done = false;
     if (length > FILE_LIMIT)
-        snprintf(error, MLAD_CONFIG_ERROR, "%.256s: longer than %d bytes; this is no configuration file", path, FILE_LIMIT);
+        snprintf(error, MLAD_CONFIG_ERROR, "%.256s: longer than %d bytes; this is no configuration file", path,
+                 FILE_LIMIT);
     else if (length >= 0)
         done = mlad_config_parse(config, text, (size_t)length, path, error);
     else if (errno == ENOENT && !must_exist)
@@ -275,8 +283,8 @@ static bool load_file(struct mlad_config *config, const char *path, bool must_ex
     return done;
 }
 
-bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist, const struct mlad_setting *settings,
-                      size_t n_settings, char error[MLAD_CONFIG_ERROR]) {
+bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist,
+                      const struct mlad_setting *settings, size_t n_settings, char error[MLAD_CONFIG_ERROR]) {
     struct origin origin = {.file = "command line", .error = error};
     if (!set_defaults(config, error) || (path && !load_file(config, path, must_exist, error)))
         return false;

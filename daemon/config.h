@@ -1,8 +1,8 @@
 /* config.h - what an operator can set: one struct, filled from one table of options.
  *
- * The table (config.c) holds each option's name, kind, bounds, default, whether a reload changes it, and its help. From it
- * come the parser, --help, --print-config and deploy/mlad.conf. A configuration is the defaults, then the file, then the
- * command line. The struct holds no pointers: it is copied by assignment and compared option by option. */
+ * The table (config.c) holds each option's name, kind, bounds, default, whether a reload changes it, and its help. From
+ * it come the parser, --help, --print-config and deploy/mlad.conf. A configuration is the defaults, then the file, then
+ * the command line. The struct holds no pointers: it is copied by assignment and compared option by option. */
 #ifndef MLAD_CONFIG_H
 #define MLAD_CONFIG_H
 
@@ -51,9 +51,10 @@ struct mlad_setting {
 };
 
 /* Defaults, then the file at `path` (NULL: none; one that is absent is an error only if `must_exist`), then `settings`.
- * False: `error` is one sentence that names file and line, the option, its bounds and the remedy; `config` is unspecified. */
-bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist, const struct mlad_setting *settings,
-                      size_t n_settings, char error[MLAD_CONFIG_ERROR]);
+ * False: `error` is one sentence that names file and line, the option, its bounds and the remedy; `config` is
+ * unspecified. */
+bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist,
+                      const struct mlad_setting *settings, size_t n_settings, char error[MLAD_CONFIG_ERROR]);
 
 /* Apply the text of a file called `name` (for errors) to `config`. */
 bool mlad_config_parse(struct mlad_config *config, const char *text, size_t length, const char *name,
@@ -62,8 +63,8 @@ bool mlad_config_parse(struct mlad_config *config, const char *text, size_t leng
 /* The word chosen for a choice option, such as "avx2" for "cpu_variant". */
 const char *mlad_config_choice(const struct mlad_config *config, const char *key);
 
-/* Take over into `live` what a reload may change in `wanted`. Options that differ but need a restart stay as they are; their
- * names are written to `restart`, separated by ", ". */
+/* Take over into `live` what a reload may change in `wanted`. Options that differ but need a restart stay as they are;
+ * their names are written to `restart`, separated by ", ". */
 void mlad_config_reload(struct mlad_config *live, const struct mlad_config *wanted, char *restart, size_t size);
 
 /* A configuration file that says the same as `config`, every option documented; those with their default value

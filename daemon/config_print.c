@@ -56,7 +56,8 @@ static void print_wrapped(const char *indent, const char *text, FILE *to) {
 static void print_option_help(const char *indent, const struct mlad_option *option, FILE *to) {
     char bounds[96], text[1024];
     mlad_option_print_bounds(option, bounds, sizeof bounds);
-    snprintf(text, sizeof text, "%s (%s%s)", option->help, bounds, option->when == MLAD_RESTART ? "; needs a restart" : "");
+    snprintf(text, sizeof text, "%s (%s%s)", option->help, bounds,
+             option->when == MLAD_RESTART ? "; needs a restart" : "");
     print_wrapped(indent, text, to);
 }
 
@@ -64,13 +65,15 @@ void mlad_config_print(const struct mlad_config *config, FILE *to) {
     static struct mlad_config standard;
     char error[MLAD_CONFIG_ERROR];
     mlad_config_load(&standard, NULL, false, NULL, 0, error);
-    fputs("# mlad.conf - configuration of mlad, the decode daemon. Written by `mlad --print-config`.\n"
-          "#\n"
-          "# One `key = value` a line; a # at the start of a line or after a blank begins a comment; lists are separated\n"
-          "# by commas. What is commented out here has its default. `systemctl reload mlad` (or SIGHUP) reads this file\n"
-          "# again; options that need a restart say so. `mlad --check-config` checks it; the command line\n"
-          "# (`-o key=value`) goes before it.\n",
-          to);
+    fputs(
+        "# mlad.conf - configuration of mlad, the decode daemon. Written by `mlad --print-config`.\n"
+        "#\n"
+        "# One `key = value` a line; a # at the start of a line or after a blank begins a comment; lists are "
+        "separated\n"
+        "# by commas. What is commented out here has its default. `systemctl reload mlad` (or SIGHUP) reads this file\n"
+        "# again; options that need a restart say so. `mlad --check-config` checks it; the command line\n"
+        "# (`-o key=value`) goes before it.\n",
+        to);
     for (size_t i = 0; i < mlad_n_options; i++) {
         const struct mlad_option *option = &mlad_options[i];
         bool same = memcmp(mlad_option_value(option, config), mlad_option_value(option, &standard), option->size) == 0;
@@ -84,7 +87,8 @@ void mlad_config_print(const struct mlad_config *config, FILE *to) {
 
 void mlad_config_help(FILE *to) {
     for (size_t i = 0; i < mlad_n_options; i++) {
-        fprintf(to, "  %s = %s\n", mlad_options[i].name, *mlad_options[i].standard ? mlad_options[i].standard : "(empty)");
+        fprintf(to, "  %s = %s\n", mlad_options[i].name,
+                *mlad_options[i].standard ? mlad_options[i].standard : "(empty)");
         print_option_help("        ", &mlad_options[i], to);
     }
 }

@@ -19,11 +19,17 @@ struct mlad_call {
     void *context;
 };
 
-static uint64_t now_ms(const struct mlad_device *device) { return uv_now(device->loop); }
+static uint64_t now_ms(const struct mlad_device *device) {
+    return uv_now(device->loop);
+}
 
-bool mlad_device_is_ready(const struct mlad_device *device) { return device->ready; }
+bool mlad_device_is_ready(const struct mlad_device *device) {
+    return device->ready;
+}
 
-bool mlad_device_is_gone(const struct mlad_device *device) { return device->stopping && !device->process; }
+bool mlad_device_is_gone(const struct mlad_device *device) {
+    return device->stopping && !device->process;
+}
 
 /* ---- questions ---- */
 
@@ -41,13 +47,22 @@ static bool answer_call(struct mlad_device *device, bool (*wanted)(const struct 
     return false;
 }
 
-static bool has_sequence(const struct mlad_call *call, uint64_t sequence) { return call->sequence == sequence; }
-static bool is_late(const struct mlad_call *call, uint64_t now) { return call->deadline && call->deadline <= now; }
-static bool any(const struct mlad_call *call, uint64_t unused) { return call && unused == 0; }
+static bool has_sequence(const struct mlad_call *call, uint64_t sequence) {
+    return call->sequence == sequence;
+}
+
+static bool is_late(const struct mlad_call *call, uint64_t now) {
+    return call->deadline && call->deadline <= now;
+}
+
+static bool any(const struct mlad_call *call, uint64_t unused) {
+    return call && unused == 0;
+}
 
 void mlad_device_ask(struct mlad_device *device, enum mlap_type type, const void *body, uint64_t limit_ms,
                      mlad_answer *answer, void *context) {
-    bool able = device->ready || (device->process && type == MLAP_QUERY); /* a worker that starts can say why it takes long */
+    /* A worker that starts can say why it takes long. */
+    bool able = device->ready || (device->process && type == MLAP_QUERY);
     struct mlad_call *call = able ? malloc(sizeof *call) : NULL;
     if (call && ++device->last_sequence == 0) /* 0 means unasked */
         device->last_sequence = 1;
@@ -56,7 +71,8 @@ void mlad_device_ask(struct mlad_device *device, enum mlap_type type, const void
         answer(context, NULL, NULL);
         return;
     }
-    *call = (struct mlad_call){device->calls, device->last_sequence, limit_ms ? now_ms(device) + limit_ms : 0, answer, context};
+    *call = (struct mlad_call){device->calls, device->last_sequence, limit_ms ? now_ms(device) + limit_ms : 0, answer,
+                               context};
     device->calls = call;
 }
 
@@ -104,8 +120,9 @@ static void on_ready(struct mlad_device *device, const struct mlap_ready *ready)
     device->ready = true;
     device->ready_at = now_ms(device);
     serve(device);
-    mlad_log(LOG_DEBUG, "worker reported ready", MLAD_KV("device", device->name), MLAD_KV("pid", mlad_process_pid(device->process)),
-             MLAD_KV("variant", ready->variant), MLAD_KV("threads", ready->threads));
+    mlad_log(LOG_DEBUG, "worker reported ready", MLAD_KV("device", device->name),
+             MLAD_KV("pid", mlad_process_pid(device->process)), MLAD_KV("variant", ready->variant),
+             MLAD_KV("threads", ready->threads));
     device->changed(device, device->owner);
 }
 
@@ -133,7 +150,9 @@ static void on_writable(void *owner) {
 
 /* ---- the worker's life ---- */
 
-static void on_restart(uv_timer_t *timer) { mlad_device_start(timer->data); }
+static void on_restart(uv_timer_t *timer) {
+    mlad_device_start(timer->data);
+}
 
 /* The worker is gone, or did not come to be; `absent`: because it cannot run here. */
 static void schedule_restart(struct mlad_device *device, bool absent, const char *why, uint64_t decodes) {
@@ -191,7 +210,8 @@ void mlad_device_start(struct mlad_device *device) {
         device->changed(device, device->owner);
         return;
     }
-    mlad_log(LOG_DEBUG, "worker started", MLAD_KV("device", device->name), MLAD_KV("pid", mlad_process_pid(device->process)));
+    mlad_log(LOG_DEBUG, "worker started", MLAD_KV("device", device->name),
+             MLAD_KV("pid", mlad_process_pid(device->process)));
     mlad_device_configure(device);
 }
 
@@ -250,7 +270,8 @@ void mlad_device_describe(const struct mlad_device *device, struct mlap_device *
     *out = device->figures;
     snprintf(out->name, sizeof out->name, "%s", device->name);
     snprintf(out->variant, sizeof out->variant, "%s", device->capabilities.variant);
-    if (device->state != MLAP_device_state_STARTING || !out->reason[0]) /* a worker that starts knows what it waits for */
+    if (device->state != MLAP_device_state_STARTING ||
+        !out->reason[0]) /* a worker that starts knows what it waits for */
         snprintf(out->reason, sizeof out->reason, "%s", device->reason);
     out->threads = device->capabilities.threads;
     out->state = device->state;
@@ -292,6 +313,10 @@ struct mlad_device *mlad_device_new(const char *name, uv_loop_t *loop, const str
     return device;
 }
 
-static void on_timer_closed(uv_handle_t *timer) { free(timer->data); }
+static void on_timer_closed(uv_handle_t *timer) {
+    free(timer->data);
+}
 
-void mlad_device_free(struct mlad_device *device) { uv_close((uv_handle_t *)&device->restart, on_timer_closed); }
+void mlad_device_free(struct mlad_device *device) {
+    uv_close((uv_handle_t *)&device->restart, on_timer_closed);
+}

@@ -36,7 +36,8 @@ static bool take_passed(struct mlad_listener *listener, int n, struct sentence *
     if (n > 1)
         return refuse(error, "systemd passed %d sockets; mlad.socket must name one", n);
     if (sd_is_socket(fd, AF_UNIX, SOCK_SEQPACKET, 1) <= 0)
-        return refuse(error, "the socket that systemd passed is no listening SEQPACKET socket; use ListenSequentialPacket=");
+        return refuse(error,
+                      "the socket that systemd passed is no listening SEQPACKET socket; use ListenSequentialPacket=");
     if (fcntl(fd, F_SETFL, O_NONBLOCK) < 0 || getsockname(fd, (struct sockaddr *)&address, &size) < 0)
         return refuse(error, "the socket that systemd passed: %s", strerror(errno));
     snprintf(listener->path, sizeof listener->path, "%.107s", address.sun_path);
@@ -102,8 +103,8 @@ static bool make_own(struct mlad_listener *listener, const char *path, mode_t mo
     snprintf(listener->path, sizeof listener->path, "%s", path);
     int directory = lock_directory(path);
     if (directory < 0)
-        return refuse(error, "the directory of %s cannot be used: %s; make it, or choose another path with --socket", path,
-                      strerror(errno));
+        return refuse(error, "the directory of %s cannot be used: %s; make it, or choose another path with --socket",
+                      path, strerror(errno));
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     bool done = false;
     /* The file gets the socket's mode less the umask, from its first moment. */
@@ -175,7 +176,8 @@ void mlad_listener_close(struct mlad_listener *listener) {
     struct stat st;
     if (listener->fd < 0)
         return;
-    if (listener->ours && lstat(listener->path, &st) == 0 && st.st_dev == listener->device && st.st_ino == listener->inode)
+    if (listener->ours && lstat(listener->path, &st) == 0 && st.st_dev == listener->device &&
+        st.st_ino == listener->inode)
         unlink(listener->path);
     if (listener->owner)
         uv_close((uv_handle_t *)&listener->poll, NULL);

@@ -21,7 +21,8 @@ enum { MAX_FIELDS = 16, LINE_BYTES = 2048 };
 static atomic_int log_level = LOG_INFO;
 static atomic_int log_target = MLAD_LOG_STDERR;
 
-static const char *const level_names[] = {"emergency", "alert", "critical", "error", "warning", "notice", "info", "debug"};
+static const char *const level_names[] = {"emergency", "alert",  "critical", "error",
+                                          "warning",   "notice", "info",     "debug"};
 
 /* Text under construction; what does not fit is cut. */
 struct text {
@@ -38,10 +39,12 @@ static void put(struct text *to, const char *bytes, size_t length) {
     *to->at = '\0';
 }
 
-static void put_text(struct text *to, const char *text) { put(to, text, strlen(text)); }
+static void put_text(struct text *to, const char *text) {
+    put(to, text, strlen(text));
+}
 
-/* Bare if it is one plain word; else in double quotes, with quotes, backslashes and control bytes escaped: a peer's name
- * can neither end the line nor look like another field. */
+/* Bare if it is one plain word; else in double quotes, with quotes, backslashes and control bytes escaped: a peer's
+ * name can neither end the line nor look like another field. */
 static void put_value(struct text *to, const char *value) {
     bool plain = *value != '\0';
     for (const unsigned char *c = (const unsigned char *)value; *c; c++)
@@ -84,7 +87,8 @@ static void put_sentence(struct text *to, const char *sentence, const struct mla
     }
 }
 
-static void write_stderr(int level, int line, const char *function, const char *sentence, const struct mlad_field *fields) {
+static void write_stderr(int level, int line, const char *function, const char *sentence,
+                         const struct mlad_field *fields) {
     char buffer[LINE_BYTES];
     struct text to = {buffer, sizeof buffer - 1}; /* one byte is kept for the end of the line */
     struct timespec now;
@@ -111,7 +115,8 @@ static void write_stderr(int level, int line, const char *function, const char *
 }
 
 /* "NAME=value" in `storage`, as a journal field. */
-__attribute__((format(printf, 3, 4))) static struct iovec journal_field(char *storage, size_t size, const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static struct iovec journal_field(char *storage, size_t size, const char *format,
+                                                                        ...) {
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(storage, size, format, arguments);
@@ -184,8 +189,13 @@ void mlad_log_open(enum mlad_log_target target, int level) {
     mlad_log_set_level(level);
 }
 
-void mlad_log_set_level(int level) { atomic_store_explicit(&log_level, level, memory_order_relaxed); }
-int mlad_log_level(void) { return atomic_load_explicit(&log_level, memory_order_relaxed); }
+void mlad_log_set_level(int level) {
+    atomic_store_explicit(&log_level, level, memory_order_relaxed);
+}
+
+int mlad_log_level(void) {
+    return atomic_load_explicit(&log_level, memory_order_relaxed);
+}
 
 enum mlad_log_target mlad_log_target(void) {
     return (enum mlad_log_target)atomic_load_explicit(&log_target, memory_order_relaxed);

@@ -4,9 +4,9 @@
  *
  *     mlad_log(LOG_WARNING, "worker ended", MLAD_KV("device", device->name), MLAD_KV("pid", pid));
  *
- * On stderr it is one line: time, level, sentence, key=value fields, and for warnings and worse (and debug) the function
- * and line it came from. In the journal each field is also a journal field of its own, MLAD_DEVICE=cpu. An error is
- * logged once, where it arises; who passes it on says nothing. Text that a peer chose is quoted and escaped.
+ * On stderr it is one line: time, level, sentence, key=value fields, and for warnings and worse (and debug) the
+ * function and line it came from. In the journal each field is also a journal field of its own, MLAD_DEVICE=cpu. An
+ * error is logged once, where it arises; who passes it on says nothing. Text that a peer chose is quoted and escaped.
  *
  * The logger belongs to the process. mlad_log may be called from any thread once mlad_log_open has returned;
  * it allocates nothing. */
@@ -54,7 +54,7 @@ static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t va
 }
 
 /* A field of text or of any integer type. */
-#define MLAD_KV(key, value) \
+#define MLAD_KV(key, value)                                                                                            \
     _Generic((value), \
         char *: mlad_field_text, const char *: mlad_field_text, \
         signed char: mlad_field_signed, short: mlad_field_signed, int: mlad_field_signed, \
@@ -63,19 +63,19 @@ static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t va
         unsigned: mlad_field_unsigned, unsigned long: mlad_field_unsigned, \
         unsigned long long: mlad_field_unsigned)(key, value)
 
-#define mlad_log(level, sentence, ...) \
-    ((level) > mlad_log_level() ? (void)0 \
-                                : mlad_log_write((level), __FILE__, __LINE__, __func__, (sentence), \
+#define mlad_log(level, sentence, ...)                                                                                 \
+    ((level) > mlad_log_level() ? (void)0                                                                              \
+                                : mlad_log_write((level), __FILE__, __LINE__, __func__, (sentence),                    \
                                                  (struct mlad_field[]){__VA_ARGS__ __VA_OPT__(, ){0}}))
 
-/* The same for what a peer can provoke at will: at most ten records each ten seconds from one place in the code; the next one
- * says how many were left out. */
-#define mlad_log_provoked(level, sentence, ...) \
-    do { \
-        static struct mlad_log_limit limit_here; \
-        uint64_t left_out_here; \
-        if (mlad_log_allows(&limit_here, &left_out_here)) \
-            mlad_log((level), (sentence), __VA_ARGS__, MLAD_KV("left_out", left_out_here)); \
+/* The same for what a peer can provoke at will: at most ten records each ten seconds from one place in the code; the
+ * next one says how many were left out. */
+#define mlad_log_provoked(level, sentence, ...)                                                                        \
+    do {                                                                                                               \
+        static struct mlad_log_limit limit_here;                                                                       \
+        uint64_t left_out_here;                                                                                        \
+        if (mlad_log_allows(&limit_here, &left_out_here))                                                              \
+            mlad_log((level), (sentence), __VA_ARGS__, MLAD_KV("left_out", left_out_here));                            \
     } while (0)
 
 struct mlad_log_limit {

@@ -70,11 +70,16 @@ static void tidy_process(void) {
 int main(int argc, char **argv) {
     enum { DEVICES = 256, SOCKET, CONFIG, LOG_LEVEL, LOG_TARGET, CHECK, PRINT, VERSION, HELP };
     static const struct option options[] = {
-        {"devices", required_argument, NULL, DEVICES},       {"socket", required_argument, NULL, SOCKET},
-        {"config", required_argument, NULL, CONFIG},         {"log-level", required_argument, NULL, LOG_LEVEL},
-        {"log-target", required_argument, NULL, LOG_TARGET}, {"check-config", no_argument, NULL, CHECK},
-        {"print-config", no_argument, NULL, PRINT},          {"version", no_argument, NULL, VERSION},
-        {"help", no_argument, NULL, HELP},                   {NULL, 0, NULL, 0},
+        {"devices", required_argument, NULL, DEVICES},
+        {"socket", required_argument, NULL, SOCKET},
+        {"config", required_argument, NULL, CONFIG},
+        {"log-level", required_argument, NULL, LOG_LEVEL},
+        {"log-target", required_argument, NULL, LOG_TARGET},
+        {"check-config", no_argument, NULL, CHECK},
+        {"print-config", no_argument, NULL, PRINT},
+        {"version", no_argument, NULL, VERSION},
+        {"help", no_argument, NULL, HELP},
+        {NULL, 0, NULL, 0},
     };
     static struct mlad_config config; /* large */
     char error[MLAD_CONFIG_ERROR];

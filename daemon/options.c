@@ -12,16 +12,18 @@
 #include <string.h>
 
 static const char *const choices_cpu_variant[] = {"auto", "generic", "avx2", "avx512", "amx", NULL};
-static const char *const choices_log_level[] = {"emergency", "alert", "critical", "error", "warning", "notice", "info", "debug", NULL};
+static const char *const choices_log_level[] = {"emergency", "alert", "critical", "error", "warning",
+                                                "notice",    "info",  "debug",    NULL};
 static const char *const choices_log_target[] = {"auto", "stderr", "journal", NULL};
 
+/* clang-format off */
 #define OPTIONS(O, C) \
     O(socket, TEXT, 1, 107, "/run/mlad/mlad.sock", RESTART, \
       "Path of the Unix socket. Ignored when systemd passes a listening socket (socket activation).") \
     O(socket_mode, MODE, 0, 0777, "0666", RESTART, \
-      "Permissions of the socket file. Open to all by default, because who may connect is decided by allowed_users and " \
-      "allowed_groups: a user who is refused there is told so, and by which option, instead of a bare EACCES. A narrower " \
-      "mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
+      "Permissions of the socket file. Open to all by default, because who may connect is decided by " \
+      "allowed_users and allowed_groups: a user who is refused there is told so, and by which option, instead of a bare " \
+      "EACCES. A narrower mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
     O(devices, NAMES, 1, 16, "cpu", RESTART, \
       "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision).") \
     O(allowed_users, ANY_USERS, 0, 32, "", RELOAD, \
@@ -37,21 +39,24 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
     O(max_buffers, NUMBER, 1, 1000000, "1024", RELOAD, "Buffers a user may register on a device.") \
     O(max_plans, NUMBER, 1, 1000000, "4096", RELOAD, "Plans a user may hold on a device.") \
     O(max_in_flight, NUMBER, 1, 65536, "256", RELOAD, "Decodes a user may have queued or running on a device.") \
-    O(queue_limit, NUMBER, 1, 65536, "1024", RELOAD, "Decodes that may wait on a device, all users together; above, busy.") \
+    O(queue_limit, NUMBER, 1, 65536, "1024", RELOAD, \
+      "Decodes that may wait on a device, all users together; above, busy.") \
     O(max_connections, NUMBER, 1, 65536, "512", RELOAD, \
-      "Connections that the supervisor holds at a time: those that have not said HELLO, wait for a device to start, or ask " \
-      "for status. Sessions on a device do not count.") \
+      "Connections that the supervisor holds at a time: those that have not said HELLO, wait for a device to start, or " \
+      "ask for status. Sessions on a device do not count.") \
     O(max_connections_per_user, NUMBER, 1, 65536, "128", RELOAD, "The same for one user.") \
     O(hello_timeout, DURATION, 50, 600000, "5s", RELOAD, \
       "How long a connection may stay silent before its HELLO, and how long it may wait for a device that starts.") \
     O(worker_timeout, DURATION, 500, 3600000, "10s", RELOAD, \
-      "A worker that shows no sign of life, or has a decode running without progress, for so long is killed and started again.") \
+      "A worker that shows no sign of life, or has a decode running without progress, for so long is killed and " \
+      "started again.") \
     O(drain_timeout, DURATION, 0, 3600000, "10s", RELOAD, \
       "How long a stop waits for decodes in flight. Clients submit what was cut off to the next daemon.") \
     O(runtime_dir, TEXT, 0, 107, "", RESTART, "Directory of the devices' lock files. Empty: that of the socket.") \
     O(cpu_threads, NUMBER, 0, 1024, "0", RESTART, "Compute threads of the device cpu. 0: one per processor.") \
     C(cpu_variant, "auto", RESTART, \
-      "Kernels of the device cpu. auto: the best that this processor runs; one that it cannot run makes the device absent.") \
+      "Kernels of the device cpu. auto: the best that this processor runs; one that it cannot run makes the device " \
+      "absent.") \
     C(log_level, "info", RELOAD, "Least urgent records to keep.") \
     C(log_target, "auto", RESTART, "Where records go. auto: the journal if stderr leads there, else stderr.")
 
@@ -60,6 +65,8 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
     {#option, MLAD_##KIND, min, max, standard, NULL, MLAD_##WHEN, help, MEMBER(option)},
 #define CHOICE(option, standard, WHEN, help) \
     {#option, MLAD_CHOICE, 0, 0, standard, choices_##option, MLAD_##WHEN, help, MEMBER(option)},
+/* clang-format on */
+
 const struct mlad_option mlad_options[] = {OPTIONS(PLAIN, CHOICE)};
 const size_t mlad_n_options = sizeof mlad_options / sizeof mlad_options[0];
 _Static_assert(sizeof mlad_options / sizeof mlad_options[0] <= 64, "config.c keeps a set of them in 64 bits");
@@ -82,7 +89,8 @@ const void *mlad_option_value(const struct mlad_option *option, const struct mla
 /* ---- numbers as people write them ---- */
 
 static const struct mlad_unit no_units[] = {{"", 1}, {NULL, 0}};
-static const struct mlad_unit byte_units[] = {{"T", 1ull << 40}, {"G", 1 << 30}, {"M", 1 << 20}, {"K", 1 << 10}, {"", 1}, {NULL, 0}};
+static const struct mlad_unit byte_units[] = {{"T", 1ull << 40}, {"G", 1 << 30}, {"M", 1 << 20},
+                                              {"K", 1 << 10},    {"", 1},        {NULL, 0}};
 static const struct mlad_unit duration_units[] = {{"min", 60000}, {"s", 1000}, {"ms", 1}, {"", 1000}, {NULL, 0}};
 
 const struct mlad_unit *mlad_units(enum mlad_kind kind) {

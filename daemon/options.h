@@ -8,23 +8,33 @@
 #include <stdint.h>
 
 /* NAMES and those after it are lists. */
-enum mlad_kind { MLAD_TEXT, MLAD_MODE, MLAD_NUMBER, MLAD_BYTES, MLAD_DURATION, MLAD_CHOICE, MLAD_NAMES, MLAD_USERS,
-                 MLAD_ANY_USERS, MLAD_GROUPS };
+enum mlad_kind {
+    MLAD_TEXT,
+    MLAD_MODE,
+    MLAD_NUMBER,
+    MLAD_BYTES,
+    MLAD_DURATION,
+    MLAD_CHOICE,
+    MLAD_NAMES,
+    MLAD_USERS,
+    MLAD_ANY_USERS,
+    MLAD_GROUPS
+};
 enum mlad_when { MLAD_RESTART, MLAD_RELOAD };
 
 struct mlad_option {
     const char *name;
     enum mlad_kind kind;
     uint64_t min, max;
-    const char *standard;           /* the default, as a person would write it */
-    const char *const *choices;     /* CHOICE: its words, NULL at the end; the member holds an index */
+    const char *standard;       /* the default, as a person would write it */
+    const char *const *choices; /* CHOICE: its words, NULL at the end; the member holds an index */
     enum mlad_when when;
     const char *help;
-    size_t offset, size;            /* of its member in struct mlad_config */
+    size_t offset, size; /* of its member in struct mlad_config */
 };
 
 extern const struct mlad_option mlad_options[];
-extern const size_t mlad_n_options;     /* at most 64 */
+extern const size_t mlad_n_options; /* at most 64 */
 
 /* NULL if there is none of that name. */
 const struct mlad_option *mlad_option_by_name(const char *name);

@@ -1,4 +1,5 @@
-/* peer.c - see peer.h. What is read here is hostile: every datagram is bounded, decoded and answered before the next. */
+/* peer.c - see peer.h. What is read here is hostile: every datagram is bounded, decoded and answered before the next.
+ */
 #include "peer.h"
 
 #include "admin.h"
@@ -15,13 +16,17 @@ enum {
     ADMIN_RESERVE = 16,    /* connections beyond max_connections, so that an operator gets through a flood */
 };
 
-static uint64_t now_ms(const struct mlad_supervisor *supervisor) { return uv_now(&supervisor->loop); }
+static uint64_t now_ms(const struct mlad_supervisor *supervisor) {
+    return uv_now(&supervisor->loop);
+}
 
 static void on_poll(uv_poll_t *poll, int status, int events);
 
 /* ---- the end ---- */
 
-static void on_closed(uv_handle_t *poll) { free(poll->data); }
+static void on_closed(uv_handle_t *poll) {
+    free(poll->data);
+}
 
 /* Leave the list and close our descriptor. A worker may hold the connection by then. */
 static void leave(struct mlad_peer *peer) {
@@ -37,8 +42,8 @@ static void leave(struct mlad_peer *peer) {
     peer->fd = -1;
 }
 
-/* Closing a socket with unread input makes the kernel tell the peer ECONNRESET before it has read what we sent. So: take
- * no more, discard what is there, then close. */
+/* Closing a socket with unread input makes the kernel tell the peer ECONNRESET before it has read what we sent. So:
+ * take no more, discard what is there, then close. */
 static void discard_input(int fd) {
     char byte;
     shutdown(fd, SHUT_RD);
@@ -54,9 +59,11 @@ static void send_error(int fd, uint32_t sequence, enum mlap_code code, const cha
     mlap_send_message(fd, MLAP_ERROR, sequence, &error, -1, MSG_DONTWAIT);
 }
 
-void mlad_peer_end(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field, const char *message) {
-    mlad_log_provoked(LOG_INFO, "connection ended", MLAD_KV("uid", peer->identity.uid), MLAD_KV("pid", peer->identity.pid),
-                      MLAD_KV("code", mlap_code_text(code)), MLAD_KV("why", message));
+void mlad_peer_end(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field,
+                   const char *message) {
+    mlad_log_provoked(LOG_INFO, "connection ended", MLAD_KV("uid", peer->identity.uid),
+                      MLAD_KV("pid", peer->identity.pid), MLAD_KV("code", mlap_code_text(code)),
+                      MLAD_KV("why", message));
     send_error(peer->fd, sequence, code, field, message);
     discard_input(peer->fd);
     leave(peer);
@@ -74,12 +81,14 @@ void mlad_peers_close(struct mlad_supervisor *supervisor) {
 void mlad_peer_send(struct mlad_peer *peer, enum mlap_type type, uint32_t sequence, const void *body) {
     if (peer->fd < 0 || mlap_send_message(peer->fd, type, sequence, body, -1, MSG_DONTWAIT) == 0)
         return;
-    mlad_log_provoked(LOG_INFO, "connection dropped", MLAD_KV("uid", peer->identity.uid), MLAD_KV("pid", peer->identity.pid),
+    mlad_log_provoked(LOG_INFO, "connection dropped", MLAD_KV("uid", peer->identity.uid),
+                      MLAD_KV("pid", peer->identity.pid),
                       MLAD_KV("why", errno == EAGAIN ? "it does not read its answers" : strerror(errno)));
     leave(peer);
 }
 
-void mlad_peer_refuse(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field, const char *message) {
+void mlad_peer_refuse(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field,
+                      const char *message) {
     struct mlap_error error = {.code = code};
     snprintf(error.field, sizeof error.field, "%s", field);
     snprintf(error.message, sizeof error.message, "%s", message);
@@ -95,9 +104,9 @@ static void try_attach(struct mlad_peer *peer, struct mlad_device *device) {
         snprintf(why, sizeof why, "the device %s is absent: %s", device->name, device->reason);
         mlad_peer_end(peer, peer->attach.hello_seq, MLAP_code_UNAVAILABLE, "device", why);
     } else if (mlad_device_is_ready(device) && mlad_device_attach(device, &peer->attach, peer->fd) == 0) {
-        mlad_log(LOG_DEBUG, "session handed over", MLAD_KV("session", peer->attach.session), MLAD_KV("device", device->name),
-                 MLAD_KV("uid", peer->identity.uid), MLAD_KV("pid", peer->identity.pid),
-                 MLAD_KV("client", peer->attach.hello.client));
+        mlad_log(LOG_DEBUG, "session handed over", MLAD_KV("session", peer->attach.session),
+                 MLAD_KV("device", device->name), MLAD_KV("uid", peer->identity.uid),
+                 MLAD_KV("pid", peer->identity.pid), MLAD_KV("client", peer->attach.hello.client));
         leave(peer);
     }
 }
@@ -160,7 +169,8 @@ static void deny(struct mlad_peer *peer, uint32_t sequence) {
     peer->supervisor->denied++;
     snprintf(why, sizeof why,
              "user %u may not connect; an operator can list the user in allowed_users, or a group of theirs in "
-             "allowed_groups, of mlad.conf", peer->identity.uid);
+             "allowed_groups, of mlad.conf",
+             peer->identity.uid);
     mlad_peer_end(peer, sequence, MLAP_code_DENIED, "", why);
 }
 
@@ -170,7 +180,8 @@ static void serve(struct mlad_peer *peer, const struct mlap_header *header, cons
         snprintf(why, sizeof why, "%s is not a client's to send", mlap_type_name(header->type));
         mlad_peer_refuse(peer, header->sequence, MLAP_code_UNKNOWN_TYPE, "", why);
     } else if (header->type == MLAP_HELLO && peer->state == MLAD_PEER_OPEN)
-        mlad_peer_refuse(peer, header->sequence, MLAP_code_STATE, "", "HELLO was said before; connect anew for another session");
+        mlad_peer_refuse(peer, header->sequence, MLAP_code_STATE, "",
+                         "HELLO was said before; connect anew for another session");
     else if (header->type == MLAP_HELLO)
         serve_hello(peer, header->sequence, &body->hello_);
     else if (peer->state != MLAD_PEER_OPEN) {
@@ -187,13 +198,13 @@ static void handle(struct mlad_peer *peer, const char *datagram, long length, un
     struct mlap_fault fault;
     char why[200];
     enum mlap_code code = mlap_decode(datagram, (size_t)length, &header, &body, &fault);
-    if (peer->state == MLAD_PEER_SILENT &&
-        !mlad_policy_allows(&peer->supervisor->config, &peer->identity, peer->fd))
+    if (peer->state == MLAD_PEER_SILENT && !mlad_policy_allows(&peer->supervisor->config, &peer->identity, peer->fd))
         deny(peer, header.sequence);
     else if (code == MLAP_code_VERSION || code == MLAP_code_MALFORMED)
         mlad_peer_end(peer, 0, code, fault.field, fault.message);
     else if (header.sequence == 0)
-        mlad_peer_end(peer, 0, MLAP_code_MALFORMED, "sequence", "a request's sequence is 1 or more; 0 could not be answered");
+        mlad_peer_end(peer, 0, MLAP_code_MALFORMED, "sequence",
+                      "a request's sequence is 1 or more; 0 could not be answered");
     else if (code != MLAP_code_OK)
         mlad_peer_refuse(peer, header.sequence, code, fault.field, fault.message);
     else if ((int)n_fds != mlap_type_fds(header.type)) {

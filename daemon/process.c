@@ -19,13 +19,13 @@ extern char **environ;
 struct mlad_process {
     uv_process_t handle;
     uv_poll_t poll;
-    unsigned open_handles;  /* of the two above; freed at 0 */
-    int control;            /* -1: hung up */
-    bool full;              /* a send found no room; waiting for some */
+    unsigned open_handles; /* of the two above; freed at 0 */
+    int control;           /* -1: hung up */
+    bool full;             /* a send found no room; waiting for some */
     bool reaped;
     const struct mlad_life *life;
     struct mlad_life seen;
-    uint64_t looked_at, silent_beat, silent_progress;  /* ms of the loop's clock; ms of silence */
+    uint64_t looked_at, silent_beat, silent_progress; /* ms of the loop's clock; ms of silence */
     const struct mlad_process_events *events;
     void *owner;
 };
@@ -38,7 +38,9 @@ static void on_closed(uv_handle_t *handle) {
     }
 }
 
-int mlad_process_pid(const struct mlad_process *process) { return process->handle.pid; }
+int mlad_process_pid(const struct mlad_process *process) {
+    return process->handle.pid;
+}
 
 void mlad_process_kill(struct mlad_process *process) {
     if (!process->reaped) /* the id may be another's by now */
@@ -72,6 +74,11 @@ static bool receive_one(struct mlad_process *process) {
     if (length > 0 && mlap_decode(datagram, (size_t)length, &header, &body, &fault) == MLAP_code_OK) {
         process->events->message(process->owner, &header, &body);
         return process->control >= 0;
+    }
+    if (length > 0 && fault.code == MLAP_code_MEMORY) {
+        mlad_log(LOG_ERR, "message of a worker lost", MLAD_KV("pid", process->handle.pid),
+                 MLAD_KV("why", fault.message));
+        return true; /* whoever waits for it has a time limit */
     }
     if (length > 0)
         mlad_log(LOG_ERR, "worker sent nonsense; killing it", MLAD_KV("pid", process->handle.pid),
@@ -163,7 +170,9 @@ static void close_fd(int *fd) {
         close(*fd);
 }
 
-static void free_strings(char ***strings) { free(*strings); }
+static void free_strings(char ***strings) {
+    free(*strings);
+}
 
 /* Our environment without the way to notify systemd, which is the supervisor's alone. NULL without memory. */
 static char **worker_environment(void) {
@@ -198,8 +207,9 @@ static int spawn(struct mlad_process *process, uv_loop_t *loop, const struct mla
     char threads[24], level[4];
     snprintf(threads, sizeof threads, "%llu", (unsigned long long)command->threads);
     snprintf(level, sizeof level, "%d", command->log_level);
-    const char *arguments[20] = {"mlad-worker", "--device", command->device, "--control", "3", "--life", "4",
-                                 "--lock", command->lock, "--log-level", level, "--log-target", command->log_target};
+    const char *arguments[20] = {
+        "mlad-worker", "--device", command->device, "--control",        "3", "--life", "4", "--lock", command->lock,
+        "--log-level", level,      "--log-target",  command->log_target};
     unsigned n = 13;
     if (command->threads) {
         arguments[n++] = "--threads";

@@ -17,11 +17,11 @@ struct mlad_process;
 struct mlad_process_command {
     const char *executable;
     const char *device;
-    const char *lock;        /* path of the device's lock file */
-    uint64_t threads;        /* 0: its own choice */
-    const char *variant;     /* NULL: its own choice */
+    const char *lock;    /* path of the device's lock file */
+    uint64_t threads;    /* 0: its own choice */
+    const char *variant; /* NULL: its own choice */
     int log_level;
-    const char *log_target;  /* "stderr" or "journal" */
+    const char *log_target; /* "stderr" or "journal" */
 };
 
 struct mlad_process_events {
@@ -39,14 +39,16 @@ int mlad_process_start(struct mlad_process **process, uv_loop_t *loop, const str
 
 int mlad_process_pid(const struct mlad_process *process);
 
-/* Send a message, with `fd` unless it is -1; `fd` stays the caller's. 0, or -1 with errno: EAGAIN, `writable` will follow. */
+/* Send a message, with `fd` unless it is -1; `fd` stays the caller's. 0, or -1 with errno: EAGAIN, `writable` will
+ * follow. */
 int mlad_process_send(struct mlad_process *process, enum mlap_type type, uint32_t sequence, const void *body, int fd);
 
 /* What its page says now. */
 struct mlad_life mlad_process_life(const struct mlad_process *process);
 
-/* Look at the page; to be called often. Returns for how many milliseconds the worker has shown no sign of life: no beat, or
- * no progress while decodes run. Time in which we did not run ourselves (a frozen container) counts for little. */
+/* Look at the page; to be called often. Returns for how many milliseconds the worker has shown no sign of life: no
+ * beat, or no progress while decodes run. Time in which we did not run ourselves (a frozen container) counts for
+ * little. */
 uint64_t mlad_process_silence(struct mlad_process *process);
 
 /* SIGKILL. `ended` follows. */

@@ -74,7 +74,8 @@ static void on_hangup(uv_signal_t *handle, int number) {
             mlad_device_configure(supervisor->devices[i]);
         mlad_log(LOG_NOTICE, "configuration read again", MLAD_KV("path", source->path));
         if (restart[0])
-            mlad_log(LOG_WARNING, "changed options that need a restart keep their old values", MLAD_KV("options", restart));
+            mlad_log(LOG_WARNING, "changed options that need a restart keep their old values",
+                     MLAD_KV("options", restart));
     }
     sd_notify(0, supervisor->settled ? "READY=1" : "STATUS=starting");
 }
@@ -157,7 +158,9 @@ static void on_tick(uv_timer_t *timer) {
     mlad_listener_tick(&supervisor->listener);
 }
 
-static void on_accepted(struct mlad_listener *listener, int fd) { mlad_peer_new(listener->owner, fd); }
+static void on_accepted(struct mlad_listener *listener, int fd) {
+    mlad_peer_new(listener->owner, fd);
+}
 
 /* mlad-worker lies at a fixed place from our own executable, which an upgrade may replace while we run. */
 static bool find_worker(struct mlad_supervisor *supervisor) {
@@ -181,8 +184,8 @@ static bool make_devices(struct mlad_supervisor *supervisor) {
         return false;
     }
     for (uint32_t i = 0; i < config->devices.n; i++) {
-        supervisor->devices[i] = mlad_device_new(config->devices.name[i], &supervisor->loop, config, supervisor->executable,
-                                                 directory, on_device_changed, supervisor);
+        supervisor->devices[i] = mlad_device_new(config->devices.name[i], &supervisor->loop, config,
+                                                 supervisor->executable, directory, on_device_changed, supervisor);
         if (!supervisor->devices[i])
             return false;
         supervisor->n_devices++;

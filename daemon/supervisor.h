@@ -33,17 +33,17 @@ struct mlad_supervisor {
     struct mlad_source source;
     struct mlad_config config;
     struct mlad_listener listener;
-    char executable[4096];      /* of the workers */
+    char executable[4096]; /* of the workers */
     struct mlad_device *devices[MLAD_CONFIG_DEVICES];
     uint32_t n_devices;
     struct mlad_peer *peers;
     uint32_t n_peers;
-    uint64_t last_session;      /* ids are never used again, whatever the device */
-    uint64_t denied;            /* connections refused by policy */
-    uint64_t started_at;        /* ms of the loop's clock */
-    uint32_t finishing;         /* devices whose decodes in flight are awaited before the end */
-    bool settled;               /* no device is in its first start any more */
-    bool stopping, ending;      /* decodes in flight are awaited; workers' ends are */
+    uint64_t last_session; /* ids are never used again, whatever the device */
+    uint64_t denied;       /* connections refused by policy */
+    uint64_t started_at;   /* ms of the loop's clock */
+    uint32_t finishing;    /* devices whose decodes in flight are awaited before the end */
+    bool settled;          /* no device is in its first start any more */
+    bool stopping, ending; /* decodes in flight are awaited; workers' ends are */
     bool closed;
 };
 

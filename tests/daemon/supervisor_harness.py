@@ -1,6 +1,7 @@
 """Runs one mlad in a private directory, as systemd or a shell would, and talks to its socket in bytes.
 
-Daemon is a context manager: it leaves no process and no file behind, and fails the test if mlad left a child of its own.
+Daemon is a context manager: it leaves no process and no file behind, and fails the test if mlad left a child of its
+own or did not end well.
 """
 import os
 import pathlib
@@ -13,9 +14,9 @@ import time
 
 import msgpack
 
-TYPES = dict(HELLO=1, WELCOME=2, OK=3, ERROR=4, REGISTER=5, UNREGISTER=6, PLAN=7, DROP=8, DECODE=9, SUBMIT=10, DONE=11,
-             STATUS=12, STATUS_REPLY=13, CAPABILITIES=14, CAPABILITIES_REPLY=15, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18,
-             HEALTH_REPLY=19, DRAIN=20, EVICT=21, CONFIGURE=64, ATTACH=65, READY=66, QUERY=67, REPORT=68)
+TYPES = dict(HELLO=1, WELCOME=2, OK=3, ERROR=4, REGISTER=5, UNREGISTER=6, PLAN=7, DROP=8, DECODE=9, SUBMIT=10,
+             DONE=11, STATUS=12, STATUS_REPLY=13, CAPABILITIES=14, CAPABILITIES_REPLY=15, SESSIONS=16,
+             SESSIONS_REPLY=17, HEALTH=18, HEALTH_REPLY=19, DRAIN=20, EVICT=21, CONFIGURE=64, ATTACH=65, READY=66, QUERY=67, REPORT=68)
 NAMES = {number: name for name, number in TYPES.items()}
 PATIENCE = 30.0     # seconds until a wait is a failure; sanitizers are slow
 MLAD = os.environ["MLAD_BIN"]

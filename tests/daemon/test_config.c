@@ -1,4 +1,5 @@
-/* test_config.c - the configuration: every option is read, every mistake is refused in words that say where and what to do. */
+/* test_config.c - the configuration: every option is read, every mistake is refused in words that say where and what to
+ * do. */
 #include "../proto/cmocka_all.h"
 
 #include "config.h"
@@ -43,11 +44,12 @@ static void defaults_are_those_of_the_documentation(void **state) {
 
 static void every_option_is_read(void **state) {
     (void)state;
-    assert_true(parse("socket = /tmp/x.sock\nsocket_mode = 0600\ndevices = cpu, reference\nallowed_users = root , 1000\n"
-                      "allowed_groups = 12,root\nadmin_users = 7\nmax_sessions = 2\nmax_bytes = 3M\nmax_buffers = 4\n"
-                      "max_plans = 5\nmax_in_flight = 6\nqueue_limit = 7\nmax_connections = 8\n"
-                      "max_connections_per_user = 9\nhello_timeout = 100ms\nworker_timeout = 2\ndrain_timeout = 3min\n"
-                      "runtime_dir = /tmp\ncpu_threads = 10\ncpu_variant = avx2\nlog_level = debug\nlog_target = journal"));
+    assert_true(
+        parse("socket = /tmp/x.sock\nsocket_mode = 0600\ndevices = cpu, reference\nallowed_users = root , 1000\n"
+              "allowed_groups = 12,root\nadmin_users = 7\nmax_sessions = 2\nmax_bytes = 3M\nmax_buffers = 4\n"
+              "max_plans = 5\nmax_in_flight = 6\nqueue_limit = 7\nmax_connections = 8\n"
+              "max_connections_per_user = 9\nhello_timeout = 100ms\nworker_timeout = 2\ndrain_timeout = 3min\n"
+              "runtime_dir = /tmp\ncpu_threads = 10\ncpu_variant = avx2\nlog_level = debug\nlog_target = journal"));
     assert_string_equal(config.socket, "/tmp/x.sock");
     assert_int_equal(config.socket_mode, 0600);
     assert_int_equal(config.devices.n, 2);
@@ -92,35 +94,48 @@ static void mistakes_are_refused_with_place_bounds_and_remedy(void **state) {
     assert_refused("max_plans = 1\n\nmax_plans = 1", "test.conf:3: max_plans: set twice; keep one");
     assert_refused("max_plans", "test.conf:1: 'max_plans' is no setting; write key = value");
     assert_refused("max_plans = 0", "test.conf:1: max_plans: 0 is out of bounds; write a number of 1..1000000");
-    assert_refused("max_plans = 1000001", "test.conf:1: max_plans: 1000001 is out of bounds; write a number of 1..1000000");
+    assert_refused("max_plans = 1000001",
+                   "test.conf:1: max_plans: 1000001 is out of bounds; write a number of 1..1000000");
     assert_refused("max_plans = 99999999999999999999",
                    "test.conf:1: max_plans: 99999999999999999999 is out of bounds; write a number of 1..1000000");
     assert_refused("max_plans = many", "test.conf:1: max_plans: 'many' is no number; write one of 1..1000000");
     assert_refused("max_plans = -1", "test.conf:1: max_plans: '-1' is no number; write one of 1..1000000");
     assert_refused("max_plans =", "test.conf:1: max_plans: '' is no number; write one of 1..1000000");
-    assert_refused("max_plans = 5k", "test.conf:1: max_plans: '5k' is not understood from 'k' on; write a number of 1..1000000");
+    assert_refused("max_plans = 5k",
+                   "test.conf:1: max_plans: '5k' is not understood from 'k' on; write a number of 1..1000000");
     assert_refused("max_bytes = 1K", "test.conf:1: max_bytes: 1K is out of bounds; write a number of 4K..1024T");
-    assert_refused("max_bytes = 99999999999999T", "test.conf:1: max_bytes: 99999999999999T is out of bounds; write a number of 4K..1024T");
-    assert_refused("hello_timeout = 5h", "test.conf:1: hello_timeout: '5h' is not understood from 'h' on; write a number of 50ms..600s");
-    assert_refused("hello_timeout = 1ms", "test.conf:1: hello_timeout: 1ms is out of bounds; write a number of 50ms..600s");
-    assert_refused("socket_mode = 0999", "test.conf:1: socket_mode: '0999' is not understood from '999' on; write a number of 0000..0777");
-    assert_refused("socket_mode = 01777", "test.conf:1: socket_mode: 01777 is out of bounds; write a number of 0000..0777");
+    assert_refused("max_bytes = 99999999999999T",
+                   "test.conf:1: max_bytes: 99999999999999T is out of bounds; write a number of 4K..1024T");
+    assert_refused("hello_timeout = 5h",
+                   "test.conf:1: hello_timeout: '5h' is not understood from 'h' on; write a number of 50ms..600s");
+    assert_refused("hello_timeout = 1ms",
+                   "test.conf:1: hello_timeout: 1ms is out of bounds; write a number of 50ms..600s");
+    assert_refused("socket_mode = 0999",
+                   "test.conf:1: socket_mode: '0999' is not understood from '999' on; write a number of 0000..0777");
+    assert_refused("socket_mode = 01777",
+                   "test.conf:1: socket_mode: 01777 is out of bounds; write a number of 0000..0777");
     assert_refused("socket =", "test.conf:1: socket: 0 bytes are out of bounds; write 1..107 bytes");
-    assert_refused("socket =#x", "test.conf:1: socket: it holds a control character, or a # where a comment would begin; "
-                                 "choose another name");
-    assert_refused("log_level = loud", "test.conf:1: log_level: 'loud' is none of the choices; write one of emergency, alert, "
-                                       "critical, error, warning, notice, info, debug");
+    assert_refused("socket =#x",
+                   "test.conf:1: socket: it holds a control character, or a # where a comment would begin; "
+                   "choose another name");
+    assert_refused("log_level = loud",
+                   "test.conf:1: log_level: 'loud' is none of the choices; write one of emergency, alert, "
+                   "critical, error, warning, notice, info, debug");
     assert_refused("devices =", "test.conf:1: devices: the list is empty; name at least 1");
     assert_refused("devices = cpu,,cpu", "test.conf:1: devices: an entry is empty; remove the surplus comma");
     assert_refused("devices = cpu,cpu", "test.conf:1: devices: 'cpu' is listed twice; remove one");
-    assert_refused("devices = ../cpu", "test.conf:1: devices: '../cpu' is no device name; use letters, digits, - and _");
-    assert_refused("devices = a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q", "test.conf:1: devices: more than 16 entries; remove some");
+    assert_refused("devices = ../cpu",
+                   "test.conf:1: devices: '../cpu' is no device name; use letters, digits, - and _");
+    assert_refused("devices = a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q",
+                   "test.conf:1: devices: more than 16 entries; remove some");
     assert_refused("devices = 0123456789012345678901234567890123456789012345678901234567890123",
                    "test.conf:1: devices: '0123456789012345...' is too long; names have at most 63 bytes");
-    assert_refused("allowed_users = no-such-user",
-                   "test.conf:1: allowed_users: there is no user 'no-such-user' here; create it, or write a numeric id");
-    assert_refused("allowed_groups = no-such-group",
-                   "test.conf:1: allowed_groups: there is no group 'no-such-group' here; create it, or write a numeric id");
+    assert_refused(
+        "allowed_users = no-such-user",
+        "test.conf:1: allowed_users: there is no user 'no-such-user' here; create it, or write a numeric id");
+    assert_refused(
+        "allowed_groups = no-such-group",
+        "test.conf:1: allowed_groups: there is no group 'no-such-group' here; create it, or write a numeric id");
     assert_refused("allowed_groups = *", "test.conf:1: allowed_groups: * is not allowed here; list each group");
     assert_refused("admin_users = *", "test.conf:1: admin_users: * is not allowed here; list each user");
     assert_refused("admin_users = 4294967295",
@@ -184,8 +199,9 @@ static void what_is_printed_reads_the_same(void **state) {
     (void)state;
     char *text;
     size_t size;
-    assert_true(parse("socket_mode = 0600\ndevices = reference, cpu\nallowed_users = *, 1000\nallowed_groups = 5\n"
-                      "max_bytes = 1536M\nhello_timeout = 1500ms\ndrain_timeout = 0\ncpu_variant = amx\nruntime_dir = /tmp"));
+    assert_true(
+        parse("socket_mode = 0600\ndevices = reference, cpu\nallowed_users = *, 1000\nallowed_groups = 5\n"
+              "max_bytes = 1536M\nhello_timeout = 1500ms\ndrain_timeout = 0\ncpu_variant = amx\nruntime_dir = /tmp"));
     FILE *to = open_memstream(&text, &size);
     mlad_config_print(&config, to);
     fclose(to);

@@ -57,8 +57,9 @@ static void a_record_is_one_line_with_its_fields(void **state) {
 static void warnings_and_worse_say_where_they_arose(void **state) {
     (void)state;
     mlad_log_open(MLAD_LOG_STDERR, LOG_INFO);
-    assert_matches(CAUGHT(mlad_log(LOG_ERR, "broken", MLAD_KV("why", strerror(ENOENT)))),
-                   STAMP "error broken why=\"No such file or directory\" [(]warnings_and_worse_say_where_they_arose:[0-9]+[)]\n$");
+    assert_matches(
+        CAUGHT(mlad_log(LOG_ERR, "broken", MLAD_KV("why", strerror(ENOENT)))),
+        STAMP "error broken why=\"No such file or directory\" [(]warnings_and_worse_say_where_they_arose:[0-9]+[)]\n$");
 }
 
 static void less_urgent_records_are_left_out(void **state) {

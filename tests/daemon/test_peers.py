@@ -5,12 +5,11 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import sys
 import time
 
 import msgpack
-from supervisor_harness import Daemon, Gone, MLAD, PATIENCE, Peer, TYPES, eventually
+from supervisor_harness import Daemon, MLAD, PATIENCE, eventually
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "proto"))
 from mlad_client import Client, Refused  # noqa: E402  (a client that shares no code with mlad)
@@ -92,8 +91,9 @@ def harmless_mistakes_are_named_and_the_session_goes_on():
         peer.refused("invalid", "CAPABILITIES", {"device": ""}, field="device")
         peer.refused("invalid", "EVICT", {"device": "cpu", "session": 0}, field="session")
         peer.refused("unknown_type", 999)
-        peer.refused("unknown_type", "WELCOME", {"daemon": "x", "session": 1, "device": "", "features": 0, "max_message": 1,
-                                                 "max_buffers": 0, "max_bytes": 0, "max_plans": 0, "max_in_flight": 0})
+        peer.refused("unknown_type", "WELCOME", {
+            "daemon": "x", "session": 1, "device": "", "features": 0, "max_message": 1, "max_buffers": 0, "max_bytes": 0,
+            "max_plans": 0, "max_in_flight": 0})
         peer.refused("unknown_type", "QUERY")
         peer.refused("no_device", "CAPABILITIES", {"device": "gpu"}, field="device")
         peer.refused("not_found", "EVICT", {"device": "cpu", "session": 12345}, field="session")
@@ -298,7 +298,8 @@ def long_plan(client):
 
 
 def drain_is_answered_when_nothing_is_in_flight():
-    with Daemon(devices="reference") as daemon, daemon.admin() as admin, Client(daemon.socket_path, "reference") as client:
+    with Daemon(devices="reference") as daemon, daemon.admin() as admin, \
+            Client(daemon.socket_path, "reference") as client:
         plan, _ = long_plan(client)
         tickets = [client.submit(plan) for _ in range(3)]
         eventually(lambda: (s := daemon.status("reference"))["running"] + s["queued"] == 3, "all are in flight")

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 
-from supervisor_harness import Daemon, Gone, MLAD, PATIENCE, Peer, eventually, is_alive
+from supervisor_harness import Daemon, MLAD, PATIENCE, eventually, is_alive
 
 
 class Notifications:
@@ -144,7 +144,7 @@ def ready_waits_for_the_workers():
 
 def reload_changes_policy_quotas_and_level():
     with Daemon() as daemon:
-        daemon.configure("allowed_users = 61001\nmax_plans = 1\nlog_level = debug\ndrain_timeout = 3s\nqueue_limit = 77\n")
+        daemon.configure("allowed_users = 61001\nmax_plans = 1\nlog_level = debug\nqueue_limit = 77\n")
         daemon.process.send_signal(signal.SIGHUP)
         daemon.await_log("configuration read again")
         with daemon.peer() as peer:
@@ -291,7 +291,9 @@ def device_whose_lock_is_held_says_so():
 
 
 def command_line_modes():
-    run = lambda *arguments: subprocess.run([MLAD, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    def run(*arguments):
+        return subprocess.run([MLAD, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
+
     with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
         file.write("max_plans = 5\n")
         file.flush()
@@ -310,8 +312,9 @@ def command_line_modes():
 
 def documented_configuration_is_current():
     committed = pathlib.Path(os.environ["MLAD_CONF"]).read_text(encoding="utf-8")
-    printed = subprocess.run([MLAD, "--print-config", "--config", "/dev/null"], capture_output=True, text=True, check=True).stdout
-    assert committed == printed, "deploy/mlad.conf is old; run: mlad --print-config --config /dev/null > deploy/mlad.conf"
+    command = [MLAD, "--print-config", "--config", "/dev/null"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert committed == printed, f"deploy/mlad.conf is old; write it anew with {' '.join(command)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-/* fuzz_config.c - any text as a configuration file: it is refused with one sentence, or what is printed of it reads the same. */
+/* fuzz_config.c - any text as a configuration file: it is refused with one sentence, or what is printed of it reads the
+ * same. */
 #include "config.h"
 
 #include "fuzz.h"
@@ -22,8 +23,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     FILE *to = open_memstream(&text, &length);
     mlad_config_print(&config, to);
     fclose(to);
-    if (!mlad_config_load(&again, NULL, false, NULL, 0, error) || !mlad_config_parse(&again, text, length, "printed", error) ||
-        memcmp(&config, &again, sizeof config) != 0)
+    if (!mlad_config_load(&again, NULL, false, NULL, 0, error) ||
+        !mlad_config_parse(&again, text, length, "printed", error) || memcmp(&config, &again, sizeof config) != 0)
         abort();
     free(text);
     return 0;
