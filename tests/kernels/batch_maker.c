@@ -95,6 +95,17 @@ struct mlak_batch maker_describe(struct maker *maker)
     return batch;
 }
 
+struct mlak_batch maker_plain(uint32_t batch, uint32_t heads, uint32_t q_len)
+{
+    struct mlak_batch shape = {.page_size = 16, .batch = batch, .heads = heads, .q_rows = (uint64_t)batch * q_len};
+    mlak_batch_defaults(&shape);
+    shape.max_pages = 8;
+    shape.pages = batch * 8 + 3;
+    shape.softmax_scale = 1 / 24.0;
+    shape.has_lse = true;
+    return shape;
+}
+
 /* ---- the contract, key by key ---- */
 
 bool contract_sees(const struct mlak_batch *batch, int64_t k, int64_t q, int64_t t, uint64_t bits, int64_t g)
@@ -318,4 +329,11 @@ uint8_t *made_key(struct made *made, uint32_t b, int64_t c)
     const struct mlak_batch *batch = &made->batch;
     uint64_t page = (uint64_t)made_table(made, b)[c / batch->page_size], slot = (uint64_t)(c % batch->page_size);
     return made->tensor[MLAK_T_KV].data + page * batch->page_stride + slot * batch->row_stride;
+}
+
+uint16_t made_out(const struct made *made, size_t row, size_t i)
+{
+    uint16_t code;
+    memcpy(&code, made->tensor[MLAK_T_OUT].data + (row * MLAK_V + i) * 2, sizeof code);
+    return code;
 }

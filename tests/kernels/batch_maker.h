@@ -31,6 +31,8 @@ void maker_set_types(struct mlak_batch *batch, uint32_t types);  /* q_dtype, kv_
 
 /* A descriptor that mlak_check accepts, pointers NULL. */
 struct mlak_batch maker_describe(struct maker *maker);
+/* A plain one to start from: bf16, causal, 8 pages of 16 keys a request, with lse. */
+struct mlak_batch maker_plain(uint32_t batch, uint32_t heads, uint32_t q_len);
 
 struct made {
     struct mlak_batch batch;                    /* pointers resolved */
@@ -53,6 +55,8 @@ uint32_t made_q_start(const struct made *made, uint32_t b);
 uint32_t made_q_len(const struct made *made, uint32_t b);
 /* Where the row of local key c of request b lies. */
 uint8_t *made_key(struct made *made, uint32_t b, int64_t c);
+/* Code of out's element i in row `row` of [q_rows * heads]. */
+uint16_t made_out(const struct made *made, size_t row, size_t i);
 
 /* The contract's words, key by key: does token t (tree mask `bits`) of a request with k keys and q tokens see global
  * key g? Does the batch's rank hold it? */

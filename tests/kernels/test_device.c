@@ -66,6 +66,13 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     return code ? code : test_device_launch(rows, made->batch.batch);
 }
 
+void test_device_run(struct made *made, struct mlak_row *rows)
+{
+    struct mlak_fault fault;
+    assert_int_equal(test_device_decode(made, rows, &fault), MLAK_OK);
+    assert_true(made_intact(made));
+}
+
 void test_device_assert_right(struct made *made, uint32_t failed, const char *what)
 {
     struct mlak_row *rows = calloc(made->batch.batch, sizeof *rows);

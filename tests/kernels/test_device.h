@@ -16,6 +16,9 @@ enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fau
  * Fails the running cmocka test if the check refuses it. MLAK_OK or MLAK_BATCH. */
 enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, struct mlak_fault *fault);
 
+/* test_device_decode that must be MLAK_OK and write nothing but the outputs. */
+void test_device_run(struct made *made, struct mlak_row *rows);
+
 /* test_device_decode, and every request that did not fail holds against the oracle; `failed` is how many may. */
 void test_device_assert_right(struct made *made, uint32_t failed, const char *what);
 

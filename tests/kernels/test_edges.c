@@ -14,16 +14,7 @@
 
 enum { B = 4, H = 3, Q = 4 };
 
-/* B requests of Q tokens over 16-key pages, bf16, with lse. */
-static struct mlak_batch plain_shape(void)
-{
-    struct mlak_batch shape = {
-        .page_size = 16, .batch = B, .heads = H, .q_rows = B * Q, .max_pages = 8, .pages = B * 8 + 3};
-    mlak_batch_defaults(&shape);
-    shape.softmax_scale = 1 / 24.0;
-    shape.has_lse = true;
-    return shape;
-}
+static struct mlak_batch plain_shape(void) { return maker_plain(B, H, Q); }
 
 static struct made *made_with(const struct mlak_batch *shape, const int32_t *seqlens)
 {
@@ -31,44 +22,14 @@ static struct made *made_with(const struct mlak_batch *shape, const int32_t *seq
     return made_new(&maker, shape, seqlens, NULL);
 }
 
-static uint16_t out_code(const struct made *made, size_t row, size_t i)
-{
-    uint16_t code;
-    memcpy(&code, made->tensor[MLAK_T_OUT].data + (row * MLAK_V + i) * 2, sizeof code);
-    return code;
-}
-
 static void assert_row_is(const struct made *made, size_t row, double lse)
 {
     for (size_t i = 0; i < MLAK_V; i++)
-        assert_int_equal(out_code(made, row, i) & 0x7fff, 0);
+        assert_int_equal(made_out(made, row, i) & 0x7fff, 0);
     if (isinf(lse))
         assert_true((double)made->batch.lse[row] == lse);
     else
         assert_true(fabs((double)made->batch.lse[row] - lse) <= 1e-6 * fmax(1, fabs(lse)));
-}
-
-static void decode(struct made *made, struct mlak_row *rows)
-{
-    struct mlak_fault fault;
-    assert_int_equal(test_device_decode(made, rows, &fault), MLAK_OK);
-    assert_true(made_intact(made));
-}
-
-/* Of one row, the bits of out and lse. */
-static bool same_request(const struct made *a, uint32_t request_a, const struct made *b, uint32_t request_b)
-{
-    size_t heads = a->batch.heads, rows = made_q_len(a, request_a) * heads;
-    size_t first_a = made_q_start(a, request_a) * heads, first_b = made_q_start(b, request_b) * heads;
-    return memcmp(a->tensor[MLAK_T_OUT].data + first_a * MLAK_V * 2, b->tensor[MLAK_T_OUT].data + first_b * MLAK_V * 2,
-                  rows * MLAK_V * 2) == 0 &&
-           (!a->batch.has_lse || memcmp(a->batch.lse + first_a, b->batch.lse + first_b, rows * 4) == 0);
-}
-
-static void copy_tensor(struct made *to, const struct made *from, enum mlak_tensor tensor)
-{
-    assert_int_equal(to->tensor[tensor].bytes, from->tensor[tensor].bytes);
-    memcpy(to->tensor[tensor].data, from->tensor[tensor].data, from->tensor[tensor].bytes);
 }
 
 /* ---- nothing to see ---- */
@@ -81,7 +42,7 @@ static void no_keys_give_zero_and_minus_infinity(void **state)
         struct mlak_row rows[B];
         shape.lse_base = (enum mlak_lse_base)base;
         struct made *made = made_with(&shape, (int32_t[B]){0, 37, 0, 0});
-        decode(made, rows);
+        test_device_run(made, rows);
         for (uint32_t b = 0; b < B; b++)
             for (size_t row = 0; b != 1 && row < Q * H; row++)
                 assert_row_is(made, b * Q * H + row, -INFINITY);
@@ -96,7 +57,7 @@ static void a_batch_without_pages(void **state)
     struct mlak_row rows[B];
     shape.pages = shape.max_pages = 0;
     struct made *made = made_with(&shape, (int32_t[B]){0});
-    decode(made, rows);
+    test_device_run(made, rows);
     for (size_t row = 0; row < B * Q * H; row++)
         assert_row_is(made, row, -INFINITY);
     made_free(made);
@@ -108,7 +69,7 @@ static void fewer_keys_than_tokens(void **state)
     struct mlak_batch shape = plain_shape();
     struct mlak_row rows[B];
     struct made *made = made_with(&shape, (int32_t[B]){1, 2, 3, 4});
-    decode(made, rows);
+    test_device_run(made, rows);
     for (uint32_t b = 0; b < B; b++)
         for (uint32_t t = 0; t < Q; t++)
             for (uint32_t h = 0; h < H && t + b + 1 < Q; h++)
@@ -128,7 +89,7 @@ static void a_tree_without_bits(void **state)
     memset(made->tensor[MLAK_T_TREE_MASK].data, 0, made->tensor[MLAK_T_TREE_MASK].bytes);
     for (uint32_t t = 0; t < Q; t++)
         ((uint64_t *)(void *)made->tensor[MLAK_T_TREE_MASK].data)[Q + t] = 1; /* request 1: the key at -1 */
-    decode(made, rows);
+    test_device_run(made, rows);
     for (size_t row = 0; row < 3 * Q * H; row++)
         assert_row_is(made, row, -INFINITY);
     made_free(made);
@@ -143,7 +104,7 @@ static void only_the_sink(void **state)
         shape.lse_base = (enum mlak_lse_base)base;
         shape.has_sink = true;
         struct made *made = made_with(&shape, (int32_t[B]){0, 12, 0, 100});
-        decode(made, rows);
+        test_device_run(made, rows);
         for (size_t row = 0; row < Q * H; row++)
             assert_row_is(made, row, (double)made->batch.sink[row % H] / (base ? log(2) : 1));
         test_device_assert_right(made, 0, "sink");
@@ -160,7 +121,7 @@ static void only_rank_0_adds_the_sink(void **state)
     shape.dcp_world = 2;
     shape.dcp_rank = 1;
     struct made *made = made_with(&shape, (int32_t[B]){0, 1, 40, 41});
-    decode(made, rows);
+    test_device_run(made, rows);
     for (size_t row = 0; row < 2 * Q * H; row++)
         assert_row_is(made, row, -INFINITY);
     test_device_assert_right(made, 0, "sink on rank 1");
@@ -174,7 +135,7 @@ static void a_batch_without_queries(void **state)
     struct mlak_row rows[B];
     shape.q_rows = 0;
     struct made *made = made_with(&shape, (int32_t[B]){5, 0, 16, 17});
-    decode(made, rows);
+    test_device_run(made, rows);
     made_free(made);
 }
 
@@ -240,7 +201,7 @@ static void a_non_finite_key_stays_in_its_request(void **state)
     for (unsigned poison = 0; poison < 3; poison++) {
         const uint16_t codes[] = {0x7fc0, 0x7f80, 0xff80};
         memcpy(made_key(made, 1, 7), &codes[poison], 2);
-        decode(made, rows);
+        test_device_run(made, rows);
         for (uint32_t b = 0; b < B; b++) {
             char why[256];
             assert_int_equal(rows[b].code, MLAK_ROW_OK);
@@ -280,7 +241,7 @@ static void assert_one_fails(struct made *made, uint32_t request, enum mlak_row_
 {
     struct mlak_row rows[B];
     struct mlak_fault fault;
-    decode(made, rows);
+    test_device_run(made, rows);
     for (uint32_t b = 0; b < B; b++) {
         char why[256];
         if (b == request) {
@@ -379,11 +340,11 @@ static void rows_past_the_last_request_stay(void **state)
     struct maker maker = maker_seeded(3);
     shape.has_cu_q = true;
     struct made *made = made_new(&maker, &shape, (int32_t[B]){5, 0, 128, 64}, (int32_t[B]){1, 4, 0, 7});
-    decode(made, rows);
+    test_device_run(made, rows);
     for (size_t i = 12 * H * MLAK_V * 2; i < made->tensor[MLAK_T_OUT].bytes; i++)
         assert_int_equal(made->tensor[MLAK_T_OUT].data[i], 0xff);
     for (size_t i = 0; i < 12 * H * MLAK_V; i++)
-        assert_int_not_equal(out_code(made, 0, i), 0xffff);
+        assert_int_not_equal(made_out(made, 0, i), 0xffff);
     for (size_t i = 0; i < 16 * H; i++)
         assert_int_equal(isnan(made->batch.lse[i]), i >= 12 * H);
     made_free(made);
@@ -406,167 +367,16 @@ static void both_bases_of_the_lse(void **state)
     struct mlak_row rows[B];
     struct made *made = made_with(&shape, (int32_t[B]){1, 2, 70, 128});
     float natural[B * Q * H];
-    decode(made, rows);
+    test_device_run(made, rows);
     memcpy(natural, made->batch.lse, sizeof natural);
     made->batch.lse_base = MLAK_LSE_2;
-    decode(made, rows);
+    test_device_run(made, rows);
     for (size_t i = 0; i < B * Q * H; i++) {
         double want = (double)natural[i] / log(2);
         assert_true(isinf(want) ? (double)made->batch.lse[i] == want
                                 : fabs((double)made->batch.lse[i] - want) < 1e-5 * fmax(1, fabs(want)));
     }
     made_free(made);
-}
-
-/* ---- the same in other words ---- */
-
-static void strides_change_no_bit(void **state)
-{
-    (void)state;
-    for (uint32_t types = 0; types < MAKER_TYPES; types++) {
-        struct mlak_batch shape = plain_shape(), wide;
-        struct mlak_row rows[B];
-        maker_set_types(&shape, types);
-        wide = shape;
-        wide.row_stride += 48;
-        wide.page_stride = 16 * wide.row_stride + 80;
-        const int32_t lengths[B] = {5, 70, 128, 0};
-        struct made *packed = made_with(&shape, lengths), *strided = made_with(&wide, lengths);
-        copy_tensor(strided, packed, MLAK_T_Q);
-        copy_tensor(strided, packed, MLAK_T_BLOCK_TABLE);
-        for (uint32_t b = 0; b < B; b++)
-            for (int64_t c = 0; c < lengths[b]; c++)
-                memcpy(made_key(strided, b, c), made_key(packed, b, c), mlak_kv_row_bytes(shape.kv_format));
-        decode(packed, rows);
-        decode(strided, rows);
-        for (uint32_t b = 0; b < B; b++)
-            assert_true(same_request(packed, b, strided, b));
-        made_free(packed);
-        made_free(strided);
-    }
-}
-
-/* With `deterministic`, a request alone has the bits that it has among others, long and short. */
-static void deterministic_bits_do_not_depend_on_batch_mates(void **state)
-{
-    (void)state;
-    for (uint32_t types = 0; types < MAKER_TYPES; types++) {
-        struct mlak_batch shape = plain_shape();
-        struct mlak_row rows[B];
-        maker_set_types(&shape, types);
-        shape.deterministic = true;
-        shape.max_pages = 64;
-        shape.pages = B * 64;
-        const int32_t lengths[B] = {1000, 3, 257, 64};
-        struct made *all = made_with(&shape, lengths);
-        decode(all, rows);
-        shape.batch = 1;
-        shape.q_rows = Q;
-        for (uint32_t b = 0; b < B; b++) {
-            struct made *alone = made_with(&shape, &lengths[b]);
-            memcpy(alone->tensor[MLAK_T_Q].data, rows[b].q, alone->tensor[MLAK_T_Q].bytes);
-            copy_tensor(alone, all, MLAK_T_KV);
-            memcpy(alone->tensor[MLAK_T_BLOCK_TABLE].data, made_table(all, b), 4 * 64);
-            struct mlak_row row;
-            decode(alone, &row);
-            assert_true(same_request(alone, 0, all, b));
-            made_free(alone);
-        }
-        made_free(all);
-    }
-}
-
-static void the_same_launch_has_the_same_bits(void **state)
-{
-    (void)state;
-    struct mlak_batch shape = plain_shape();
-    struct mlak_row rows[B];
-    shape.max_pages = 64;
-    shape.pages = B * 64;
-    struct made *made = made_with(&shape, (int32_t[B]){1000, 3, 257, 64});
-    decode(made, rows);
-    uint8_t *first = malloc(made->tensor[MLAK_T_OUT].bytes);
-    memcpy(first, made->tensor[MLAK_T_OUT].data, made->tensor[MLAK_T_OUT].bytes);
-    for (unsigned i = 0; i < 20; i++) {
-        decode(made, rows);
-        assert_memory_equal(made->tensor[MLAK_T_OUT].data, first, made->tensor[MLAK_T_OUT].bytes);
-    }
-    free(first);
-    made_free(made);
-}
-
-/* Rows of batches that differ in everything, in one launch. */
-static void a_launch_mixes_batches(void **state)
-{
-    (void)state;
-    enum { BATCHES = 12 };
-    struct maker maker = maker_seeded(33);
-    struct made *made[BATCHES];
-    struct mlak_row rows[BATCHES * 8], *next = rows;
-    for (uint32_t i = 0; i < BATCHES; i++) {
-        struct mlak_batch shape = maker_describe(&maker);
-        struct mlak_fault fault;
-        int32_t cu_q[9];
-        made[i] = made_new(&maker, &shape, NULL, NULL);
-        assert_int_equal(mlak_prepare(&made[i]->batch, cu_q, 0, shape.batch, next, &fault), MLAK_OK);
-        next += shape.batch;
-    }
-    assert_int_equal(test_device_launch(rows, (uint32_t)(next - rows)), MLAK_OK);
-    next = rows;
-    for (uint32_t i = 0; i < BATCHES; i++) {
-        for (uint32_t b = 0; b < made[i]->batch.batch; b++) {
-            char why[256];
-            assert_int_equal((next++)->code, MLAK_ROW_OK);
-            struct oracle *oracle = oracle_new(made[i], b, !test_device_exact());
-            if (!oracle_holds(oracle, test_device_bar(made[i]->batch.q_dtype), why))
-                fail_msg("batch %u: %s", i, why);
-            oracle_free(oracle);
-        }
-        assert_true(made_intact(made[i]));
-        made_free(made[i]);
-    }
-}
-
-/* The ranks' partial results, merged as a framework does, are the result without ranks. */
-static void ranks_merge_to_the_whole(void **state)
-{
-    (void)state;
-    enum { K = 101, WORLD = 3 };
-    struct mlak_batch shape = plain_shape();
-    struct mlak_row row;
-    shape.batch = 1;
-    shape.q_rows = Q;
-    shape.has_sink = true;
-    struct made *whole = made_with(&shape, (int32_t[]){K});
-    decode(whole, &row);
-    double out[Q * H][MLAK_V] = {{0}}, weight[Q * H] = {0};
-    for (uint32_t rank = 0; rank < WORLD; rank++) {
-        struct mlak_batch part_shape = shape;
-        part_shape.dcp_world = WORLD;
-        part_shape.dcp_rank = rank;
-        part_shape.dcp_interleave = 4;
-        struct made *part = made_with(&part_shape, (int32_t[]){K});
-        copy_tensor(part, whole, MLAK_T_Q);
-        copy_tensor(part, whole, MLAK_T_SINK);
-        int64_t c = 0;
-        for (int64_t g = 0; g < K; g++)
-            if (contract_holds(&part_shape, g))
-                memcpy(made_key(part, 0, c++), made_key(whole, 0, g), 1152);
-        decode(part, &row);
-        for (size_t r = 0; r < Q * H; r++) {
-            double w = exp((double)part->batch.lse[r] - (double)whole->batch.lse[r]);
-            weight[r] += w;
-            for (size_t i = 0; i < MLAK_V; i++)
-                out[r][i] += w * oracle_decode(MLAK_BF16, out_code(part, r, i));
-        }
-        made_free(part);
-    }
-    for (size_t r = 0; r < Q * H; r++) {
-        assert_true(fabs(weight[r] - 1) < 1e-4);
-        for (size_t i = 0; i < MLAK_V; i++)
-            assert_true(fabs(out[r][i] - oracle_decode(MLAK_BF16, out_code(whole, r, i))) < 0.02);
-    }
-    made_free(whole);
 }
 
 int main(int argc, char **argv)
@@ -592,11 +402,6 @@ int main(int argc, char **argv)
         cmocka_unit_test(rows_past_the_last_request_stay),
         cmocka_unit_test(lse_is_written_only_where_asked),
         cmocka_unit_test(both_bases_of_the_lse),
-        cmocka_unit_test(strides_change_no_bit),
-        cmocka_unit_test(deterministic_bits_do_not_depend_on_batch_mates),
-        cmocka_unit_test(the_same_launch_has_the_same_bits),
-        cmocka_unit_test(a_launch_mixes_batches),
-        cmocka_unit_test(ranks_merge_to_the_whole),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
     test_device_close();
