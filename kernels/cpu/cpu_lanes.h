@@ -71,10 +71,10 @@ LANES_INLINE vf decode_fp16(const uint8_t *at)
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 #else
-    vf value;
-    for (int i = 0; i < W; i++)
-        value[i] = mlak_fp16_to_float((*(const vh *)at)[i]);
-    return value;
+    vu code = __builtin_convertvector(*(const vh *)at, vu), magnitude = code & 0x7fff;
+    vf value = choose((vi)(magnitude < 0x400), __builtin_convertvector((vi)magnitude, vf) * 0x1p-24f, (vf)((magnitude << 13) + (112u << 23)));
+    value = choose((vi)(magnitude >= 0x7c00), (vf)((magnitude << 13) + (224u << 23)), value);
+    return (vf)((vu)value | (code & 0x8000) << 16);
 #endif
 }
 
@@ -149,15 +149,19 @@ static inline void lanes_pack(struct cpu_scratch *scratch, const struct mlak_row
 {
     static const enum mlak_kv_format formats[] = {[MLAK_BF16] = MLAK_KV_BF16, [MLAK_FP16] = MLAK_KV_FP16, [MLAK_E4M3] = MLAK_KV_E4M3};
     uint64_t row_bytes = (uint64_t)MLAK_D * mlak_dtype_bytes(row->q_dtype);
-    float line[MLAK_D];
-    for (uint32_t r = 0; r < (rows + CPU_LANES - 1) / CPU_LANES * CPU_LANES; r++) {
-        float *q = (float *)scratch->q[r / CPU_LANES] + r % CPU_LANES;
-        if (r < rows)
-            decode_row(line, row->q + (first + r) * row_bytes, formats[row->q_dtype]);
-        else
-            memset(line, 0, sizeof line);
-        for (uint32_t d = 0; d < MLAK_D; d++)
-            q[(size_t)d * CPU_LANES] = line[d];
+    float *lines = (float *)(void *)scratch->rows; /* [16][576]; the rows are not in use yet */
+    for (uint32_t b = 0; b * CPU_LANES < rows; b++) {
+        float *q = (float *)(void *)scratch->q[b];
+        for (uint32_t r = 0; r < CPU_LANES; r++) {
+            uint32_t index = b * CPU_LANES + r;
+            if (index < rows)
+                decode_row(lines + (size_t)r * MLAK_D, row->q + (first + index) * row_bytes, formats[row->q_dtype]);
+            else
+                memset(lines + (size_t)r * MLAK_D, 0, MLAK_D * sizeof *lines);
+        }
+        for (size_t d = 0; d < MLAK_D; d++)
+            for (size_t r = 0; r < CPU_LANES; r++)
+                q[d * CPU_LANES + r] = lines[r * MLAK_D + d];
     }
 }
 
