@@ -1,9 +1,9 @@
 /* mlak_pool.c - compute threads that run numbered work items.
  *
- * A job is published in `cursor`: its upper half is the job's generation, its lower half the next item. A thread takes an
- * item by compare-and-swap of the whole word, so a thread that overslept a job can neither take items of the next one
- * nor run them with the old function. The runner returns when every item is done, not when every thread has looked in:
- * threads that were still asleep cost nothing.
+ * A job is published in `cursor`: its upper half is the job's generation, its lower half the next item. A thread takes
+ * an item by compare-and-swap of the whole word, so a thread that overslept a job can neither take items of the next
+ * one nor run them with the old function. The runner returns when every item is done, not when every thread has looked
+ * in: threads that were still asleep cost nothing.
  *
  * Threads with nothing to do spin for a few tens of microseconds, the distance between two launches under load, then
  * sleep on a futex. The pool owns its threads; they block all signals. */

@@ -98,12 +98,12 @@ static bool allocate(struct bench_case *bench)
     bench->seqlens = calloc(batch->batch, sizeof *bench->seqlens);
     bench->rows = calloc((size_t)bench->copies * batch->batch, sizeof *bench->rows);
     bench->times = calloc(MAX_LAUNCHES, sizeof *bench->times);
-    return bench->kv != NULL && bench->q != NULL && bench->out != NULL && bench->table != NULL && bench->seqlens != NULL &&
-           bench->rows != NULL && bench->times != NULL;
+    return bench->kv != NULL && bench->q != NULL && bench->out != NULL && bench->table != NULL &&
+           bench->seqlens != NULL && bench->rows != NULL && bench->times != NULL;
 }
 
-struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend, struct mlak_device *device,
-                                  size_t cache_bytes, struct mlak_fault *fault)
+struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend,
+                                  struct mlak_device *device, size_t cache_bytes, struct mlak_fault *fault)
 {
     size_t capabilities;
     const struct mlak_capability *table = backend->capabilities(device, &capabilities);
@@ -124,8 +124,8 @@ struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_b
     if (bench->copies > 4096)
         bench->copies = 4096;
     if (!allocate(bench)) {
-        mlak_fail(fault, MLAK_MEMORY, "batch", "no memory for %u copies of %zu bytes of KV; ask for a smaller batch", bench->copies,
-                  bench->kv_bytes);
+        mlak_fail(fault, MLAK_MEMORY, "batch", "no memory for %u copies of %zu bytes of KV; ask for a smaller batch",
+                  bench->copies, bench->kv_bytes);
         bench_case_free(bench);
         return NULL;
     }
@@ -169,7 +169,8 @@ enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct t
     enum mlak_code code = MLAK_OK;
     uint32_t launches = 0, copy = 0;
     double begin = bench_now(), now = begin;
-    for (bool warm = false; launches < MAX_LAUNCHES && (launches < 3 || now - begin < seconds * 1e9); copy = (copy + 1) % bench->copies) {
+    for (bool warm = false; launches < MAX_LAUNCHES && (launches < 3 || now - begin < seconds * 1e9);
+         copy = (copy + 1) % bench->copies) {
         double start = bench_now();
         code = bench->backend->launch(bench->device, bench->rows + (size_t)copy * batch->batch, batch->batch);
         now = bench_now();
@@ -193,8 +194,8 @@ enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct t
     return code;
 }
 
-enum ceiling binding_ceiling(const struct ceilings *ceilings, const char *variant, uint32_t types, const struct timing *timing,
-                             double *least)
+enum ceiling binding_ceiling(const struct ceilings *ceilings, const char *variant, uint32_t types,
+                             const struct timing *timing, double *least)
 {
     bool bf16 = all_types[types].kv == MLAK_KV_BF16 || all_types[types].kv == MLAK_KV_E4M3;
     enum ceiling compute = CEILING_READ;

@@ -13,20 +13,20 @@ const char *shape_types_name(uint32_t types);
 /* Time of a launch in nanoseconds, and what it did. */
 struct timing { uint32_t launches; double median, least, p90; double bytes, flop; };
 
-/* A case owns its buffers: as many copies of the batch as together exceed the last-level cache twice, used in turn, because a model's
- * layers do not find their KV in a cache either. */
+/* A case owns its buffers: as many copies of the batch as together exceed the last-level cache twice, used in turn,
+ * because a model's layers do not find their KV in a cache either. */
 struct bench_case;
 
-struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend, struct mlak_device *device,
-                                  size_t cache_bytes, struct mlak_fault *fault);
+struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend,
+                                  struct mlak_device *device, size_t cache_bytes, struct mlak_fault *fault);
 void bench_case_free(struct bench_case *bench);
 
 /* Launch for about `seconds`, at least three times, after one that is not counted. MLAK_OK, or why not. */
 enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct timing *timing);
 
-/* The ceiling that binds: the largest of bytes over read rate and FLOP over the rate of the kernel's instruction; and the time
- * in nanoseconds that it allows. */
-enum ceiling binding_ceiling(const struct ceilings *ceilings, const char *variant, uint32_t types, const struct timing *timing,
-                             double *least);
+/* The ceiling that binds: the largest of bytes over read rate and FLOP over the rate of the kernel's instruction; and
+ * the time in nanoseconds that it allows. */
+enum ceiling binding_ceiling(const struct ceilings *ceilings, const char *variant, uint32_t types,
+                             const struct timing *timing, double *least);
 
 #endif

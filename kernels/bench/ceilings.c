@@ -1,5 +1,5 @@
-/* ceilings.c - see ceilings.h. Every rate is the best of a few short rounds, all threads at once: a ceiling is not to be
- * lowered by what else the machine did. The loops keep enough independent accumulators to hide the latency. */
+/* ceilings.c - see ceilings.h. Every rate is the best of a few short rounds, all threads at once: a ceiling is not to
+ * be lowered by what else the machine did. The loops keep enough independent accumulators to hide the latency. */
 #include "ceilings.h"
 
 #include <stdint.h>
@@ -24,7 +24,9 @@ double bench_now(void)
 
 const char *ceiling_name(enum ceiling ceiling)
 {
-    static const char *const names[CEILING_COUNT] = {"read", "sse mul+add", "avx2 fma", "avx512 fma", "vdpbf16ps", "tdpbf16ps"};
+    static const char *const names[CEILING_COUNT] = {
+        "read", "sse mul+add", "avx2 fma", "avx512 fma", "vdpbf16ps", "tdpbf16ps",
+    };
     return names[ceiling];
 }
 

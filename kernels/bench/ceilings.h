@@ -1,5 +1,5 @@
-/* ceilings.h - what this machine can do at most, measured in this process on the threads that the device will use: bytes read
- * from memory, and floating-point operations of each instruction that a kernel is built on. */
+/* ceilings.h - what this machine can do at most, measured in this process on the threads that the device will use:
+ * bytes read from memory, and floating-point operations of each instruction that a kernel is built on. */
 #ifndef CEILINGS_H
 #define CEILINGS_H
 

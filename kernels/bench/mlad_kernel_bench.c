@@ -73,10 +73,13 @@ static struct options parse(int argc, char **argv)
 {
     enum { DEVICE = 256, VARIANT, THREADS, DTYPE, Q_LEN, BATCH, HEADS, KV_LEN, PAGE_SIZE, SECONDS, JSON, SERVE, HELP };
     static const struct option table[] = {
-        {"device", 1, NULL, DEVICE}, {"variant", 1, NULL, VARIANT}, {"threads", 1, NULL, THREADS}, {"dtype", 1, NULL, DTYPE},
-        {"q-len", 1, NULL, Q_LEN}, {"batch", 1, NULL, BATCH}, {"heads", 1, NULL, HEADS}, {"kv-len", 1, NULL, KV_LEN},
-        {"page-size", 1, NULL, PAGE_SIZE}, {"seconds", 1, NULL, SECONDS}, {"json", 0, NULL, JSON}, {"serve", 0, NULL, SERVE},
-        {"help", 0, NULL, HELP}, {NULL, 0, NULL, 0},
+        {"device", 1, NULL, DEVICE},       {"variant", 1, NULL, VARIANT},
+        {"threads", 1, NULL, THREADS},     {"dtype", 1, NULL, DTYPE},
+        {"q-len", 1, NULL, Q_LEN},         {"batch", 1, NULL, BATCH},
+        {"heads", 1, NULL, HEADS},         {"kv-len", 1, NULL, KV_LEN},
+        {"page-size", 1, NULL, PAGE_SIZE}, {"seconds", 1, NULL, SECONDS},
+        {"json", 0, NULL, JSON},           {"serve", 0, NULL, SERVE},
+        {"help", 0, NULL, HELP},           {NULL, 0, NULL, 0},
     };
     struct options options = {.device = "cpu", .types = UINT32_MAX, .seconds = 1,
                               .shape = {.batch = 8, .heads = 16, .kv_len = 4096, .page_size = 64}};
@@ -115,7 +118,8 @@ static size_t cache_bytes(void)
     return size > 16 << 20 ? size < 256 << 20 ? (size_t)size : 256 << 20 : 16 << 20;
 }
 
-static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, const char *device, const char *variant, bool json)
+static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, const char *device, const char *variant,
+                           bool json)
 {
     if (json)
         printf("{\"type\":\"ceilings\",\"device\":\"%s\",\"variant\":\"%s\",\"threads\":%u", device, variant, threads);
@@ -133,24 +137,25 @@ static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, co
     if (json)
         printf("}\n");
     else
-        printf("%-10s %5s %5s %5s %6s %5s %10s %10s %10s %8s %9s  %s\n", "dtype", "batch", "heads", "q_len", "kv_len", "page", "median us",
-               "min us", "p90 us", "KV GB/s", "GFLOP/s", "of the ceiling");
+        printf("%-10s %5s %5s %5s %6s %5s %10s %10s %10s %8s %9s  %s\n", "dtype", "batch", "heads", "q_len", "kv_len",
+               "page", "median us", "min us", "p90 us", "KV GB/s", "GFLOP/s", "of the ceiling");
     fflush(stdout);
 }
 
-static void print_case(const struct options *options, const struct shape *shape, const struct ceilings *ceilings, const char *variant,
-                       const struct timing *timing)
+static void print_case(const struct options *options, const struct shape *shape, const struct ceilings *ceilings,
+                       const char *variant, const struct timing *timing)
 {
     double least;
     enum ceiling ceiling = binding_ceiling(ceilings, variant, shape->types, timing, &least);
-    printf(options->json
-               ? "{\"type\":\"case\",\"dtype\":\"%s\",\"batch\":%u,\"heads\":%u,\"q_len\":%u,\"kv_len\":%u,\"page_size\":%u,"
-                 "\"median_us\":%.2f,\"min_us\":%.2f,\"p90_us\":%.2f,\"kv_gbps\":%.2f,\"gflops\":%.1f,\"fraction\":%.3f,"
-                 "\"ceiling\":\"%s\",\"launches\":%u}\n"
-               : "%-10s %5u %5u %5u %6u %5u %10.1f %10.1f %10.1f %8.2f %9.1f  %.3f of %s (%u launches)\n",
-           shape_types_name(shape->types), shape->batch, shape->heads, shape->q_len, shape->kv_len, shape->page_size,
-           timing->median / 1e3, timing->least / 1e3, timing->p90 / 1e3, timing->bytes / timing->median,
-           timing->flop / timing->median, least / timing->median, ceiling_name(ceiling), timing->launches);
+    printf(
+        options->json
+            ? "{\"type\":\"case\",\"dtype\":\"%s\",\"batch\":%u,\"heads\":%u,\"q_len\":%u,\"kv_len\":%u,"
+              "\"page_size\":%u,\"median_us\":%.2f,\"min_us\":%.2f,\"p90_us\":%.2f,\"kv_gbps\":%.2f,\"gflops\":%.1f,"
+              "\"fraction\":%.3f,\"ceiling\":\"%s\",\"launches\":%u}\n"
+            : "%-10s %5u %5u %5u %6u %5u %10.1f %10.1f %10.1f %8.2f %9.1f  %.3f of %s (%u launches)\n",
+        shape_types_name(shape->types), shape->batch, shape->heads, shape->q_len, shape->kv_len, shape->page_size,
+        timing->median / 1e3, timing->least / 1e3, timing->p90 / 1e3, timing->bytes / timing->median,
+        timing->flop / timing->median, least / timing->median, ceiling_name(ceiling), timing->launches);
     fflush(stdout);
 }
 
@@ -213,7 +218,8 @@ int main(int argc, char **argv)
     struct bench bench = {.backend = mlak_backend(options.device)};
     if (bench.backend == NULL)
         refuse("device", options.device, "there is no such device; give cpu or reference");
-    bench.device = bench.backend->open(&(struct mlak_options){.threads = options.threads, .variant = options.variant}, &fault);
+    bench.device =
+        bench.backend->open(&(struct mlak_options){.threads = options.threads, .variant = options.variant}, &fault);
     if (bench.device == NULL) {
         fprintf(stderr, "mlad-kernel-bench: %s: %s\n", fault.field, fault.message);
         return 1;
@@ -223,7 +229,8 @@ int main(int argc, char **argv)
     if (pool == NULL || !ceilings_measure(&bench.ceilings, pool, cache_bytes())) {
         fprintf(stderr, "mlad-kernel-bench: no memory to measure the ceilings\n");
     } else {
-        print_ceilings(&bench.ceilings, mlak_pool_threads(pool), options.device, bench.backend->variant(bench.device), options.json);
+        print_ceilings(&bench.ceilings, mlak_pool_threads(pool), options.device, bench.backend->variant(bench.device),
+                       options.json);
         status = run_cases(&bench, &options);
     }
     mlak_pool_free(pool);

@@ -1,7 +1,7 @@
 /* cpu.h - inside the cpu backend: what the driver (cpu_item.c) and the rooms of the instruction sets agree on.
  *
- * A request's query rows are folded (row m = token * heads + head) and cut into groups of at most 64 rows, its keys into
- * splits; one group over one split is a work item. Every boundary depends on the request alone, so results do not
+ * A request's query rows are folded (row m = token * heads + head) and cut into groups of at most 64 rows, its keys
+ * into splits; one group over one split is a work item. Every boundary depends on the request alone, so results do not
  * depend on batch-mates or on the number of threads. An item walks its keys in tiles:
  *
  *   gather    pointers to the tile's key rows; page ids are read and checked here        cpu_item.c
@@ -17,15 +17,15 @@
 #include "mlak.h"
 
 enum {
-    CPU_LANES = 16,                     /* rows of a block */
-    CPU_BLOCKS = 4,                     /* blocks of a group */
+    CPU_LANES = 16, /* rows of a block */
+    CPU_BLOCKS = 4, /* blocks of a group */
     CPU_ROWS = CPU_LANES * CPU_BLOCKS,
-    CPU_TILE = 128,                     /* most keys of a tile */
-    CPU_TILE_FP32 = 64,                 /* keys of a tile in the fp32 path */
-    CPU_SPLIT = 1024,                   /* keys of a split, a multiple of every tile */
-    CPU_MAX_SPLITS = 256,               /* of a request; longer requests have longer splits */
-    CPU_O_STRIDE = MLAK_V + 16,         /* floats from row to row of O: off the power of two that would share cache sets */
-    CPU_KEY_STRIDE = MLAK_D + 16,       /* floats from key to key of an fp32 tile, likewise */
+    CPU_TILE = 128,               /* most keys of a tile */
+    CPU_TILE_FP32 = 64,           /* keys of a tile in the fp32 path */
+    CPU_SPLIT = 1024,             /* keys of a split, a multiple of every tile */
+    CPU_MAX_SPLITS = 256,         /* of a request; longer requests have longer splits */
+    CPU_O_STRIDE = MLAK_V + 16,   /* floats from row to row of O: off the power of two that would share cache sets */
+    CPU_KEY_STRIDE = MLAK_D + 16, /* floats from key to key of an fp32 tile, likewise */
     CPU_PAIR_STRIDE = CPU_TILE / 2 + 1, /* 64-byte lines from one 16-column chunk of interleaved values to the next */
 };
 

@@ -6,7 +6,8 @@
  *   values   8 rows x 2 chunks    v lines (16 columns), a row's pair of keys     the pairs of keys of the tile
  *            of 16 columns        splatted from p
  *
- * The scores loop prefetches the rows of the next tile, a line of eight keys at a time, so memory works while we multiply. */
+ * The scores loop prefetches the rows of the next tile, a line of eight keys at a time, so memory works while we
+ * multiply. */
 #include "cpu_bf16.h"
 
 enum { KEYS = 8, ROWS = 8 };
@@ -20,10 +21,10 @@ LANES_INLINE __m512bh splat_pair(const void *at)
 
 LANES_INLINE __m512bh load_line(const void *at) { return (__m512bh)_mm512_load_si512(at); }
 
-/* Scores of eight keys and `blocks` (1 or 2, constant) blocks. Prefetches, of the eight rows of `next`, the lines whose bit in
- * `ahead` is set. Everything is addressed from pointers that advance by a line: sixteen registers are few. */
-LANES_INLINE void scores_of(const uint8_t *const *keys, const uint8_t *q, size_t blocks, float *to, const uint8_t *const *next,
-                            uint32_t ahead)
+/* Scores of eight keys and `blocks` (1 or 2, constant) blocks. Prefetches, of the eight rows of `next`, the lines whose
+ * bit in `ahead` is set. Everything is addressed from pointers that advance by a line: sixteen registers are few. */
+LANES_INLINE void scores_of(const uint8_t *const *keys, const uint8_t *q, size_t blocks, float *to,
+                            const uint8_t *const *next, uint32_t ahead)
 {
     enum { BLOCK = sizeof ((struct cpu_scratch *)0)->q[0] };
     const uint8_t *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
@@ -84,7 +85,7 @@ static void values(const struct cpu_scratch *scratch, const struct cpu_tile *til
             if (!tile->first)
                 _Pragma("GCC unroll 8") for (size_t i = 0; i < ROWS; i++)
                     _Pragma("GCC unroll 2") for (size_t c = 0; c < 2; c++)
-                        sum[i][c] = _mm512_mul_ps(_mm512_set1_ps(alpha[i]), _mm512_load_ps(o + i * CPU_O_STRIDE + c * CPU_LANES));
+                        sum[i][c] = alpha[i] * _mm512_load_ps(o + i * CPU_O_STRIDE + c * CPU_LANES);
             for (; v < end; v += LINE, p += CPU_LANES) {
                 __m512bh low = load_line(v), high = load_line(v + CPU_PAIR_STRIDE * LINE);
                 _Pragma("GCC unroll 8") for (size_t i = 0; i < ROWS; i++) {

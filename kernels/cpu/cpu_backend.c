@@ -1,7 +1,8 @@
 /* cpu_backend.c - the `cpu` device: picks the instruction set, cuts a launch into work items and runs them on its pool.
  *
- * Owns the pool, one scratch for each thread, the tables of groups and items of a slice, and the arena of partial results.
- * A launch runs in slices that fit these, whatever it asks for; only the arena grows, to CPU_ARENA_FLOATS at most. */
+ * Owns the pool, one scratch for each thread, the tables of groups and items of a slice, and the arena of partial
+ * results. A launch runs in slices that fit these, whatever it asks for; only the arena grows, to CPU_ARENA_FLOATS at
+ * most. */
 #include "cpu.h"
 #include "mlak_backends.h"
 #include "mlak_pool.h"
@@ -15,10 +16,11 @@
 #endif
 
 enum {
-    CPU_GROUPS = 4096, CPU_ITEMS = 16384, /* of a slice */
-    CPU_ARENA_FLOATS = 16 << 20,          /* 64 MiB; more than CPU_MAX_SPLITS partials of a group */
-    CPU_BLOCK_NS = 2000,                  /* to pack and to finish a block, about */
-    CPU_ALONE_NS = 15000,                 /* launches estimated below it run on the caller: waking a thread costs as much */
+    CPU_GROUPS = 4096,           /* of a slice */
+    CPU_ITEMS = 16384,           /* likewise */
+    CPU_ARENA_FLOATS = 16 << 20, /* 64 MiB; more than CPU_MAX_SPLITS partials of a group */
+    CPU_BLOCK_NS = 2000,         /* to pack and to finish a block, about */
+    CPU_ALONE_NS = 15000,        /* launches estimated below it run on the caller: waking a thread costs as much */
 };
 
 struct cpu_variant {
@@ -98,11 +100,13 @@ static const struct cpu_variant *choose_variant(const char *name, struct mlak_fa
         if (variants[i].present())
             return &variants[i];
         if (name != NULL) {
-            mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "this processor or kernel lacks what %s needs; leave the variant out", name);
+            mlak_fail(fault, MLAK_UNSUPPORTED, "variant",
+                      "this processor or kernel lacks what %s needs; leave the variant out", name);
             return NULL;
         }
     }
-    mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "there is no %s in this build; use amx, avx512, avx2 or generic", name);
+    mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "there is no %s in this build; use amx, avx512, avx2 or generic",
+              name);
     return NULL;
 }
 
@@ -198,8 +202,8 @@ static uint64_t cpu_estimate_ns(const struct mlak_device *device, const struct m
 
 struct slice { uint32_t groups, items; size_t floats; };
 
-/* Add as many of the row's groups from `group` on as fit, and return their number. Items are ordered so that the groups that
- * read the same keys run next to each other. */
+/* Add as many of the row's groups from `group` on as fit, and return their number. Items are ordered so that the groups
+ * that read the same keys run next to each other. */
 static uint32_t add_groups(struct mlak_device *device, struct slice *slice, struct mlak_row *row, uint32_t group)
 {
     struct cpu_group plan = {.row = row, .path = path_of(device, row)};

@@ -1,5 +1,5 @@
-/* cpu_bf16.h - what the paths with bf16 products share (AVX512_BF16 and AMX): packing of q, conversion of fp8, which bf16
- * holds exactly, interleaving of values, and rounding of P. Static to the including file.
+/* cpu_bf16.h - what the paths with bf16 products share (AVX512_BF16 and AMX): packing of q, conversion of fp8, which
+ * bf16 holds exactly, interleaving of values, and rounding of P. Static to the including file.
  *
  *   operand of         layout                              one 64-byte line
  *   q     (scores)     [block][288 pairs of columns]       16 rows, columns 2i and 2i + 1
@@ -46,12 +46,16 @@ LANES_INLINE void transpose(__m512i r[16])
 
 LANES_INLINE __m512i bf16_of_e4m3(__m256i codes)
 {
-    const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m512i subnormals =
+        _mm512_castsi128_si512(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
     __m512i x = _mm512_cvtepu8_epi16(codes), magnitude = _mm512_and_si512(x, _mm512_set1_epi16(0x7f));
     __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(0x3c00));
-    value = _mm512_mask_permutexvar_epi16(value, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude, subnormals);
-    value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7fc0));
-    return _mm512_ternarylogic_epi32(value, _mm512_slli_epi16(x, 8), _mm512_set1_epi16((short)0x8000), 0xf8); /* a | (b & c) */
+    value = _mm512_mask_permutexvar_epi16(value, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude,
+                                          subnormals);
+    value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                                  _mm512_set1_epi16(0x7fc0));
+    return _mm512_ternarylogic_epi32(value, _mm512_slli_epi16(x, 8), _mm512_set1_epi16((short)0x8000),
+                                     0xf8); /* a | (b & c) */
 }
 
 static inline void bf16_row_of_e4m3(uint16_t *to, const uint8_t *from)

@@ -1,5 +1,5 @@
-/* cpu_generic.c - the cpu backend in plain C, for any processor: the path of cpu_lanes.h in vectors of four floats, which
- * the compiler maps to what the baseline has. */
+/* cpu_generic.c - the cpu backend in plain C, for any processor: the path of cpu_lanes.h in vectors of four floats,
+ * which the compiler maps to what the baseline has. */
 #define CPU_WIDTH 4
 #include "cpu_lanes.h"
 

@@ -1,8 +1,8 @@
 /* cpu_item.c - one work item of the cpu backend: a group of query rows over one split of the keys. Finds out which keys
  * the rows see, walks them in tiles through the functions of a path, and combines the splits. Holds nothing of its own.
  *
- * Keys that no row of the group sees are never touched, nor are their page ids: they stand as zero rows. Only tiles that
- * some row sees in part are masked, with real -inf. */
+ * Keys that no row of the group sees are never touched, nor are their page ids: they stand as zero rows. Only tiles
+ * that some row sees in part are masked, with real -inf. */
 #include "cpu.h"
 
 #include <math.h>
@@ -17,7 +17,8 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Visibility of the group's tokens, into the scratch; the union is returned. */
-static struct span find_visible(const struct cpu_group *group, struct cpu_scratch *scratch, uint32_t *first_token, uint32_t *tokens)
+static struct span find_visible(const struct cpu_group *group, struct cpu_scratch *scratch, uint32_t *first_token,
+                                uint32_t *tokens)
 {
     const struct mlak_row *row = group->row;
     uint32_t begin = group->first / row->heads, end = (group->first + group->rows - 1) / row->heads + 1;
@@ -43,7 +44,8 @@ static struct span find_visible(const struct cpu_group *group, struct cpu_scratc
 }
 
 /* Row pointers of keys [c, c + count), then zero rows. False if a needed page id is out of range. */
-static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uint32_t count, const uint8_t *keys[CPU_TILE])
+static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uint32_t count,
+                   const uint8_t *keys[CPU_TILE])
 {
     uint32_t i = 0;
     while (i < count) {
@@ -73,8 +75,8 @@ static bool gather(struct mlak_row *row, const struct span *span, int64_t c, uin
 }
 
 /* Which rows see each key of [c, c + count), into scratch->seen; NULL if all rows see all keys. */
-static const uint64_t *mask_tile(const struct mlak_row *row, struct cpu_scratch *scratch, uint32_t first_token, uint32_t tokens,
-                                 int64_t c, uint32_t count)
+static const uint64_t *mask_tile(const struct mlak_row *row, struct cpu_scratch *scratch, uint32_t first_token,
+                                 uint32_t tokens, int64_t c, uint32_t count)
 {
     bool partial = false;
     for (uint32_t t = 0; t < tokens; t++)
@@ -95,8 +97,8 @@ static const uint64_t *mask_tile(const struct mlak_row *row, struct cpu_scratch 
 
 /* Keys begin <= c < end, begin a multiple of the tile, into o, m and l. False if the row failed; `*defined` says
  * whether there was any tile. */
-static bool walk(const struct cpu_group *group, struct cpu_scratch *scratch, int64_t begin, int64_t end, float *o, float *m, float *l,
-                 bool *defined)
+static bool walk(const struct cpu_group *group, struct cpu_scratch *scratch, int64_t begin, int64_t end, float *o,
+                 float *m, float *l, bool *defined)
 {
     const struct cpu_path *path = group->path;
     uint32_t first_token, tokens;
@@ -171,7 +173,8 @@ static void combine(const struct cpu_group *group, struct cpu_scratch *scratch)
 
 void mlak_cpu_run_item(struct cpu_group *group, uint32_t split, struct cpu_scratch *scratch)
 {
-    int64_t begin = group->begin + (int64_t)split * group->split_keys, end = smaller(begin + group->split_keys, group->end);
+    int64_t begin = group->begin + (int64_t)split * group->split_keys;
+    int64_t end = smaller(begin + group->split_keys, group->end);
     bool whole = group->splits == 1, defined = false;
     float *part = whole ? NULL : group->parts + split * cpu_part_floats(group->rows);
     float *m = whole ? scratch->m : part, *l = whole ? scratch->l : part + CPU_ROWS;

@@ -1,6 +1,7 @@
-/* cpu_lanes.h - the fp32 path of the cpu backend, written once in GNU vectors and compiled once for each instruction set:
- * the file that includes it defines CPU_WIDTH, the floats of its vector (4, 8, 16). Also what every path shares: softmax,
- * merge, finish. Everything is static to the including file, so no code leaks from one instruction set to another.
+/* cpu_lanes.h - the fp32 path of the cpu backend, written once in GNU vectors and compiled once for each instruction
+ * set: the file that includes it defines CPU_WIDTH, the floats of its vector (4, 8, 16). Also what every path shares:
+ * softmax, merge, finish. Everything is static to the including file, so no code leaks from one instruction set to
+ * another.
  *
  * Tiles, W = CPU_WIDTH:
  *            accumulators            streams                                  accumulators kept over
@@ -72,7 +73,8 @@ LANES_INLINE vf decode_fp16(const uint8_t *at)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 #else
     vu code = __builtin_convertvector(*(const vh *)at, vu), magnitude = code & 0x7fff;
-    vf value = choose((vi)(magnitude < 0x400), __builtin_convertvector((vi)magnitude, vf) * 0x1p-24f, (vf)((magnitude << 13) + (112u << 23)));
+    vf value = choose((vi)(magnitude < 0x400), __builtin_convertvector((vi)magnitude, vf) * 0x1p-24f,
+                      (vf)((magnitude << 13) + (112u << 23)));
     value = choose((vi)(magnitude >= 0x7c00), (vf)((magnitude << 13) + (224u << 23)), value);
     return (vf)((vu)value | (code & 0x8000) << 16);
 #endif
@@ -147,7 +149,8 @@ LANES_INLINE void encode_fp16(uint8_t *at, vf value)
 
 static inline void lanes_pack(struct cpu_scratch *scratch, const struct mlak_row *row, uint32_t first, uint32_t rows)
 {
-    static const enum mlak_kv_format formats[] = {[MLAK_BF16] = MLAK_KV_BF16, [MLAK_FP16] = MLAK_KV_FP16, [MLAK_E4M3] = MLAK_KV_E4M3};
+    static const enum mlak_kv_format formats[] = {
+        [MLAK_BF16] = MLAK_KV_BF16, [MLAK_FP16] = MLAK_KV_FP16, [MLAK_E4M3] = MLAK_KV_E4M3};
     uint64_t row_bytes = (uint64_t)MLAK_D * mlak_dtype_bytes(row->q_dtype);
     float *lines = (float *)(void *)scratch->rows; /* [16][576]; the rows are not in use yet */
     for (uint32_t b = 0; b * CPU_LANES < rows; b++) {
@@ -218,8 +221,8 @@ static inline void lanes_softmax(float *scores, const struct cpu_tile *tile, uin
     }
 }
 
-static inline void lanes_values(const float *probs, const float *keys, uint32_t count, bool first, const float *alpha, uint32_t rows,
-                                float *o)
+static inline void lanes_values(const float *probs, const float *keys, uint32_t count, bool first, const float *alpha,
+                                uint32_t rows, float *o)
 {
     for (size_t column = 0; column < MLAK_V; column += VALUE_VECTORS * W)
         for (size_t r = 0; r < rows; r += VALUE_ROWS) {

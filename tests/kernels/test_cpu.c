@@ -1,5 +1,5 @@
-/* test_cpu.c - what the cpu backend promises beyond the contract's words, on every variant that this machine has: bits that depend
- * on nothing but the request, work of any size in bounded slices, variants that are refused by name. */
+/* test_cpu.c - what the cpu backend promises beyond the contract's words, on every variant that this machine has: bits
+ * that depend on nothing but the request, work of any size in bounded slices, variants that are refused by name. */
 #include "oracle.h"
 
 #include <math.h>
@@ -81,7 +81,8 @@ static struct mlak_batch plain_shape(uint32_t batch, uint32_t heads, uint32_t q_
     return shape;
 }
 
-/* Together, in another order, one by one, and on other numbers of threads. Several splits, and lengths on their edges. */
+/* Together, in another order, one by one, and on other numbers of threads. Several splits, and lengths on their edges.
+ */
 static void bits_do_not_depend_on_batch_mates_or_threads(void **state)
 {
     (void)state;
@@ -150,8 +151,8 @@ static void what_is_not_finite_stays_in_its_request(void **state)
     }
 }
 
-/* A request of more keys than CPU_MAX_SPLITS splits of the usual length. Its pages repeat, so the answer is that of one round of
- * them, and lse grows by the logarithm of the rounds. */
+/* A request of more keys than CPU_MAX_SPLITS splits of the usual length. Its pages repeat, so the answer is that of one
+ * round of them, and lse grows by the logarithm of the rounds. */
 static void very_long_requests(void **state)
 {
     (void)state;
@@ -213,7 +214,8 @@ static void more_requests_than_a_slice(void **state)
     mlak_backend("cpu")->close(device);
 }
 
-/* More partial results than the arena holds: 64 tokens of 128 heads over 5 splits. Against the same tokens in launches of their own. */
+/* More partial results than the arena holds: 64 tokens of 128 heads over 5 splits. Against the same tokens in launches
+ * of their own. */
 static void more_partials_than_the_arena(void **state)
 {
     (void)state;
@@ -274,9 +276,12 @@ static void estimates_tell_small_from_large(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(bits_do_not_depend_on_batch_mates_or_threads), cmocka_unit_test(what_is_not_finite_stays_in_its_request),
-        cmocka_unit_test(very_long_requests),                           cmocka_unit_test(more_requests_than_a_slice),
-        cmocka_unit_test(more_partials_than_the_arena),                 cmocka_unit_test(unknown_variants_are_refused),
+        cmocka_unit_test(bits_do_not_depend_on_batch_mates_or_threads),
+        cmocka_unit_test(what_is_not_finite_stays_in_its_request),
+        cmocka_unit_test(very_long_requests),
+        cmocka_unit_test(more_requests_than_a_slice),
+        cmocka_unit_test(more_partials_than_the_arena),
+        cmocka_unit_test(unknown_variants_are_refused),
         cmocka_unit_test(estimates_tell_small_from_large),
     };
     return cmocka_run_group_tests(tests, NULL, NULL) != 0;
