@@ -15,7 +15,6 @@
 #include <unistd.h>
 
 enum { D = 576, MIN_ROUNDS = 5, MAX_ROUNDS = 1000, MAX_LAUNCHES = 4096, MAX_COPIES = 64, ROUND_TRIPS = 20000, BURST = 100 };
-static const double slice_s = 0.25; /* of one side at a time */
 static const unsigned q_lens[] = {1, 4};
 enum { SHAPES = sizeof q_lens / sizeof *q_lens };
 static const double target_ceiling = 0.5, target_daemon = 0.97, target_round_trip = 2.0;
@@ -28,6 +27,8 @@ struct bench {
     struct pingpong *pingpong;
     char variant[32];
     unsigned threads;
+    double slice_s;     /* of one side at a time */
+    double load;        /* processes that wanted to run when we began */
     struct direct_rates rates;
     struct shape_result shapes[SHAPES];
     struct round_trip_result round_trip;
@@ -120,7 +121,7 @@ static int run_daemon(struct bench *bench, struct copies *copies, double *sample
     double *walls = samples, *kernels = samples + MAX_LAUNCHES;
     unsigned count = 0;
     int code = decode_once(bench, copies->runs[copies->next++ % copies->count], &walls[0], &kernels[0]); /* warm */
-    double end = (double)bench_now_ns() + slice_s * 1e9;
+    double end = (double)bench_now_ns() + bench->slice_s * 1e9;
     while (!code && count < MAX_LAUNCHES && (count < 3 || (double)bench_now_ns() < end)) {
         code = decode_once(bench, copies->runs[copies->next++ % copies->count], &walls[count], &kernels[count]);
         count++;
@@ -143,7 +144,7 @@ static int run_rounds(struct bench *bench, struct direct *direct, struct copies 
     while (rounds < MIN_ROUNDS || (rounds < MAX_ROUNDS && (double)bench_now_ns() < end)) {
         struct direct_timing timing;
         struct ctl_fault fault;
-        if (direct_run(direct, slice_s, &timing, &fault))
+        if (direct_run(direct, bench->slice_s, &timing, &fault))
             return ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
         int code = run_daemon(bench, copies, samples, &daemon_ns[rounds], &kernel_ns[rounds]);
         if (code)
@@ -237,6 +238,8 @@ static void mark(struct table *table, bool good, const char *format, double valu
 static void report_text(const struct bench *bench) {
     printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads, BENCH_HEADS,
            BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
+    if (bench->load >= 1)
+        output_print(WARN, "  the machine was busy (load %.1f): these figures mean little\n\n", bench->load);
     printf("  ceilings: read %.1f GB/s, %s %.0f GFLOP/s\n\n", bench->rates.read_gb_s, bench->rates.matmul,
            bench->rates.matmul_gflop_s);
     struct table *table = table_new(">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>ITS KERNEL|>DIRECT KV GB/S|>DAEMON KV GB/S|BINDS|>OF CEILING, >= 0.5|"
@@ -276,6 +279,7 @@ static void report_json(const struct bench *bench) {
     cJSON_AddStringToObject(root, "device", "cpu");
     cJSON_AddStringToObject(root, "variant", bench->variant);
     cJSON_AddNumberToObject(root, "threads", bench->threads);
+    cJSON_AddNumberToObject(root, "load", bench->load);
     cJSON_AddNumberToObject(ceilings, "read_gb_s", bench->rates.read_gb_s);
     cJSON_AddNumberToObject(ceilings, "matmul_gflop_s", bench->rates.matmul_gflop_s);
     cJSON_AddStringToObject(ceilings, "matmul", bench->rates.matmul);
@@ -348,7 +352,9 @@ int ctl_bench(const struct ctl *ctl) {
     uint64_t seconds = 10;
     if (ctl_number(ctl, "--seconds", 1, 3600, &seconds))
         return CTL_USAGE;
-    struct bench bench = {.ctl = ctl};
+    struct bench bench = {.ctl = ctl, .slice_s = fmin(fmax((double)seconds / 40, 0.02), 0.25)};
+    if (getloadavg(&bench.load, 1) != 1)
+        bench.load = 0;
     int code = measure_all(&bench, (double)seconds);
     pingpong_free(bench.pingpong);
     mla_close(bench.client);

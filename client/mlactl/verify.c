@@ -149,7 +149,10 @@ static void report_row(struct table *table, const struct mlap_capability *row, c
         table_cell(table, PLAIN, "+%.2f dB", tally->margin_db);
     else
         table_cell(table, PLAIN, "-");
-    table_cell(table, PLAIN, "%.0f%% of the bar", 100 * tally->lse_share);
+    if (tally->cases)
+        table_cell(table, PLAIN, "%.0f%% of the bar", 100 * tally->lse_share);
+    else
+        table_cell(table, PLAIN, "-");
     if (tally->cases)
         table_cell(table, tally->failed ? BAD : GOOD, "%s", tally->failed ? "FAILED" : "ok");
     else

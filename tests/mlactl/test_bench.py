@@ -1,0 +1,34 @@
+"""`mlactl bench` measures all three things and is consistent with itself. What it measures depends on the machine."""
+from daemon import Daemon, run
+
+
+def every_figure_is_there(daemon):
+    report = daemon.json("bench", "--seconds", 1)
+    assert report["ceilings"]["read_gb_s"] > 0 and report["ceilings"]["matmul_gflop_s"] > 0 and report["ceilings"]["matmul"]
+    assert [case["q_len"] for case in report["cases"]] == [1, 4]
+    for case in report["cases"]:
+        assert case["rounds"] >= 5 and 0 < case["kernel_ns"] <= case["daemon_ns"]
+        assert case["of_ceiling_pass"] == (case["of_ceiling"] >= 0.5)
+        assert case["daemon_over_direct_pass"] == (case["daemon_over_direct"] >= 0.97)
+        assert abs(case["daemon_kv_gb_s"] * case["daemon_ns"] - 8 * 4096 * 1152) < 1e6
+    trip = report["round_trip"]
+    assert trip["count"] >= 100 and 0 < trip["decode_p50_ns"] <= trip["decode_p99_ns"] and trip["raw_p50_ns"] > 0
+    assert trip["ratio_pass"] == (trip["decode_p50_ns"] / trip["raw_p50_ns"] <= 2)
+
+
+def the_table_marks_the_targets(daemon):
+    text = daemon.ctl("bench", "--seconds", 1).stdout
+    assert text.count("pass") + text.count("MISS") == 5, text
+    assert "ceilings: read" in text and "one-key decode" in text
+
+
+def the_cpu_device_is_needed(daemon):
+    other = Daemon("reference")
+    try:
+        assert "cpu" in other.json("bench", code=1)["error"]
+    finally:
+        other.stop()
+
+
+if __name__ == "__main__":
+    run([every_figure_is_there, the_table_marks_the_targets, the_cpu_device_is_needed], Daemon("cpu"))
