@@ -92,7 +92,8 @@ int main(void)
                 return fail(&e);
             if (!done)
                 continue;
-            printf("layer %d: queued %.0f us, computed %.0f us\n", l, (double)result.queue_ns / 1000, (double)result.kernel_ns / 1000);
+            printf("layer %d: queued %.0f us, computed %.0f us\n", l, (double)result.queue_ns / 1000,
+                   (double)result.kernel_ns / 1000);
             tickets[l] = 0;     /* collected */
             right += m->layer[l].out[B - 1][H - 1][V - 1] == bf16((float)(l + 1));
             left--;

@@ -115,7 +115,8 @@ static mla_status check_memfd(int memfd, uint64_t offset, size_t bytes, mla_erro
         return mlac_fail(error, MLA_BUFFER, "memfd", "descriptor %d is no memfd (%s); make one with memfd_create and "
                          "MFD_ALLOW_SEALING, or use mla_buffer_alloc", memfd, strerror(errno));
     if (!(seals & F_SEAL_SHRINK))
-        return mlac_fail(error, MLA_BUFFER, "memfd", "the memfd can still shrink; fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK) first");
+        return mlac_fail(error, MLA_BUFFER, "memfd", "the memfd can still shrink; fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK) "
+                         "first");
     struct stat status;
     if (fstat(memfd, &status) < 0)
         return mlac_fail(error, MLA_BUFFER, "memfd", "its size cannot be read: %s", strerror(errno));

@@ -8,7 +8,8 @@ static mla_status check(const mla_client *client, int timeout_ms, mla_error *err
     if (!client)
         return mlac_fail(error, MLA_INVALID, "client", "it must not be NULL");
     if (timeout_ms < 0 && timeout_ms != MLA_FOREVER)
-        return mlac_fail(error, MLA_INVALID, "timeout_ms", "it must be MLA_FOREVER or 0 or more milliseconds, not %d", timeout_ms);
+        return mlac_fail(error, MLA_INVALID, "timeout_ms", "it must be MLA_FOREVER or 0 or more milliseconds, not %d",
+                         timeout_ms);
     return MLA_OK;
 }
 

@@ -311,6 +311,8 @@ bool mlac_receive(struct mla_client *client, int64_t until)
     int64_t now = mlac_now();
     if (length > 0 && fault.code == MLAP_code_OK)
         message(client, &header, &client->body, now);
+    else if (length > 0 && fault.code == MLAP_code_MEMORY)
+        end_of_file(client, now);       /* an answer is gone; a new session gives another */
     else if (length > 0)
         malformed(client, fault.code == MLAP_code_VERSION ? MLA_VERSION : MLA_MALFORMED, fault.message);
     else if (length == 0)
