@@ -1,6 +1,7 @@
 /* decode.c - one decode with libmla, checked against the definition of attention.
  *
- * Two requests of one verify step: 4 query tokens each (the last accepted token and 3 drafts), 16 heads, bf16, a paged KV cache.
+ * Two requests of one verify step: 4 query tokens each (the last accepted token and 3 drafts), 16 heads, bf16, a paged
+ * KV cache.
  *
  *     cc decode.c $(pkg-config --cflags --libs libmla) -lm && ./a.out */
 #include <mla.h>

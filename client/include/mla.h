@@ -14,16 +14,18 @@
  * code, the path of the field at fault and one sentence. On failure outputs are untouched unless stated.
  *
  * Threads. Every function may be called from any thread at any time, on the same client too, except that
- * a client, plan or buffer must not be used during or after its own destruction. No thread is started by the library: of the
- * threads that wait on a client, one receives for all. After fork() the child must not use the parent's clients, not even to
- * close them; until it calls exec (every descriptor is close-on-exec) or exits, it holds their connections open.
+ * a client, plan or buffer must not be used during or after its own destruction. No thread is started by the library:
+ * of the threads that wait on a client, one receives for all. After fork() the child must not use the parent's clients,
+ * not even to close them; until it calls exec (every descriptor is close-on-exec) or exits, it holds their connections
+ * open.
  *
  * Recovery. When the device's worker or the whole daemon dies, the library reconnects, registers and plans again and
  * submits again what had not completed: a caller sees a delay and no error. This is safe because a decode only reads
  * its inputs, which must not change until it has completed, and its outputs overlap nothing. It gives up with
- * MLA_NOT_CONNECTED after mla_options.reconnect_ms without a daemon: all that waits then fails, buffers and plans are kept, and
- * the next call tries again. Work that was in flight at three deaths in a row fails with MLA_WORKER_LOST. A client that was
- * evicted, or whose buffers or plans are refused by the new session, is dead: every call reports why; close it. */
+ * MLA_NOT_CONNECTED after mla_options.reconnect_ms without a daemon: all that waits then fails, buffers and plans are
+ * kept, and the next call tries again. Work that was in flight at three deaths in a row fails with MLA_WORKER_LOST. A
+ * client that was evicted, or whose buffers or plans are refused by the new session, is dead: every call reports why;
+ * close it. */
 #ifndef MLA_H
 #define MLA_H
 
@@ -98,8 +100,8 @@ typedef struct mla_options {
     const char *socket;         /* NULL: $MLAD_SOCKET, else /run/mlad/mlad.sock */
     const char *device;         /* NULL: $MLAD_DEVICE, else the first device served that is not `reference` */
     const char *name;           /* shown by mlactl status; NULL: the program's name */
-    int reconnect_ms;           /* how long to try to reach a daemon that is away, also in mla_connect; default 30000, 0: try
-                                 * once. A daemon that accepted the connection has 5 seconds to open the session anyway. */
+    int reconnect_ms; /* how long to try to reach a daemon that is away, also in mla_connect; default 30000, 0: try
+                       * once. A daemon that accepted the connection has 5 seconds to open the session anyway. */
 } mla_options;
 
 MLA_API void mla_options_init(mla_options *options);
@@ -128,10 +130,11 @@ MLA_API mla_status mla_buffer_alloc(mla_client *client, size_t bytes, mla_buffer
 MLA_API mla_status mla_buffer_import(mla_client *client, int memfd, uint64_t offset, size_t bytes, mla_access access,
                                      mla_buffer **buffer, mla_error *error);
 
-MLA_API void *mla_buffer_data(mla_buffer *buffer);          /* its first byte here; NULL if an import cannot be mapped */
+MLA_API void *mla_buffer_data(mla_buffer *buffer); /* its first byte here; NULL if an import cannot be mapped */
 MLA_API size_t mla_buffer_size(const mla_buffer *buffer);
 
-/* Unregister, unmap and free. MLA_IN_USE while a plan or a decode in flight, abandoned ones too, names it (then it stays). */
+/* Unregister, unmap and free. MLA_IN_USE while a plan or a decode in flight, abandoned ones too, names it (then it
+ * stays). */
 MLA_API mla_status mla_buffer_free(mla_buffer *buffer, mla_error *error);
 
 /* ---- batches ---- */
@@ -154,8 +157,8 @@ typedef struct mla_scale {
     mla_tensor tensor;
 } mla_scale;
 
-/* One decode. Contents of seqlens, block_table, cu_q, tree_mask, sink and scale tensors may change between submissions of
- * the same plan. kernels/CONTRACT.md is the contract; every field is honoured or refused. */
+/* One decode. Contents of seqlens, block_table, cu_q, tree_mask, sink and scale tensors may change between submissions
+ * of the same plan. kernels/CONTRACT.md is the contract; every field is honoured or refused. */
 typedef struct mla_batch {
     size_t struct_size;         /* set by mla_batch_init */
     uint32_t batch;             /* B >= 1 */
@@ -213,33 +216,36 @@ typedef struct mla_result {
     uint32_t listed;            /* entries of failures: the first 32 at most, in order; none if memory ran out here */
     mla_failure failures[32];
     uint64_t kv_tokens;         /* KV tokens of the batch */
-    uint64_t receive_ns, queue_ns, kernel_ns;   /* in the daemon: read to queued, queued to launched, launched to complete */
+    uint64_t receive_ns, queue_ns, kernel_ns;   /* in the daemon: to queued, to launched, to complete */
     uint32_t replays;           /* times it was submitted again after a death */
 } mla_result;
 
-/* Submit and return at once, unless the socket is full (hundreds of decodes that the daemon has not read) or the daemon is away;
- * then it waits for that. Inputs must stay unchanged until the decode has completed. What the daemon says to it, MLA_BUSY
- * too, is reported by the collection of the ticket, since the answer is not waited for. */
+/* Submit and return at once, unless the socket is full (hundreds of decodes that the daemon has not read) or the daemon
+ * is away; then it waits for that. Inputs must stay unchanged until the decode has completed. What the daemon says to
+ * it, MLA_BUSY too, is reported by the collection of the ticket, since the answer is not waited for. */
 MLA_API mla_status mla_submit(mla_client *client, mla_plan *plan, mla_ticket *ticket, mla_error *error);
 /* The same for a batch that is used once. */
 MLA_API mla_status mla_submit_batch(mla_client *client, const mla_batch *batch, mla_ticket *ticket, mla_error *error);
 
 /* Has it completed? *done 0: not yet, MLA_OK. *done 1: the ticket is collected, the decode's own status is returned and
- * `result` (may be NULL) filled. Never blocks, except that reconnecting to a dead daemon takes what the socket calls take. */
+ * `result` (may be NULL) filled. Never blocks, except that reconnecting to a dead daemon takes what the socket calls
+ * take. */
 MLA_API mla_status mla_poll(mla_client *client, mla_ticket ticket, int *done, mla_result *result, mla_error *error);
 
-/* Wait for it at most timeout_ms (MLA_FOREVER; 0 polls). MLA_TIMEOUT: not complete, the ticket stays. Otherwise collected. */
-MLA_API mla_status mla_wait(mla_client *client, mla_ticket ticket, int timeout_ms, mla_result *result, mla_error *error);
+/* Wait for it at most timeout_ms (MLA_FOREVER; 0 polls). MLA_TIMEOUT: not complete, the ticket stays. Otherwise
+ * collected. */
+MLA_API mla_status mla_wait(mla_client *client, mla_ticket ticket, int timeout_ms, mla_result *result,
+                            mla_error *error);
 
-/* Submit a plan, or a batch, and wait. With MLA_TIMEOUT the decode is abandoned: its outputs may still be written and its
- * inputs read until the client's next completed decode of the same buffers, or mla_close. */
+/* Submit a plan, or a batch, and wait. With MLA_TIMEOUT the decode is abandoned: its outputs may still be written and
+ * its inputs read, and its buffers stay in use, until the daemon is done with it. */
 MLA_API mla_status mla_decode(mla_client *client, mla_plan *plan, int timeout_ms, mla_result *result, mla_error *error);
 MLA_API mla_status mla_decode_batch(mla_client *client, const mla_batch *batch, int timeout_ms, mla_result *result,
                                     mla_error *error);
 
-/* A descriptor that polls readable when mla_poll may have news for some ticket, or has to be called for a reconnect to go
- * on; then poll each. Silent while no ticket is uncollected. It stays the same over reconnects and belongs to the client: never read or
- * close it. -1 with errno if this process cannot have it. */
+/* A descriptor that polls readable when mla_poll may have news for some ticket, or has to be called for a reconnect to
+ * go on; then poll each. Silent while no ticket is uncollected. It stays the same over reconnects and belongs to the
+ * client: never read or close it. -1 with errno if this process cannot have it. */
 MLA_API int mla_fd(mla_client *client);
 
 #ifdef __cplusplus

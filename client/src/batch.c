@@ -61,7 +61,8 @@ static mla_status tensor(struct translation *t, const char *field, const mla_ten
         return mlac_fail(t->error, MLA_RANGE, field, "its offset, %llu, is past its buffer's %zu bytes",
                          (unsigned long long)in->offset, buffer->size);
     if (written && buffer->access == MLA_READ)
-        return mlac_fail(t->error, MLA_INVALID, field, "its buffer was imported with MLA_READ and cannot take an output");
+        return mlac_fail(t->error, MLA_INVALID, field,
+                         "its buffer was imported with MLA_READ and cannot take an output");
     t->uses[(*t->n_uses)++] = buffer;
     out->buffer = (uint32_t)buffer->call->id;
     out->offset = in->offset;
@@ -175,13 +176,15 @@ static mla_status translate(struct translation *t, const mla_batch *in, struct m
     if (in->row_stride % 16)
         return mlac_fail(t->error, MLA_INVALID, "batch.row_stride", "it must be a multiple of 16 bytes");
     if (in->dcp_rank >= in->dcp_world)
-        return mlac_fail(t->error, MLA_INVALID, "batch.dcp_rank", "it must be below dcp_world, %u, not %u", in->dcp_world,
-                         in->dcp_rank);
+        return mlac_fail(t->error, MLA_INVALID, "batch.dcp_rank", "it must be below dcp_world, %u, not %u",
+                         in->dcp_world, in->dcp_rank);
     if (!in->cu_q.buffer && in->q_rows % in->batch)
-        return mlac_fail(t->error, MLA_INVALID, "batch.q_rows", "without cu_q it must be a multiple of batch, %u, not %llu",
-                         in->batch, (unsigned long long)in->q_rows);
+        return mlac_fail(t->error, MLA_INVALID, "batch.q_rows",
+                         "without cu_q it must be a multiple of batch, %u, not %llu", in->batch,
+                         (unsigned long long)in->q_rows);
     if ((in->mask == MLA_MASK_TREE) != (in->tree_mask.buffer != NULL))
-        return mlac_fail(t->error, MLA_INVALID, "batch.tree_mask", "it must be given exactly when mask is MLA_MASK_TREE");
+        return mlac_fail(t->error, MLA_INVALID, "batch.tree_mask",
+                         "it must be given exactly when mask is MLA_MASK_TREE");
     return MLA_OK;
 }
 

@@ -1,7 +1,7 @@
 /* buffer.c - host memory shared with the daemon: a memfd, its mapping here, and its registration there.
  *
- * A buffer belongs to its client and to whoever holds it: mla_buffer_free ends it, mla_close too. The memfd stays open as
- * long as the buffer, because a new worker has to be given it again. */
+ * A buffer belongs to its client and to whoever holds it: mla_buffer_free ends it, mla_close too. The memfd stays open
+ * as long as the buffer, because a new worker has to be given it again. */
 #include "mlac.h"
 
 #include <errno.h>
@@ -96,7 +96,8 @@ MLA_API mla_status mla_buffer_alloc(mla_client *client, size_t bytes, mla_buffer
     if (buffer && ftruncate(memfd, (off_t)bytes) == 0 &&
         fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 && map(buffer))
         return publish(client, buffer, out, error);
-    status = mlac_fail(error, MLA_MEMORY, "bytes", "%zu bytes of shared memory cannot be had: %s", bytes, strerror(errno));
+    status =
+        mlac_fail(error, MLA_MEMORY, "bytes", "%zu bytes of shared memory cannot be had: %s", bytes, strerror(errno));
     if (buffer)
         mlac_buffer_destroy(buffer);
     else if (memfd >= 0)
@@ -115,8 +116,8 @@ static mla_status check_memfd(int memfd, uint64_t offset, size_t bytes, mla_erro
         return mlac_fail(error, MLA_BUFFER, "memfd", "descriptor %d is no memfd (%s); make one with memfd_create and "
                          "MFD_ALLOW_SEALING, or use mla_buffer_alloc", memfd, strerror(errno));
     if (!(seals & F_SEAL_SHRINK))
-        return mlac_fail(error, MLA_BUFFER, "memfd", "the memfd can still shrink; fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK) "
-                         "first");
+        return mlac_fail(error, MLA_BUFFER, "memfd",
+                         "the memfd can still shrink; fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK) first");
     struct stat status;
     if (fstat(memfd, &status) < 0)
         return mlac_fail(error, MLA_BUFFER, "memfd", "its size cannot be read: %s", strerror(errno));
@@ -166,8 +167,9 @@ static mla_status unregister(mla_client *client, mla_buffer *buffer, mla_error *
 {
     mlac_await(client, buffer->call->id, MLAC_COMPLETE, 0);     /* takes in completions that have arrived */
     if (buffer->uses)
-        return mlac_fail(error, MLA_IN_USE, "buffer", "%u plans and decodes in flight still name it; destroy and collect "
-                         "those first", buffer->uses);
+        return mlac_fail(error, MLA_IN_USE, "buffer",
+                         "%u plans and decodes in flight still name it; destroy and collect those first",
+                         buffer->uses);
     if (client->link != MLAC_UP) {      /* no session: nothing to undo there */
         mlac_call_free(client, buffer->call);
         return MLA_OK;

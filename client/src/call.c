@@ -1,7 +1,8 @@
 /* call.c - the list of calls: everything that the daemon owes, or would owe again, an answer.
  *
- * A client owns its calls. The list is in the order of first sending, which is the order that dependencies need (a buffer
- * before its plan before its decodes), so recovery sends it again from the front. The table finds a call by sequence.
+ * A client owns its calls. The list is in the order of first sending, which is the order that dependencies need (a
+ * buffer before its plan before its decodes), so recovery sends it again from the front. The table finds a call by
+ * sequence.
  *
  * A full socket is never waited for: when it is full the daemon owes us answers, and after each of them mlac_flush
  * goes on (by the time of the last answer it has read everything, so there is room). That is why no call can be stuck
@@ -252,14 +253,16 @@ static void keep_result(struct mlac_call *call, const struct mlap_done *done)
 }
 _Static_assert(sizeof((mla_failure *)0)->field == sizeof((struct mlap_failure *)0)->field, "copied whole");
 _Static_assert(sizeof((mla_failure *)0)->message == sizeof((struct mlap_failure *)0)->message, "copied whole");
-_Static_assert(sizeof((mla_result *)0)->failures / sizeof(mla_failure) == MLAP_MAX_FAILURES_LISTED, "all that DONE lists");
+_Static_assert(sizeof((mla_result *)0)->failures / sizeof(mla_failure) == MLAP_MAX_FAILURES_LISTED,
+               "all that DONE lists");
 
 bool mlac_answer(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now)
 {
     struct mlac_call *call = find_sequence(client, header->sequence);
     if (!call || call->state != MLAC_SENT)
         return false;
-    if (header->type == MLAP_ERROR ? body->error_.code == MLAP_code_OK : header->type != (is_decode(call) ? MLAP_DONE : MLAP_OK))
+    if (header->type == MLAP_ERROR ? body->error_.code == MLAP_code_OK
+                                   : header->type != (is_decode(call) ? MLAP_DONE : MLAP_OK))
         return false;
     client->unanswered--;
     if (header->type == MLAP_DONE)

@@ -22,7 +22,8 @@ static const char *choose(const char *said, const char *variable, const char *ot
     return value && (said || *value) ? value : otherwise;
 }
 
-static mla_status take_text(char *to, size_t size, const char *text, const char *field, const char *what, mla_error *error)
+static mla_status take_text(char *to, size_t size, const char *text, const char *field, const char *what,
+                            mla_error *error)
 {
     size_t length = strlen(text);
     if (length == 0 || length >= size)

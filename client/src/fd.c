@@ -4,8 +4,8 @@
  *   the socket  while a ticket is uncollected: an answer may have come
  *   a timer     that has expired while a complete ticket waits to be collected (some other thread read its answer), and
  *               that is set to the time at which a reconnect is due
- * Without an uncollected ticket it is silent, so that a loop which has nothing to poll does not spin. The descriptors are the
- * client's. It costs nothing to those who never ask for it. */
+ * Without an uncollected ticket it is silent, so that a loop which has nothing to poll does not spin. The descriptors
+ * are the client's. It costs nothing to those who never ask for it. */
 #include "mlac.h"
 
 #include <sys/epoll.h>
@@ -42,7 +42,7 @@ void mlac_fd_update(struct mla_client *client)
         if (epoll_ctl(client->epoll, EPOLL_CTL_ADD, socket, &event) == 0)
             client->watched = socket;
     }
-    bool news = client->ready > 0 || client->watched != socket;     /* a socket that cannot be watched has to be polled */
+    bool news = client->ready > 0 || client->watched != socket; /* a socket that cannot be watched has to be polled */
     set_timer(client, news || at == 0 ? 1 : at);
 }
 

@@ -1,9 +1,9 @@
 /* mlac.h - the inside of libmla: one client, its link to the daemon, and its calls.
  *
- * A *call* is anything that the daemon will answer: a registration, a plan, a decode. Calls live in one list, in the order
- * in which they were first sent, and that list is all there is to recovery: a registration or plan stays in it as long as
- * the buffer or plan exists, a decode until it has been answered, so sending the whole list again, in order, restores a
- * session that a dead worker took with it.
+ * A *call* is anything that the daemon will answer: a registration, a plan, a decode. Calls live in one list, in the
+ * order in which they were first sent, and that list is all there is to recovery: a registration or plan stays in it as
+ * long as the buffer or plan exists, a decode until it has been answered, so sending the whole list again, in order,
+ * restores a session that a dead worker took with it.
  *
  * There are no threads of our own. A thread that waits either leads, which is to sit in recvmsg for everybody, or
  * sleeps until the leader has its answer or leaves (wait.c). One mutex guards all of it; it is not held in recvmsg.
@@ -59,7 +59,7 @@ struct mlac_call {
     TAILQ_ENTRY(mlac_call) order;       /* client->calls */
     TAILQ_ENTRY(mlac_call) out;         /* client->outbox, while `queued` */
     struct mlac_call *in_bucket;
-    uint64_t id;                        /* the ticket; its low 32 bits are the sequence, and a buffer's or plan's wire id */
+    uint64_t id; /* the ticket; its low 32 bits are the sequence, and a buffer's or plan's wire id */
     enum mlap_type type;
     enum mlac_state state;
     bool queued;
@@ -179,7 +179,8 @@ void mlac_flush(struct mla_client *client, int64_t now);
 /* An answer came. False: it answers nothing that was asked. */
 bool mlac_answer(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now);
 /* The session is over, and the link not up any more. Without `error` it died: calls wait for the next session, except
- * those that have seen too many deaths. With `error`, all calls fail with it; buffers and plans stay, for a later effort. */
+ * those that have seen too many deaths. With `error`, all calls fail with it; buffers and plans stay, for a later
+ * effort. */
 void mlac_calls_end(struct mla_client *client, const mla_error *error);
 /* A new session is open: queue every call that needs sending. */
 void mlac_calls_replay(struct mla_client *client);

@@ -19,7 +19,8 @@ static mla_status too_late(mla_error *error, const char *what)
 }
 
 /* A call that runs `plan`, or else `batch`. Locked. */
-static mla_status make(mla_client *client, mla_plan *plan, const mla_batch *batch, struct mlac_call **out, mla_error *error)
+static mla_status make(mla_client *client, mla_plan *plan, const mla_batch *batch, struct mlac_call **out,
+                       mla_error *error)
 {
     if (plan) {
         if (plan->client != client)
@@ -67,7 +68,8 @@ static mla_status collect(mla_client *client, struct mlac_call *call, mla_result
 
 /* ---- asynchronous ---- */
 
-static mla_status submit(mla_client *client, mla_plan *plan, const mla_batch *batch, mla_ticket *ticket, mla_error *error)
+static mla_status submit(mla_client *client, mla_plan *plan, const mla_batch *batch, mla_ticket *ticket,
+                         mla_error *error)
 {
     mla_status status = check(client, MLA_FOREVER, error);
     if (status == MLA_OK && !ticket)

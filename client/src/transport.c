@@ -103,10 +103,12 @@ static void describe(const struct mla_client *client, int number, mla_error *err
 {
     const char *path = client->address.sun_path;
     if (number == ENOENT || number == ECONNREFUSED)
-        mlac_fail(error, MLA_NOT_CONNECTED, "options.socket", "no daemon listens on %s; start mlad, or name its socket by "
-                  "mla_options.socket or $MLAD_SOCKET", path);
+        mlac_fail(error, MLA_NOT_CONNECTED, "options.socket",
+                  "no daemon listens on %s; start mlad, or name its socket by mla_options.socket or $MLAD_SOCKET",
+                  path);
     else if (number == EACCES || number == EPERM)
-        mlac_fail(error, MLA_DENIED, "options.socket", "this user may not open %s; its owner and mode say who may", path);
+        mlac_fail(error, MLA_DENIED, "options.socket", "this user may not open %s; its owner and mode say who may",
+                  path);
     else
         mlac_fail(error, MLA_NOT_CONNECTED, "options.socket", "%s cannot be connected to: %s", path, strerror(number));
 }
@@ -160,7 +162,8 @@ void mlac_recover(struct mla_client *client, int64_t now)
     if (client->link == MLAC_AWAY && now >= client->retry_at) {
         attempt(client, now);
     } else if ((client->link == MLAC_GREETING || client->link == MLAC_ASKING) && now >= client->greet_until &&
-               !client->leading) {
+               !client->leading)
+{
         mla_error error;
         mlac_fail(&error, MLA_TIMEOUT, "", "the daemon on %s accepted a connection and did not answer in time",
                   client->address.sun_path);
@@ -199,7 +202,8 @@ static void choose_device(struct mla_client *client, const struct mlap_status_re
         client->retry_at = now;
         return;
     }
-    mlac_fail(&error, MLA_NO_DEVICE, "options.device", "the daemon serves no device but `reference`; name that one to use it");
+    mlac_fail(&error, MLA_NO_DEVICE, "options.device",
+              "the daemon serves no device but `reference`; name that one to use it");
     give_up(client, &error);
 }
 
@@ -216,7 +220,8 @@ static bool passes(enum mlap_code code)
 }
 
 /* Before the session is up. */
-static void greeted(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now)
+static void greeted(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body,
+                    int64_t now)
 {
     bool asking = client->link == MLAC_ASKING;
     if (header->type == MLAP_ERROR) {
@@ -243,7 +248,8 @@ static void greeted(struct mla_client *client, const struct mlap_header *header,
     }
 }
 
-static void message(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now)
+static void message(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body,
+                    int64_t now)
 {
     if (client->link != MLAC_UP) {
         greeted(client, header, body, now);
@@ -271,12 +277,14 @@ static void end_of_file(struct mla_client *client, int64_t now)
 }
 
 /* One datagram, waited for until `until`. As mlap_receive; runs without the lock. */
-static long receive(struct mla_client *client, int fd, int64_t until, struct mlap_header *header, struct mlap_fault *fault)
+static long receive(struct mla_client *client, int fd, int64_t until, struct mlap_header *header,
+                    struct mlap_fault *fault)
 {
     if (until != 0 && until != MLAC_NEVER) {
         struct pollfd item = {.fd = fd, .events = POLLIN};
         int64_t left = until - mlac_now();
-        struct timespec span = {.tv_sec = left > 0 ? left / 1000000000 : 0, .tv_nsec = left > 0 ? left % 1000000000 : 0};
+        struct timespec span = {.tv_sec = left > 0 ? left / 1000000000 : 0,
+                                .tv_nsec = left > 0 ? left % 1000000000 : 0};
         if (ppoll(&item, 1, &span, NULL) <= 0) {
             errno = EAGAIN;
             return -1;
@@ -321,7 +329,7 @@ bool mlac_receive(struct mla_client *client, int64_t until)
         return false;
     else if (number == EMSGSIZE)
         malformed(client, MLA_MALFORMED, "a datagram longer than the protocol allows");
-    else if (number != ECONNRESET)      /* a reset is told once, then what the peer had sent before, then the end of file */
+    else if (number != ECONNRESET) /* a reset is told once, then what the peer had sent before, then the end of file */
         end_of_file(client, now);
     return true;
 }

@@ -1,8 +1,8 @@
 /* wait.c - waiting without a thread of our own: leader and followers.
  *
- * Of the threads that wait on one client, one leads: it receives for all. The others sleep, each on its own condition, until
- * their call is answered or the leadership is free. The leader gives it up as soon as its own call is done,
- * and wakes one sleeper to take it over. A thread alone therefore pays one send and one receive for a decode. */
+ * Of the threads that wait on one client, one leads: it receives for all. The others sleep, each on its own condition,
+ * until their call is answered or the leadership is free. The leader gives it up as soon as its own call is done, and
+ * wakes one sleeper to take it over. A thread alone therefore pays one send and one receive for a decode. */
 #include "mlac.h"
 
 #include <time.h>

@@ -1,4 +1,5 @@
-/* peer.h - a daemon's place on a socket, taken by a thread of the test: for faults that a real daemon has no reason to commit.
+/* peer.h - a daemon's place on a socket, taken by a thread of the test: for faults that a real daemon has no reason to
+ * commit.
  *
  * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. The
  * test owns the peer; peer_free joins the thread and removes the socket. */
@@ -70,14 +71,15 @@ void sleep_ms(int ms);
             fail_msg("%s: %s %s: %s", #call, mla_status_text(assert_ok_status), e->field, e->message); \
     } while (0)
 /* The call returns `status_` and its error says so too, with `field_` and a message that contains `words`. */
-#define assert_fails(status_, field_, words, call) \
-    do { \
-        mla_error assert_fails_error = {0}; \
-        mla_error *e = &assert_fails_error; \
-        mla_status assert_fails_status = (call); \
-        if (assert_fails_status != (status_) || e->code != (status_) || strcmp(e->field, field_) || !strstr(e->message, words)) \
-            fail_msg("%s: %s/%s [%s]: %s", #call, mla_status_text(assert_fails_status), mla_status_text(e->code), e->field, \
-                     e->message); \
+#define assert_fails(status_, field_, words, call)                                                                     \
+    do {                                                                                                               \
+        mla_error assert_fails_error = {0};                                                                            \
+        mla_error *e = &assert_fails_error;                                                                            \
+        mla_status assert_fails_status = (call);                                                                       \
+        if (assert_fails_status != (status_) || e->code != (status_) || strcmp(e->field, field_) ||                    \
+            !strstr(e->message, words))                                                                                \
+            fail_msg("%s: %s/%s [%s]: %s", #call, mla_status_text(assert_fails_status), mla_status_text(e->code),      \
+                     e->field, e->message);                                                                            \
     } while (0)
 
 #endif

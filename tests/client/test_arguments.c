@@ -67,7 +67,8 @@ static void imported_buffers(void **state)
     assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK), 0);
     assert_fails(MLA_BUFFER, "bytes", "8193", mla_buffer_import(client, fd, 4096, 4097, MLA_READ, &buffer, e));
     assert_fails(MLA_INVALID, "offset", "page size", mla_buffer_import(client, fd, 1, 1, MLA_READ, &buffer, e));
-    assert_fails(MLA_INVALID, "offset", "page size", mla_buffer_import(client, fd, INT64_MAX - 4095, 4096, MLA_READ, &buffer, e));
+    assert_fails(MLA_INVALID, "offset", "page size",
+                 mla_buffer_import(client, fd, INT64_MAX - 4095, 4096, MLA_READ, &buffer, e));
     assert_fails(MLA_INVALID, "access", "not 2", mla_buffer_import(client, fd, 0, 1, (mla_access)2, &buffer, e));
     assert_fails(MLA_INVALID, "bytes", "not 0", mla_buffer_import(client, fd, 0, 0, MLA_READ, &buffer, e));
     assert_null(buffer);
@@ -189,7 +190,8 @@ static void fields_reach_the_daemon(void **state)
     assert_false(mlap_has(&seen, batch, page_stride) || mlap_has(&seen, batch, k_scale) || mlap_has(&seen, batch, lse));
 
     b.batch = 3, b.heads = 6, b.q_rows = 7, b.q_dtype = MLA_E4M3, b.out_dtype = MLA_FP16, b.kv_format = MLA_KV_E4M3;
-    b.pages = 9, b.page_size = 32, b.max_pages = 5, b.page_stride = 32 * 592, b.row_stride = 592, b.softmax_scale = 0.25;
+    b.pages = 9, b.page_size = 32, b.max_pages = 5, b.page_stride = 32 * 592, b.row_stride = 592,
+    b.softmax_scale = 0.25;
     b.cu_q = (mla_tensor){buffer, 4}, b.tree_mask = (mla_tensor){buffer, 8}, b.sink = (mla_tensor){buffer, 12};
     b.q_scale = (mla_scale){MLA_SCALE_VALUE, 0.5f, {0}};
     b.k_scale = (mla_scale){MLA_SCALE_TENSOR, 0, {buffer, 16}};

@@ -27,7 +27,8 @@ static void absent_socket_names_path(void **state)
     mla_client *client = (mla_client *)&client;
     mla_options options = options_for("/tmp/mla-test-no-such-daemon", 50);
     int64_t start = now_ms();
-    assert_fails(MLA_NOT_CONNECTED, "options.socket", "/tmp/mla-test-no-such-daemon", mla_connect(&client, &options, e));
+    assert_fails(MLA_NOT_CONNECTED, "options.socket", "/tmp/mla-test-no-such-daemon",
+                 mla_connect(&client, &options, e));
     assert_in_range(now_ms() - start, 45, 1000);
     assert_ptr_equal(client, &client);     /* untouched */
 }

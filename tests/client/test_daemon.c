@@ -173,8 +173,8 @@ static void *decode_on_and_on(void *argument)
     return NULL;
 }
 
-/* Two clients decode while `strike` does its worst `times` times, each after both have moved on (so that no decode is there
- * for three). Returns the number of replays. */
+/* Two clients decode while `strike` does its worst `times` times, each after both have moved on (so that no decode is
+ * there for three). Returns the number of replays. */
 static unsigned under_fire(void (*strike)(void), int times)
 {
     atomic_bool stop = false;

@@ -1,5 +1,6 @@
-/* test_failures.c - the n-th allocation or system call of libmla fails, for every n of a whole session: each call then succeeds
- * or reports an error, nothing crashes, and (under ASan) nothing leaks. The linker wraps the calls (see CMakeLists.txt). */
+/* test_failures.c - the n-th allocation or system call of libmla fails, for every n of a whole session: each call then
+ * succeeds or reports an error, nothing crashes, and (under ASan) nothing leaks. The linker wraps the calls (see
+ * CMakeLists.txt). */
 #include "peer.h"
 
 #include <setjmp.h>

@@ -225,7 +225,8 @@ static void refused_restoration_is_final(void **state)
         assert_ok(mla_wait(rig.client, ticket, 5000, NULL, e));
         peer_error(atomic_load(&peer->connection), 0, MLAP_code_UNAVAILABLE, "", "restart");
         assert_ok(mla_submit(rig.client, rig.plan, &ticket, e));
-        assert_fails(MLA_QUOTA, "", "could not be restored: my last words", mla_wait(rig.client, ticket, 5000, NULL, e));
+        assert_fails(MLA_QUOTA, "", "could not be restored: my last words",
+                     mla_wait(rig.client, ticket, 5000, NULL, e));
         assert_fails(MLA_QUOTA, "", "could not be restored", mla_decode(rig.client, rig.plan, 5000, NULL, e));
         mla_plan_destroy(rig.plan);
         assert_ok(mla_buffer_free(rig.buffer, e));
@@ -296,7 +297,8 @@ static void it_gives_up_and_begins_again(void **state)
     assert_ok(mla_submit_batch(client, &batch, &ticket, e));        /* sent, before the news was read */
     assert_fails(MLA_NOT_CONNECTED, "options.socket", peer->path, mla_wait(client, ticket, MLA_FOREVER, NULL, e));
     assert_in_range(now_ms() - start, 95, 2000);
-    assert_fails(MLA_NOT_CONNECTED, "options.socket", peer->path, mla_decode_batch(client, &batch, MLA_FOREVER, NULL, e));
+    assert_fails(MLA_NOT_CONNECTED, "options.socket", peer->path,
+                 mla_decode_batch(client, &batch, MLA_FOREVER, NULL, e));
     assert_int_equal(rename(away, peer->path), 0);
     assert_ok(mla_decode_batch(client, &batch, MLA_FOREVER, NULL, e));
     assert_string_equal(peer->types + strlen(peer->types) - 4, "|HRD");
