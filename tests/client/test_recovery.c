@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 /* Hang up on the messages of one type, the first `times` of them. */
-struct fault { enum mlap_type type; unsigned times; };
+struct fault { enum mlap_type type; atomic_uint times; };
 
 static enum act hang_up(struct peer *peer, const struct arrival *a)
 {
@@ -146,7 +146,7 @@ static void a_session_that_cannot_be_restored(void **state)
     peer_free(peer);
 }
 
-struct last_words { enum mlap_type upon; enum mlap_code code; uint32_t sequence; bool once; unsigned from; };
+struct last_words { atomic_uint upon, code, sequence, from; bool once; };
 
 static enum act last_words(struct peer *peer, const struct arrival *a)
 {
@@ -155,7 +155,7 @@ static enum act last_words(struct peer *peer, const struct arrival *a)
         return ANSWER;
     if (words->once)
         words->upon = 0;
-    peer_error(a->socket, words->sequence ? a->header.sequence : 0, words->code, "", "my last words");
+    peer_error(a->socket, words->sequence ? a->header.sequence : 0, (enum mlap_code)words->code, "", "my last words");
     return words->sequence ? HANDLED : HANG_UP;
 }
 
@@ -245,7 +245,10 @@ static void busy_after_a_death_is_tried_again(void **state)
     mla_ticket ticket;
     assert_ok(mla_submit(rig.client, rig.plan, &ticket, e));
     sleep_ms(30);
-    words = (struct last_words){.upon = MLAP_SUBMIT, .code = MLAP_code_BUSY, .sequence = 1, .once = true, .from = 2};
+    words.code = MLAP_code_BUSY;
+    words.sequence = 1;
+    words.from = 2;
+    words.upon = MLAP_SUBMIT;
     mla_result result;
     assert_ok(mla_wait(rig.client, ticket, 5000, &result, e));
     assert_int_equal(result.replays, 1);
