@@ -5,8 +5,12 @@
  * one nor run them with the old function. The runner returns when every item is done, not when every thread has looked
  * in: threads that were still asleep cost nothing.
  *
- * Threads with nothing to do spin for a few tens of microseconds, the distance between two launches under load, then
- * sleep on a futex. The pool owns its threads; they block all signals. */
+ * The runner itself only waits, unless there is nothing to share. A pool with a thread for each processor binds each thread to
+ * its own: left alone, a scheduler may wake two on one processor and leave the other idle, for milliseconds, above all in a
+ * virtual machine, where an idle processor looks like one that the host has taken away.
+ *
+ * Threads with nothing to do look out for more for about 100 microseconds, the distance between two launches under load,
+ * giving way to whoever else can run; then they sleep on a futex. The pool owns its threads; they block all signals. */
 #include "mlak_pool.h"
 
 #include <linux/futex.h>
@@ -16,17 +20,19 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { SPINS = 1000 };                  /* pauses of about 15..50 ns each */
+enum { PAUSES = 100, PATIENCE_NS = 100000 };
 #define CLOSED UINT32_MAX               /* no item: the job's other members are being written */
 
 struct worker { struct mlak_pool *pool; pthread_t thread; uint32_t index; };
 
 /* All members from `cursor` on are shared and atomic. The three groups are written by different threads. */
 struct mlak_pool {
-    uint32_t threads;
-    struct worker *workers;             /* [threads - 1] */
+    uint32_t threads;                   /* that run items: the workers, or the runner alone */
+    uint32_t started;                   /* workers */
+    struct worker *workers;
     _Alignas(64) uint64_t cursor;
     uint32_t count;
     void (*work)(void *context, uint32_t item, uint32_t thread);
@@ -45,6 +51,25 @@ static inline void relax(void)
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+/* How long a thread has looked out for something; starts at zero. */
+struct patience { uint32_t looks; uint64_t ends; };
+
+/* Pause before looking again; false once it is time to sleep instead. */
+static bool look_again(struct patience *patience)
+{
+    if (patience->looks++ < PAUSES) {
+        relax();
+        return true;
+    }
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    uint64_t now = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+    if (patience->ends == 0)
+        patience->ends = now + PATIENCE_NS;
+    sched_yield();
+    return now < patience->ends;
 }
 
 static void futex_wait(uint32_t *word, uint32_t value)
@@ -83,12 +108,12 @@ static void take_items(struct mlak_pool *pool, uint32_t thread)
 static uint32_t await_generation(struct mlak_pool *pool, uint32_t seen)
 {
     uint32_t generation;
-    for (int i = 0; i < SPINS; i++) {
+    struct patience patience = {0};
+    do {
         generation = __atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE);
         if (generation != seen)
             return generation;
-        relax();
-    }
+    } while (look_again(&patience));
     __atomic_add_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
     while ((generation = __atomic_load_n(&pool->generation, __ATOMIC_SEQ_CST)) == seen)
         futex_wait(&pool->generation, seen);
@@ -132,14 +157,13 @@ void mlak_pool_run(struct mlak_pool *pool, uint32_t count, void (*work)(void *co
     __atomic_store_n(&pool->context, context, __ATOMIC_RELEASE);
     __atomic_store_n(&pool->remaining, count, __ATOMIC_RELEASE);
     __atomic_store_n(&pool->cursor, job, __ATOMIC_SEQ_CST);
-    announce(pool, count - 1 < pool->threads - 1 ? count - 1 : pool->threads - 1);
+    announce(pool, count < pool->threads ? count : pool->threads);
 
-    take_items(pool, 0);
-    for (int i = 0; i < SPINS; i++) {
+    struct patience patience = {0};
+    do {
         if (__atomic_load_n(&pool->remaining, __ATOMIC_ACQUIRE) == 0)
             return;
-        relax();
-    }
+    } while (look_again(&patience));
     __atomic_store_n(&pool->runner_sleeps, true, __ATOMIC_SEQ_CST);
     uint32_t left;
     while ((left = __atomic_load_n(&pool->remaining, __ATOMIC_SEQ_CST)) > 0)
@@ -147,46 +171,78 @@ void mlak_pool_run(struct mlak_pool *pool, uint32_t count, void (*work)(void *co
     __atomic_store_n(&pool->runner_sleeps, false, __ATOMIC_SEQ_CST);
 }
 
-static uint32_t usable_processors(void)
+/* Processors that this process may run on. */
+struct processors { cpu_set_t *set; size_t size; int limit; uint32_t count; };
+
+static struct processors usable_processors(void)
 {
     for (int limit = 1024; limit <= 1 << 20; limit *= 4) {
-        cpu_set_t *set = CPU_ALLOC((size_t)limit);
-        if (set == NULL)
+        struct processors usable = {.set = CPU_ALLOC((size_t)limit), .size = CPU_ALLOC_SIZE((size_t)limit), .limit = limit};
+        if (usable.set == NULL)
             break;
-        size_t size = CPU_ALLOC_SIZE((size_t)limit);
-        int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0;
-        CPU_FREE(set);
-        if (count > 0)
-            return (uint32_t)count;
+        if (sched_getaffinity(0, usable.size, usable.set) == 0) {
+            usable.count = (uint32_t)CPU_COUNT_S(usable.size, usable.set);
+            return usable;
+        }
+        CPU_FREE(usable.set);
     }
-    return 1;
+    return (struct processors){.count = 1};
+}
+
+/* Bind the n-th thread to the n-th usable processor. Refused in some containers; then it runs unbound. */
+static void bind_to(pthread_t thread, const struct processors *usable, uint32_t n)
+{
+    cpu_set_t *one = CPU_ALLOC((size_t)usable->limit);
+    for (int processor = 0; one != NULL && processor < usable->limit; processor++) {
+        if (!CPU_ISSET_S((size_t)processor, usable->size, usable->set) || n-- > 0)
+            continue;
+        CPU_ZERO_S(usable->size, one);
+        CPU_SET_S((size_t)processor, usable->size, one);
+        pthread_setaffinity_np(thread, usable->size, one);
+        break;
+    }
+    CPU_FREE(one);
+}
+
+/* Start up to `wanted` threads; how many did. */
+static uint32_t start_workers(struct mlak_pool *pool, uint32_t wanted, const struct processors *usable)
+{
+    sigset_t all, before;
+    uint32_t started = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; started < wanted; started++) {
+        struct worker *worker = &pool->workers[started];
+        *worker = (struct worker){.pool = pool, .index = started};
+        if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0)
+            break;
+        pthread_setname_np(worker->thread, "mlak-compute");
+        if (wanted == usable->count)
+            bind_to(worker->thread, usable, started);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return started;
 }
 
 struct mlak_pool *mlak_pool_new(uint32_t threads)
 {
-    uint32_t wanted = threads > 0 ? threads : usable_processors();
+    struct processors usable = usable_processors();
+    uint32_t wanted = threads > 0 ? threads : usable.count;
     struct mlak_pool *pool = aligned_alloc(64, sizeof *pool);
     struct worker *workers = calloc(wanted, sizeof *workers);
     if (pool == NULL || workers == NULL) {
         free(pool);
         free(workers);
-        return NULL;
+        pool = NULL;
+    } else {
+        *pool = (struct mlak_pool){.threads = 1, .workers = workers, .cursor = CLOSED};
+        if (wanted > 1)
+            pool->started = start_workers(pool, wanted, &usable);
+        if (pool->started > 1)
+            pool->threads = pool->started;
     }
-    *pool = (struct mlak_pool){.threads = 1, .workers = workers, .cursor = CLOSED};
-
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool->threads < wanted) {
-        struct worker *worker = &workers[pool->threads - 1];
-        *worker = (struct worker){.pool = pool, .index = pool->threads};
-        if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0)
-            break;
-        pthread_setname_np(worker->thread, "mlak-compute");
-        pool->threads++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (wanted > 1 && pool->threads == 1) {
+    CPU_FREE(usable.set);
+    if (pool != NULL && wanted > 1 && pool->started == 0) {
         mlak_pool_free(pool);
         return NULL;
     }
@@ -198,8 +254,8 @@ void mlak_pool_free(struct mlak_pool *pool)
     if (pool == NULL)
         return;
     __atomic_store_n(&pool->stopping, true, __ATOMIC_RELEASE);
-    announce(pool, pool->threads - 1);
-    for (uint32_t i = 0; i + 1 < pool->threads; i++)
+    announce(pool, pool->started);
+    for (uint32_t i = 0; i < pool->started; i++)
         pthread_join(pool->workers[i].thread, NULL);
     free(pool->workers);
     free(pool);

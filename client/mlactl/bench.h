@@ -15,7 +15,6 @@ uint64_t bench_now_ns(void);
 
 struct direct;
 struct direct_rates { double read_gb_s, matmul_gflop_s; char matmul[32]; };   /* what this machine can do; the fastest instruction */
-struct direct_timing { double median_ns, of_ceiling; char ceiling[32]; };     /* the ceiling that binds */
 
 /* Start it for one q_len with the worker's threads and variant, and let it measure the ceilings, which takes a second or
  * two. 0 with *direct the caller's until direct_free. */
@@ -23,7 +22,7 @@ int direct_new(unsigned threads, const char *variant, unsigned q_len, struct dir
 void direct_free(struct direct *direct);
 const struct direct_rates *direct_rates(const struct direct *direct);
 /* Run decodes for about so long. */
-int direct_run(struct direct *direct, double seconds, struct direct_timing *timing, struct ctl_fault *fault);
+int direct_run(struct direct *direct, double seconds, double *median_ns, struct ctl_fault *fault);
 
 /* ---- bench_socket.c: a child process that answers datagrams of one size with datagrams of another ---- */
 

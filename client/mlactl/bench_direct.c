@@ -125,21 +125,18 @@ void direct_free(struct direct *direct) {
 
 const struct direct_rates *direct_rates(const struct direct *direct) { return &direct->rates; }
 
-int direct_run(struct direct *direct, double seconds, struct direct_timing *timing, struct ctl_fault *fault) {
+int direct_run(struct direct *direct, double seconds, double *median_ns, struct ctl_fault *fault) {
     if (fprintf(direct->to, "%g\n", seconds) < 0 || fflush(direct->to))
         return ctl_fail(fault, "mlad-kernel-bench has ended");
     cJSON *line = read_line(direct, "case", fault);
     if (!line)
         return -1;
-    const cJSON *median = cJSON_GetObjectItemCaseSensitive(line, "median_us"), *share = cJSON_GetObjectItemCaseSensitive(line, "fraction");
-    const char *ceiling = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(line, "ceiling"));
-    bool good = cJSON_IsNumber(median) && cJSON_IsNumber(share) && ceiling;
-    if (good) {
-        *timing = (struct direct_timing){median->valuedouble * 1e3, share->valuedouble, ""};
-        snprintf(timing->ceiling, sizeof timing->ceiling, "%s", ceiling);
-    } else {
-        ctl_fail(fault, "mlad-kernel-bench: a case without median_us, fraction and ceiling");
-    }
+    const cJSON *median = cJSON_GetObjectItemCaseSensitive(line, "median_us");
+    bool good = cJSON_IsNumber(median);
+    if (good)
+        *median_ns = median->valuedouble * 1e3;
+    else
+        ctl_fail(fault, "mlad-kernel-bench: a case without median_us");
     cJSON_Delete(line);
     return good ? 0 : -1;
 }

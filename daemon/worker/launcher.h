@@ -10,6 +10,10 @@
 #include <pthread.h>
 #include <uv.h>
 
+enum { MLAD_LINGER_NS = 100000 }; /* how long a thread that had work polls for more before it sleeps */
+
+enum mlad_launcher_state { MLAD_LAUNCHER_IDLE, MLAD_LAUNCHER_FULL, MLAD_LAUNCHER_DONE };
+
 struct mlad_launcher {
     const struct mlak_backend *backend;
     struct mlak_device *device;
@@ -18,7 +22,7 @@ struct mlad_launcher {
     pthread_t thread;
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t work;
-    enum { MLAD_LAUNCHER_IDLE, MLAD_LAUNCHER_FULL, MLAD_LAUNCHER_DONE } state;
+    int state; /* enum mlad_launcher_state; changed under the lock, peeked at without */
     struct mlak_row *rows;
     uint32_t count;
     enum mlak_code code;

@@ -44,7 +44,7 @@ static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode,
 {
     struct mlad_queue *queue = decode->queue;
     struct mlad_stats *stats = scheduler->stats;
-    decode->completed = mlad_now_ns();
+    decode->completed = scheduler->ended = mlad_now_ns();
     STAILQ_REMOVE_HEAD(&queue->decodes, next);
     uncount(scheduler, decode);
     if (decode->cancelled) {
@@ -260,6 +260,11 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
         line_up(scheduler, queue);
     kick(scheduler);
     return MLAP_code_OK;
+}
+
+bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler)
+{
+    return !scheduler->launching && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
 }
 
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue)

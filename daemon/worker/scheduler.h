@@ -62,6 +62,7 @@ struct mlad_scheduler {
     int32_t *cu_q;         /* [MLAK_MAX_BATCH + 1], of the slice being run */
     struct mlad_decode *launching;
     uint32_t slice;                                 /* requests of it in `rows` */
+    uint64_t ended;                                 /* nanoseconds, monotonic: when a decode last did */
     void (*idle)(struct mlad_scheduler *scheduler); /* nothing is queued or running any more */
 };
 
@@ -77,6 +78,9 @@ void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user,
  * MLAP_code_DRAINING, BUSY or MEMORY: nothing was queued. */
 enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct mlad_queue *queue, struct mlad_plan *plan,
                                      uint32_t sequence, uint64_t received, struct mlap_fault *fault);
+
+/* Whether a decode has just ended and nothing runs: the next one is likely to come at once. */
+bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler);
 
 /* Drop all decodes of the queue; one that is running stays in flight until its slice has ended. */
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue);

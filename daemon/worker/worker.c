@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -340,6 +341,12 @@ int mlad_worker_run(const struct mlad_worker_options *options)
     uv_timer_start(&worker.beat, on_beat, 0, BEAT_MS);
     uv_timer_init(&worker.loop, &worker.lock_retry);
     uv_timer_start(&worker.lock_retry, try_lock, 0, LOCK_RETRY_MS);
-    uv_run(&worker.loop, UV_RUN_DEFAULT); /* never runs out of handles */
-    return EXIT_CANNOT_START;
+    for (;;) {
+        if (mlad_scheduler_lingers(&worker.scheduler)) { /* waking an idle processor costs more than a small decode */
+            uv_run(&worker.loop, UV_RUN_NOWAIT);
+            sched_yield();
+        } else {
+            uv_run(&worker.loop, UV_RUN_ONCE);
+        }
+    }
 }

@@ -42,7 +42,7 @@ static void fill(uint8_t *to, size_t bytes, enum mlak_dtype dtype, uint64_t *sta
 {
     for (size_t i = 0; i + 2 <= bytes; i += 2) {
         uint64_t random = next_random(state);
-        uint16_t code = (uint16_t)(dtype == MLAK_BF16   ? 0x3e00 + (random & 0x80ff)
+        uint16_t code = (uint16_t)(dtype == MLAK_BF16   ? 0x3f00 + (random & 0x80ff)
                                    : dtype == MLAK_FP16 ? 0x3000 + (random & 0x8bff)
                                                         : 0x2020 + (random & 0x9f9f));
         memcpy(to + i, &code, sizeof code);

@@ -7,7 +7,7 @@ def every_figure_is_there(daemon):
     assert report["ceilings"]["read_gb_s"] > 0 and report["ceilings"]["matmul_gflop_s"] > 0 and report["ceilings"]["matmul"]
     assert [case["q_len"] for case in report["cases"]] == [1, 4]
     for case in report["cases"]:
-        assert case["rounds"] >= 5 and 0 < case["kernel_ns"] <= case["daemon_ns"]
+        assert case["rounds"] >= 5 and case["daemon_ns"] > 0 and case["one_at_a_time_ns"] > 0
         assert case["of_ceiling_pass"] == (case["of_ceiling"] >= 0.5)
         assert case["daemon_over_direct_pass"] == (case["daemon_over_direct"] >= 0.97)
         assert abs(case["daemon_kv_gb_s"] * case["daemon_ns"] - 8 * 4096 * 1152) < 1e6
