@@ -30,7 +30,8 @@ struct mlad_request {
 /* ---- requests ---- */
 
 static struct mlad_request *request_new(struct mlad_peer *peer, const struct mlap_header *header,
-                                        struct mlad_device *device) {
+                                        struct mlad_device *device)
+{
     struct mlad_request *request = NULL;
     if (peer->n_requests >= REQUESTS_A_PEER) {
         mlad_peer_refuse(peer, header->sequence, MLAP_code_BUSY, "",
@@ -54,7 +55,8 @@ static struct mlad_request *request_new(struct mlad_peer *peer, const struct mla
 }
 
 /* Send the answer, if there is still somebody to read it, and forget the request. */
-static void request_answer(struct mlad_request *request, enum mlap_type type, const void *body) {
+static void request_answer(struct mlad_request *request, enum mlap_type type, const void *body)
+{
     struct mlad_peer *peer = request->peer;
     if (peer) {
         struct mlad_request **at = &peer->requests;
@@ -68,7 +70,8 @@ static void request_answer(struct mlad_request *request, enum mlap_type type, co
     free(request);
 }
 
-static void request_fail(struct mlad_request *request, enum mlap_code code, const char *field, const char *message) {
+static void request_fail(struct mlad_request *request, enum mlap_code code, const char *field, const char *message)
+{
     struct mlap_error error = {.code = code};
     snprintf(error.field, sizeof error.field, "%s", field);
     snprintf(error.message, sizeof error.message, "%s", message);
@@ -76,7 +79,8 @@ static void request_fail(struct mlad_request *request, enum mlap_code code, cons
 }
 
 /* No answer came from the request's device. */
-static void request_unanswered(struct mlad_request *request) {
+static void request_unanswered(struct mlad_request *request)
+{
     const struct mlad_device *device = request->device;
     char why[400];
     if (mlad_device_is_ready(device)) {
@@ -88,7 +92,8 @@ static void request_unanswered(struct mlad_request *request) {
     }
 }
 
-void mlad_admin_forget(struct mlad_peer *peer) {
+void mlad_admin_forget(struct mlad_peer *peer)
+{
     for (struct mlad_request *request = peer->requests; request; request = request->next)
         request->peer = NULL;
     peer->requests = NULL;
@@ -97,7 +102,8 @@ void mlad_admin_forget(struct mlad_peer *peer) {
 
 /* ---- STATUS and HEALTH: every device ---- */
 
-static void answer_status(struct mlad_request *request) {
+static void answer_status(struct mlad_request *request)
+{
     static struct mlap_status_reply reply; /* large; one thread */
     struct mlad_supervisor *supervisor = request->supervisor;
     reply = (struct mlap_status_reply){
@@ -116,7 +122,8 @@ static void answer_status(struct mlad_request *request) {
 }
 
 /* What is wrong with a device, as part of a sentence; empty if nothing is. */
-static void find_fault(const struct mlad_device *device, bool answered, char *to, size_t size) {
+static void find_fault(const struct mlad_device *device, bool answered, char *to, size_t size)
+{
     struct mlap_device shown;
     uint64_t since_end = uv_now(device->loop) - device->ended_at;
     mlad_device_describe(device, &shown);
@@ -130,7 +137,8 @@ static void find_fault(const struct mlad_device *device, bool answered, char *to
                  device->end_reason);
 }
 
-static void answer_health(struct mlad_request *request) {
+static void answer_health(struct mlad_request *request)
+{
     struct mlap_health_reply reply = {.health = MLAP_health_state_FAILED};
     struct mlad_supervisor *supervisor = request->supervisor;
     size_t n = 0;
@@ -147,7 +155,8 @@ static void answer_health(struct mlad_request *request) {
     request_answer(request, MLAP_HEALTH_REPLY, &reply);
 }
 
-static void on_report(void *context, const struct mlap_header *header, const union mlap_body *body) {
+static void on_report(void *context, const struct mlap_header *header, const union mlap_body *body)
+{
     struct question *question = context;
     struct mlad_request *request = question->request;
     (void)body; /* the device kept its figures */
@@ -160,7 +169,8 @@ static void on_report(void *context, const struct mlap_header *header, const uni
         answer_health(request);
 }
 
-static void ask_all(struct mlad_peer *peer, const struct mlap_header *header) {
+static void ask_all(struct mlad_peer *peer, const struct mlap_header *header)
+{
     static const struct mlap_query query;
     struct mlad_request *request = request_new(peer, header, NULL);
     struct mlad_supervisor *supervisor = peer->supervisor;
@@ -178,7 +188,8 @@ static void ask_all(struct mlad_peer *peer, const struct mlap_header *header) {
 
 static void on_sessions(void *context, const struct mlap_header *header, const union mlap_body *body);
 
-static void ask_sessions(struct mlad_request *request, uint64_t after) {
+static void ask_sessions(struct mlad_request *request, uint64_t after)
+{
     struct mlap_sessions sessions = {.after = after};
     mlap_set(&sessions, sessions, after);
     snprintf(sessions.device, sizeof sessions.device, "%s", request->device->name);
@@ -186,7 +197,8 @@ static void ask_sessions(struct mlad_request *request, uint64_t after) {
 }
 
 /* Add what the asker may see; users see their own. False when the page is full. */
-static bool collect(struct mlad_request *request, const struct mlap_sessions_reply *from) {
+static bool collect(struct mlad_request *request, const struct mlap_sessions_reply *from)
+{
     const struct mlad_identity *identity = &request->peer->identity;
     struct mlap_sessions_reply *page = request->sessions;
     bool admin = mlad_policy_is_admin(&request->supervisor->config, identity);
@@ -200,7 +212,8 @@ static bool collect(struct mlad_request *request, const struct mlap_sessions_rep
     return true;
 }
 
-static void on_sessions(void *context, const struct mlap_header *header, const union mlap_body *body) {
+static void on_sessions(void *context, const struct mlap_header *header, const union mlap_body *body)
+{
     struct mlad_request *request = context;
     if (header && header->type == MLAP_ERROR)
         request_answer(request, MLAP_ERROR, body);
@@ -219,7 +232,8 @@ static void on_sessions(void *context, const struct mlap_header *header, const u
 }
 
 static void serve_sessions(struct mlad_peer *peer, const struct mlap_header *header,
-                           const struct mlap_sessions *sessions, struct mlad_device *device) {
+                           const struct mlap_sessions *sessions, struct mlad_device *device)
+{
     struct mlad_request *request = request_new(peer, header, device);
     if (!request)
         return;
@@ -234,7 +248,8 @@ static void serve_sessions(struct mlad_peer *peer, const struct mlap_header *hea
 
 /* ---- the rest ---- */
 
-static void serve_capabilities(struct mlad_peer *peer, uint32_t sequence, const struct mlad_device *device) {
+static void serve_capabilities(struct mlad_peer *peer, uint32_t sequence, const struct mlad_device *device)
+{
     static struct mlap_capabilities_reply reply; /* large; one thread */
     char why[400];
     if (!device->capabilities.n_capabilities) {
@@ -248,14 +263,16 @@ static void serve_capabilities(struct mlad_peer *peer, uint32_t sequence, const 
     mlad_peer_send(peer, MLAP_CAPABILITIES_REPLY, sequence, &reply);
 }
 
-static void on_drained(void *context, const struct mlap_header *header, const union mlap_body *body) {
+static void on_drained(void *context, const struct mlap_header *header, const union mlap_body *body)
+{
     if (header && header->type == MLAP_ERROR)
         request_answer(context, MLAP_ERROR, body);
     else /* or no worker is left, and nothing in flight with it */
         request_answer(context, MLAP_OK, &(struct mlap_ok){0});
 }
 
-static void on_evicted(void *context, const struct mlap_header *header, const union mlap_body *body) {
+static void on_evicted(void *context, const struct mlap_header *header, const union mlap_body *body)
+{
     if (header)
         request_answer(context, header->type, body);
     else
@@ -263,7 +280,8 @@ static void on_evicted(void *context, const struct mlap_header *header, const un
 }
 
 static void serve_operator(struct mlad_peer *peer, const struct mlap_header *header, const union mlap_body *body,
-                           struct mlad_device *device) {
+                           struct mlad_device *device)
+{
     const char *what = header->type == MLAP_EVICT ? "evict" : body->drain_.resume ? "resume" : "drain";
     char why[200];
     if (!mlad_policy_is_admin(&peer->supervisor->config, &peer->identity)) {
@@ -285,7 +303,8 @@ static void serve_operator(struct mlad_peer *peer, const struct mlap_header *hea
 }
 
 /* The device that the message names; NULL after refusing it. */
-static struct mlad_device *named_device(struct mlad_peer *peer, uint32_t sequence, const char *name) {
+static struct mlad_device *named_device(struct mlad_peer *peer, uint32_t sequence, const char *name)
+{
     struct mlad_device *device = mlad_supervisor_device(peer->supervisor, name);
     char why[160];
     if (!device) {
@@ -295,7 +314,8 @@ static struct mlad_device *named_device(struct mlad_peer *peer, uint32_t sequenc
     return device;
 }
 
-void mlad_admin_serve(struct mlad_peer *peer, const struct mlap_header *header, const union mlap_body *body) {
+void mlad_admin_serve(struct mlad_peer *peer, const struct mlap_header *header, const union mlap_body *body)
+{
     struct mlad_device *device;
     switch (header->type) {
     case MLAP_STATUS:

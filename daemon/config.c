@@ -26,7 +26,8 @@ struct origin {
     uint64_t given; /* bit i: mlad_options[i] was set here */
 };
 
-__attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *origin, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *origin, const char *format, ...)
+{
     int n = origin->line ? snprintf(origin->error, MLAD_CONFIG_ERROR, "%s:%u: %s%s", origin->file, origin->line,
                                     origin->key, *origin->key ? ": " : "")
                          : snprintf(origin->error, MLAD_CONFIG_ERROR, "%s: %s: ", origin->file, origin->key);
@@ -39,7 +40,8 @@ __attribute__((format(printf, 2, 3))) static bool refuse(const struct origin *or
 }
 
 static bool parse_number(const struct mlad_option *option, const char *value, uint64_t *number,
-                         const struct origin *origin) {
+                         const struct origin *origin)
+{
     char bounds[96], *end;
     mlad_option_print_bounds(option, bounds, sizeof bounds);
     errno = 0;
@@ -60,7 +62,8 @@ static bool parse_number(const struct mlad_option *option, const char *value, ui
 
 /* ---- lists ---- */
 
-static char *trim(char *text) {
+static char *trim(char *text)
+{
     while (isspace((unsigned char)*text))
         text++;
     for (size_t n = strlen(text); n > 0 && isspace((unsigned char)text[n - 1]); n--)
@@ -68,7 +71,8 @@ static char *trim(char *text) {
     return text;
 }
 
-static bool parse_name(const char *word, struct mlad_names *names, const struct origin *origin) {
+static bool parse_name(const char *word, struct mlad_names *names, const struct origin *origin)
+{
     if (strspn(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") != strlen(word))
         return refuse(origin, "'%s' is no device name; use letters, digits, - and _", word);
     for (uint32_t i = 0; i < names->n; i++)
@@ -78,7 +82,8 @@ static bool parse_name(const char *word, struct mlad_names *names, const struct 
     return true;
 }
 
-static bool parse_id(enum mlad_kind kind, const char *word, struct mlad_ids *ids, const struct origin *origin) {
+static bool parse_id(enum mlad_kind kind, const char *word, struct mlad_ids *ids, const struct origin *origin)
+{
     const char *what = kind == MLAD_GROUPS ? "group" : "user";
     uint32_t id;
     if (strcmp(word, "*") == 0) {
@@ -109,7 +114,8 @@ static bool parse_id(enum mlad_kind kind, const char *word, struct mlad_ids *ids
     return true;
 }
 
-static bool parse_list(const struct mlad_option *option, char *value, void *into, const struct origin *origin) {
+static bool parse_list(const struct mlad_option *option, char *value, void *into, const struct origin *origin)
+{
     uint64_t n = 0;
     for (char *rest = *value ? value : NULL; rest;) {
         const char *word = trim(strsep(&rest, ","));
@@ -129,7 +135,8 @@ static bool parse_list(const struct mlad_option *option, char *value, void *into
 /* ---- one option ---- */
 
 static bool parse_choice(const struct mlad_option *option, const char *value, uint64_t *index,
-                         const struct origin *origin) {
+                         const struct origin *origin)
+{
     char bounds[96];
     const char *const *words = option->choices;
     for (*index = 0; words[*index]; ++*index)
@@ -140,7 +147,8 @@ static bool parse_choice(const struct mlad_option *option, const char *value, ui
 }
 
 /* A path, but none that a line of the file could not hold. */
-static bool parse_text(const struct mlad_option *option, const char *value, char *into, const struct origin *origin) {
+static bool parse_text(const struct mlad_option *option, const char *value, char *into, const struct origin *origin)
+{
     if (strlen(value) < option->min || strlen(value) > option->max)
         return refuse(origin, "%zu bytes are out of bounds; write %llu..%llu bytes", strlen(value),
                       (unsigned long long)option->min, (unsigned long long)option->max);
@@ -153,7 +161,8 @@ static bool parse_text(const struct mlad_option *option, const char *value, char
 }
 
 static bool parse_value(const struct mlad_option *option, struct mlad_config *config, char *value,
-                        const struct origin *origin) {
+                        const struct origin *origin)
+{
     void *into = mlad_option_member(option, config);
     memset(into, 0, option->size);
     switch (option->kind) {
@@ -172,7 +181,8 @@ static bool parse_value(const struct mlad_option *option, struct mlad_config *co
 }
 
 /* Set option `origin->key`; `value` is changed. */
-static bool set(struct mlad_config *config, char *value, struct origin *origin) {
+static bool set(struct mlad_config *config, char *value, struct origin *origin)
+{
     const struct mlad_option *option = mlad_option_by_name(origin->key);
     if (!option)
         return refuse(origin, "unknown option; `mlad --help` lists them all");
@@ -183,7 +193,8 @@ static bool set(struct mlad_config *config, char *value, struct origin *origin) 
     return parse_value(option, config, value, origin);
 }
 
-static bool set_text(struct mlad_config *config, const char *text, struct origin *origin) {
+static bool set_text(struct mlad_config *config, const char *text, struct origin *origin)
+{
     char value[LINE_LIMIT];
     if (strlen(text) >= sizeof value)
         return refuse(origin, "the value is longer than %d bytes; shorten it", LINE_LIMIT - 1);
@@ -191,7 +202,8 @@ static bool set_text(struct mlad_config *config, const char *text, struct origin
     return set(config, trim(value), origin);
 }
 
-static bool set_defaults(struct mlad_config *config, char *error) {
+static bool set_defaults(struct mlad_config *config, char *error)
+{
     struct origin origin = {.file = "default", .error = error};
     memset(config, 0, sizeof *config);
     for (size_t i = 0; i < mlad_n_options; i++) {
@@ -205,7 +217,8 @@ static bool set_defaults(struct mlad_config *config, char *error) {
 /* ---- files ---- */
 
 /* One line, its end removed. A # at its start or after a blank begins a comment. */
-static bool parse_line(struct mlad_config *config, char *line, struct origin *origin) {
+static bool parse_line(struct mlad_config *config, char *line, struct origin *origin)
+{
     for (char *c = line; *c; c++)
         if (*c == '#' && (c == line || isspace((unsigned char)c[-1]))) {
             *c = '\0';
@@ -226,7 +239,8 @@ static bool parse_line(struct mlad_config *config, char *line, struct origin *or
 }
 
 bool mlad_config_parse(struct mlad_config *config, const char *text, size_t length, const char *name,
-                       char error[MLAD_CONFIG_ERROR]) {
+                       char error[MLAD_CONFIG_ERROR])
+{
     struct origin origin = {.file = name, .error = error};
     const char *end = text + length;
     while (text < end) {
@@ -249,7 +263,8 @@ bool mlad_config_parse(struct mlad_config *config, const char *text, size_t leng
 }
 
 /* The whole file into `text` of FILE_LIMIT + 1 bytes; -1 with errno. */
-static ssize_t read_file(const char *path, char *text) {
+static ssize_t read_file(const char *path, char *text)
+{
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return -1;
@@ -266,7 +281,8 @@ static ssize_t read_file(const char *path, char *text) {
     return n < 0 ? -1 : (ssize_t)length;
 }
 
-static bool load_file(struct mlad_config *config, const char *path, bool must_exist, char *error) {
+static bool load_file(struct mlad_config *config, const char *path, bool must_exist, char *error)
+{
     char *text = malloc(FILE_LIMIT + 1);
     ssize_t length = text ? read_file(path, text) : -1;
     bool done = false;
@@ -284,7 +300,8 @@ static bool load_file(struct mlad_config *config, const char *path, bool must_ex
 }
 
 bool mlad_config_load(struct mlad_config *config, const char *path, bool must_exist,
-                      const struct mlad_setting *settings, size_t n_settings, char error[MLAD_CONFIG_ERROR]) {
+                      const struct mlad_setting *settings, size_t n_settings, char error[MLAD_CONFIG_ERROR])
+{
     struct origin origin = {.file = "command line", .error = error};
     if (!set_defaults(config, error) || (path && !load_file(config, path, must_exist, error)))
         return false;
@@ -296,12 +313,14 @@ bool mlad_config_load(struct mlad_config *config, const char *path, bool must_ex
     return true;
 }
 
-const char *mlad_config_choice(const struct mlad_config *config, const char *key) {
+const char *mlad_config_choice(const struct mlad_config *config, const char *key)
+{
     const struct mlad_option *option = mlad_option_by_name(key);
     return option->choices[*(const uint64_t *)mlad_option_value(option, config)];
 }
 
-void mlad_config_reload(struct mlad_config *live, const struct mlad_config *wanted, char *restart, size_t size) {
+void mlad_config_reload(struct mlad_config *live, const struct mlad_config *wanted, char *restart, size_t size)
+{
     size_t n = 0;
     restart[0] = '\0';
     for (size_t i = 0; i < mlad_n_options; i++) {

@@ -6,7 +6,8 @@
 #include <string.h>
 
 /* The value as parse_value reads it, after a blank if there is any. */
-static void print_value(const struct mlad_option *option, const struct mlad_config *config, FILE *to) {
+static void print_value(const struct mlad_option *option, const struct mlad_config *config, FILE *to)
+{
     const void *value = mlad_option_value(option, config);
     char number[32];
     switch (option->kind) {
@@ -38,7 +39,8 @@ static void print_value(const struct mlad_option *option, const struct mlad_conf
 }
 
 /* Words of `text`, each line begun with `indent` and at most 100 columns long. */
-static void print_wrapped(const char *indent, const char *text, FILE *to) {
+static void print_wrapped(const char *indent, const char *text, FILE *to)
+{
     size_t column = 0;
     while (*text) {
         size_t n = strcspn(text, " ");
@@ -53,7 +55,8 @@ static void print_wrapped(const char *indent, const char *text, FILE *to) {
     fputc('\n', to);
 }
 
-static void print_option_help(const char *indent, const struct mlad_option *option, FILE *to) {
+static void print_option_help(const char *indent, const struct mlad_option *option, FILE *to)
+{
     char bounds[96], text[1024];
     mlad_option_print_bounds(option, bounds, sizeof bounds);
     snprintf(text, sizeof text, "%s (%s%s)", option->help, bounds,
@@ -61,7 +64,8 @@ static void print_option_help(const char *indent, const struct mlad_option *opti
     print_wrapped(indent, text, to);
 }
 
-void mlad_config_print(const struct mlad_config *config, FILE *to) {
+void mlad_config_print(const struct mlad_config *config, FILE *to)
+{
     static struct mlad_config standard;
     char error[MLAD_CONFIG_ERROR];
     mlad_config_load(&standard, NULL, false, NULL, 0, error);
@@ -85,7 +89,8 @@ void mlad_config_print(const struct mlad_config *config, FILE *to) {
     }
 }
 
-void mlad_config_help(FILE *to) {
+void mlad_config_help(FILE *to)
+{
     for (size_t i = 0; i < mlad_n_options; i++) {
         fprintf(to, "  %s = %s\n", mlad_options[i].name,
                 *mlad_options[i].standard ? mlad_options[i].standard : "(empty)");

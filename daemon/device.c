@@ -19,15 +19,18 @@ struct mlad_call {
     void *context;
 };
 
-static uint64_t now_ms(const struct mlad_device *device) {
+static uint64_t now_ms(const struct mlad_device *device)
+{
     return uv_now(device->loop);
 }
 
-bool mlad_device_is_ready(const struct mlad_device *device) {
+bool mlad_device_is_ready(const struct mlad_device *device)
+{
     return device->ready;
 }
 
-bool mlad_device_is_gone(const struct mlad_device *device) {
+bool mlad_device_is_gone(const struct mlad_device *device)
+{
     return device->stopping && !device->process;
 }
 
@@ -35,7 +38,8 @@ bool mlad_device_is_gone(const struct mlad_device *device) {
 
 /* Give the first call that `wanted` names its answer. */
 static bool answer_call(struct mlad_device *device, bool (*wanted)(const struct mlad_call *, uint64_t), uint64_t key,
-                        const struct mlap_header *header, const union mlap_body *body) {
+                        const struct mlap_header *header, const union mlap_body *body)
+{
     for (struct mlad_call **at = &device->calls; *at; at = &(*at)->next)
         if (wanted(*at, key)) {
             struct mlad_call *call = *at;
@@ -47,20 +51,24 @@ static bool answer_call(struct mlad_device *device, bool (*wanted)(const struct 
     return false;
 }
 
-static bool has_sequence(const struct mlad_call *call, uint64_t sequence) {
+static bool has_sequence(const struct mlad_call *call, uint64_t sequence)
+{
     return call->sequence == sequence;
 }
 
-static bool is_late(const struct mlad_call *call, uint64_t now) {
+static bool is_late(const struct mlad_call *call, uint64_t now)
+{
     return call->deadline && call->deadline <= now;
 }
 
-static bool any(const struct mlad_call *call, uint64_t unused) {
+static bool any(const struct mlad_call *call, uint64_t unused)
+{
     return call && unused == 0;
 }
 
 void mlad_device_ask(struct mlad_device *device, enum mlap_type type, const void *body, uint64_t limit_ms,
-                     mlad_answer *answer, void *context) {
+                     mlad_answer *answer, void *context)
+{
     /* A worker that starts can say why it takes long. */
     bool able = device->ready || (device->process && type == MLAP_QUERY);
     struct mlad_call *call = able ? malloc(sizeof *call) : NULL;
@@ -79,7 +87,8 @@ void mlad_device_ask(struct mlad_device *device, enum mlap_type type, const void
 /* ---- state ---- */
 
 __attribute__((format(printf, 3, 4))) static void enter(struct mlad_device *device, enum mlap_device_state state,
-                                                        const char *format, ...) {
+                                                        const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(device->reason, sizeof device->reason, format, arguments);
@@ -87,14 +96,16 @@ __attribute__((format(printf, 3, 4))) static void enter(struct mlad_device *devi
     device->state = state;
 }
 
-static void serve(struct mlad_device *device) {
+static void serve(struct mlad_device *device)
+{
     if (device->draining)
         enter(device, MLAP_device_state_DRAINING, "an operator drains it; `mlactl drain --resume` ends that");
     else
         enter(device, MLAP_device_state_READY, "%s", "");
 }
 
-void mlad_device_configure(struct mlad_device *device) {
+void mlad_device_configure(struct mlad_device *device)
+{
     const struct mlad_config *c = device->config;
     struct mlap_configure configure = {
         .max_sessions = (uint32_t)c->max_sessions,
@@ -113,7 +124,8 @@ void mlad_device_configure(struct mlad_device *device) {
         device->process && mlad_process_send(device->process, MLAP_CONFIGURE, 0, &configure, -1) < 0 && errno == EAGAIN;
 }
 
-static void on_ready(struct mlad_device *device, const struct mlap_ready *ready) {
+static void on_ready(struct mlad_device *device, const struct mlap_ready *ready)
+{
     if (device->ready)
         return;
     device->capabilities = *ready;
@@ -126,7 +138,8 @@ static void on_ready(struct mlad_device *device, const struct mlap_ready *ready)
     device->changed(device, device->owner);
 }
 
-static void on_message(void *owner, const struct mlap_header *header, const union mlap_body *body) {
+static void on_message(void *owner, const struct mlap_header *header, const union mlap_body *body)
+{
     struct mlad_device *device = owner;
     if (header->type == MLAP_READY)
         on_ready(device, &body->ready_);
@@ -141,7 +154,8 @@ static void on_message(void *owner, const struct mlap_header *header, const unio
     }
 }
 
-static void on_writable(void *owner) {
+static void on_writable(void *owner)
+{
     struct mlad_device *device = owner;
     if (device->configure_due)
         mlad_device_configure(device);
@@ -150,12 +164,14 @@ static void on_writable(void *owner) {
 
 /* ---- the worker's life ---- */
 
-static void on_restart(uv_timer_t *timer) {
+static void on_restart(uv_timer_t *timer)
+{
     mlad_device_start(timer->data);
 }
 
 /* The worker is gone, or did not come to be; `absent`: because it cannot run here. */
-static void schedule_restart(struct mlad_device *device, bool absent, const char *why, uint64_t decodes) {
+static void schedule_restart(struct mlad_device *device, bool absent, const char *why, uint64_t decodes)
+{
     bool again = strcmp(device->end_reason, why) == 0 && device->state == MLAP_device_state_ABSENT;
     uint64_t delay = decodes ? 0 : device->restart_delay;
     device->restart_delay = decodes ? FIRST_DELAY_MS : delay * 2 < LAST_DELAY_MS ? delay * 2 : LAST_DELAY_MS;
@@ -168,7 +184,8 @@ static void schedule_restart(struct mlad_device *device, bool absent, const char
     uv_timer_start(&device->restart, on_restart, delay, 0);
 }
 
-static void on_ended(void *owner, const char *how) {
+static void on_ended(void *owner, const char *how)
+{
     struct mlad_device *device = owner;
     uint64_t decodes = mlad_process_life(device->process).decodes;
     device->process = NULL;
@@ -183,7 +200,8 @@ static void on_ended(void *owner, const char *how) {
 
 static const struct mlad_process_events process_events = {on_message, on_writable, on_ended};
 
-void mlad_device_start(struct mlad_device *device) {
+void mlad_device_start(struct mlad_device *device)
+{
     const struct mlad_config *config = device->config;
     bool is_cpu = strcmp(device->name, "cpu") == 0;
     struct mlad_process_command command = {
@@ -215,12 +233,14 @@ void mlad_device_start(struct mlad_device *device) {
     mlad_device_configure(device);
 }
 
-static void kill_worker(struct mlad_device *device, const char *why) {
+static void kill_worker(struct mlad_device *device, const char *why)
+{
     snprintf(device->last_words, sizeof device->last_words, "%s", why);
     mlad_process_kill(device->process);
 }
 
-void mlad_device_tick(struct mlad_device *device) {
+void mlad_device_tick(struct mlad_device *device)
+{
     while (answer_call(device, is_late, now_ms(device), NULL, NULL))
         ;
     if (!device->process)
@@ -241,11 +261,13 @@ void mlad_device_tick(struct mlad_device *device) {
 
 /* ---- what others ask of it ---- */
 
-int mlad_device_attach(struct mlad_device *device, const struct mlap_attach *attach, int fd) {
+int mlad_device_attach(struct mlad_device *device, const struct mlap_attach *attach, int fd)
+{
     return mlad_process_send(device->process, MLAP_ATTACH, 0, attach, fd);
 }
 
-void mlad_device_drain(struct mlad_device *device, bool resume, mlad_answer *answer, void *context) {
+void mlad_device_drain(struct mlad_device *device, bool resume, mlad_answer *answer, void *context)
+{
     struct mlap_drain drain = {.resume = resume};
     mlap_set(&drain, drain, resume);
     snprintf(drain.device, sizeof drain.device, "%s", device->name);
@@ -257,7 +279,8 @@ void mlad_device_drain(struct mlad_device *device, bool resume, mlad_answer *ans
     device->changed(device, device->owner);
 }
 
-void mlad_device_finish(struct mlad_device *device, uint64_t limit_ms, mlad_answer *answer, void *context) {
+void mlad_device_finish(struct mlad_device *device, uint64_t limit_ms, mlad_answer *answer, void *context)
+{
     struct mlap_drain drain = {0};
     snprintf(drain.device, sizeof drain.device, "%s", device->name);
     device->stopping = true;
@@ -266,7 +289,8 @@ void mlad_device_finish(struct mlad_device *device, uint64_t limit_ms, mlad_answ
     mlad_device_ask(device, MLAP_DRAIN, &drain, limit_ms, answer, context);
 }
 
-void mlad_device_describe(const struct mlad_device *device, struct mlap_device *out) {
+void mlad_device_describe(const struct mlad_device *device, struct mlap_device *out)
+{
     *out = device->figures;
     snprintf(out->name, sizeof out->name, "%s", device->name);
     snprintf(out->variant, sizeof out->variant, "%s", device->capabilities.variant);
@@ -281,7 +305,8 @@ void mlad_device_describe(const struct mlad_device *device, struct mlap_device *
     out->queue_limit = (uint32_t)device->config->queue_limit;
 }
 
-void mlad_device_stop(struct mlad_device *device) {
+void mlad_device_stop(struct mlad_device *device)
+{
     device->stopping = true;
     uv_timer_stop(&device->restart);
     device->stop_at = now_ms(device);
@@ -295,7 +320,8 @@ void mlad_device_stop(struct mlad_device *device) {
 
 struct mlad_device *mlad_device_new(const char *name, uv_loop_t *loop, const struct mlad_config *config,
                                     const char *executable, const char *runtime_dir,
-                                    void (*changed)(struct mlad_device *device, void *owner), void *owner) {
+                                    void (*changed)(struct mlad_device *device, void *owner), void *owner)
+{
     struct mlad_device *device = calloc(1, sizeof *device);
     if (!device)
         return NULL;
@@ -313,10 +339,12 @@ struct mlad_device *mlad_device_new(const char *name, uv_loop_t *loop, const str
     return device;
 }
 
-static void on_timer_closed(uv_handle_t *timer) {
+static void on_timer_closed(uv_handle_t *timer)
+{
     free(timer->data);
 }
 
-void mlad_device_free(struct mlad_device *device) {
+void mlad_device_free(struct mlad_device *device)
+{
     uv_close((uv_handle_t *)&device->restart, on_timer_closed);
 }

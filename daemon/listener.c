@@ -21,7 +21,8 @@ struct sentence {
     size_t size;
 };
 
-__attribute__((format(printf, 2, 3))) static bool refuse(struct sentence *error, const char *format, ...) {
+__attribute__((format(printf, 2, 3))) static bool refuse(struct sentence *error, const char *format, ...)
+{
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(error->text, error->size, format, arguments);
@@ -29,7 +30,8 @@ __attribute__((format(printf, 2, 3))) static bool refuse(struct sentence *error,
     return false;
 }
 
-static bool take_passed(struct mlad_listener *listener, int n, struct sentence *error) {
+static bool take_passed(struct mlad_listener *listener, int n, struct sentence *error)
+{
     struct sockaddr_un address = {0};
     socklen_t size = sizeof address;
     int fd = SD_LISTEN_FDS_START;
@@ -46,7 +48,8 @@ static bool take_passed(struct mlad_listener *listener, int n, struct sentence *
 }
 
 /* Nobody listens on the socket file at `address`? */
-static bool is_stale(const struct sockaddr_un *address, struct sentence *error) {
+static bool is_stale(const struct sockaddr_un *address, struct sentence *error)
+{
     struct stat st;
     if (lstat(address->sun_path, &st) == 0 && !S_ISSOCK(st.st_mode))
         return refuse(error, "%s exists and is no socket; move it away or choose another path", address->sun_path);
@@ -61,7 +64,8 @@ static bool is_stale(const struct sockaddr_un *address, struct sentence *error) 
     return true;
 }
 
-static bool bind_or_replace(int fd, const struct sockaddr_un *address, struct sentence *error) {
+static bool bind_or_replace(int fd, const struct sockaddr_un *address, struct sentence *error)
+{
     if (bind(fd, (const struct sockaddr *)address, sizeof *address) == 0)
         return true;
     if (errno == EADDRINUSE) {
@@ -77,7 +81,8 @@ static bool bind_or_replace(int fd, const struct sockaddr_un *address, struct se
 
 /* Two daemons that start at a time must not both find the other's socket stale: whoever holds the lock on the
  * directory may look and replace. Returns its descriptor, -1 with errno. */
-static int lock_directory(const char *path) {
+static int lock_directory(const char *path)
+{
     char copy[108];
     snprintf(copy, sizeof copy, "%s", path);
     const char *directory = dirname(copy);
@@ -96,7 +101,8 @@ static int lock_directory(const char *path) {
     return fd;
 }
 
-static bool make_own(struct mlad_listener *listener, const char *path, mode_t mode, struct sentence *error) {
+static bool make_own(struct mlad_listener *listener, const char *path, mode_t mode, struct sentence *error)
+{
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct stat st;
     snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
@@ -130,7 +136,8 @@ static bool make_own(struct mlad_listener *listener, const char *path, mode_t mo
     return true;
 }
 
-bool mlad_listener_open(struct mlad_listener *listener, const char *path, mode_t mode, char *error, size_t size) {
+bool mlad_listener_open(struct mlad_listener *listener, const char *path, mode_t mode, char *error, size_t size)
+{
     struct sentence sentence = {error, size};
     *listener = (struct mlad_listener){.fd = -1};
     int passed = sd_listen_fds(1);
@@ -139,7 +146,8 @@ bool mlad_listener_open(struct mlad_listener *listener, const char *path, mode_t
     return passed > 0 ? take_passed(listener, passed, &sentence) : make_own(listener, path, mode, &sentence);
 }
 
-static void on_connection(uv_poll_t *poll, int status, int events) {
+static void on_connection(uv_poll_t *poll, int status, int events)
+{
     struct mlad_listener *listener = poll->data;
     for (int i = 0; status == 0 && (events & UV_READABLE) && i < 32; i++) {
         int fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -157,7 +165,8 @@ static void on_connection(uv_poll_t *poll, int status, int events) {
 }
 
 int mlad_listener_start(struct mlad_listener *listener, uv_loop_t *loop,
-                        void (*accepted)(struct mlad_listener *listener, int fd), void *owner) {
+                        void (*accepted)(struct mlad_listener *listener, int fd), void *owner)
+{
     listener->accepted = accepted;
     listener->poll.data = listener;
     int error = uv_poll_init(loop, &listener->poll, listener->fd);
@@ -167,12 +176,14 @@ int mlad_listener_start(struct mlad_listener *listener, uv_loop_t *loop,
     return uv_poll_start(&listener->poll, UV_READABLE, on_connection);
 }
 
-void mlad_listener_tick(struct mlad_listener *listener) {
+void mlad_listener_tick(struct mlad_listener *listener)
+{
     if (listener->fd >= 0 && !uv_is_active((uv_handle_t *)&listener->poll))
         uv_poll_start(&listener->poll, UV_READABLE, on_connection);
 }
 
-void mlad_listener_close(struct mlad_listener *listener) {
+void mlad_listener_close(struct mlad_listener *listener)
+{
     struct stat st;
     if (listener->fd < 0)
         return;

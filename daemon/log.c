@@ -30,7 +30,8 @@ struct text {
     size_t left; /* the terminating NUL included */
 };
 
-static void put(struct text *to, const char *bytes, size_t length) {
+static void put(struct text *to, const char *bytes, size_t length)
+{
     if (length >= to->left)
         length = to->left - 1;
     memcpy(to->at, bytes, length);
@@ -39,13 +40,15 @@ static void put(struct text *to, const char *bytes, size_t length) {
     *to->at = '\0';
 }
 
-static void put_text(struct text *to, const char *text) {
+static void put_text(struct text *to, const char *text)
+{
     put(to, text, strlen(text));
 }
 
 /* Bare if it is one plain word; else in double quotes, with quotes, backslashes and control bytes escaped: a peer's
  * name can neither end the line nor look like another field. */
-static void put_value(struct text *to, const char *value) {
+static void put_value(struct text *to, const char *value)
+{
     bool plain = *value != '\0';
     for (const unsigned char *c = (const unsigned char *)value; *c; c++)
         plain = plain && *c > ' ' && *c < 0x7f && *c != '"' && *c != '\\' && *c != '=';
@@ -66,7 +69,8 @@ static void put_value(struct text *to, const char *value) {
 }
 
 /* The field's value as text: its own, or a number's in `number`. */
-static const char *field_value(const struct mlad_field *field, char number[24]) {
+static const char *field_value(const struct mlad_field *field, char number[24])
+{
     if (field->kind == MLAD_FIELD_TEXT)
         return field->text ? field->text : "";
     if (field->kind == MLAD_FIELD_SIGNED)
@@ -76,7 +80,8 @@ static const char *field_value(const struct mlad_field *field, char number[24]) 
     return number;
 }
 
-static void put_sentence(struct text *to, const char *sentence, const struct mlad_field *fields) {
+static void put_sentence(struct text *to, const char *sentence, const struct mlad_field *fields)
+{
     put_text(to, sentence);
     for (unsigned i = 0; i < MAX_FIELDS && fields[i].kind != MLAD_FIELD_END; i++) {
         char number[24];
@@ -88,7 +93,8 @@ static void put_sentence(struct text *to, const char *sentence, const struct mla
 }
 
 static void write_stderr(int level, int line, const char *function, const char *sentence,
-                         const struct mlad_field *fields) {
+                         const struct mlad_field *fields)
+{
     char buffer[LINE_BYTES];
     struct text to = {buffer, sizeof buffer - 1}; /* one byte is kept for the end of the line */
     struct timespec now;
@@ -116,7 +122,8 @@ static void write_stderr(int level, int line, const char *function, const char *
 
 /* "NAME=value" in `storage`, as a journal field. */
 __attribute__((format(printf, 3, 4))) static struct iovec journal_field(char *storage, size_t size, const char *format,
-                                                                        ...) {
+                                                                        ...)
+{
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(storage, size, format, arguments);
@@ -125,7 +132,8 @@ __attribute__((format(printf, 3, 4))) static struct iovec journal_field(char *st
 }
 
 static int write_journal(int level, const char *file, int line, const char *function, const char *sentence,
-                         const struct mlad_field *fields) {
+                         const struct mlad_field *fields)
+{
     char message[LINE_BYTES], own[MAX_FIELDS][300], place[4][160];
     struct iovec entry[MAX_FIELDS + 5];
     int n = 0;
@@ -150,7 +158,8 @@ static int write_journal(int level, const char *file, int line, const char *func
 }
 
 void mlad_log_write(int level, const char *file, int line, const char *function, const char *sentence,
-                    const struct mlad_field *fields) {
+                    const struct mlad_field *fields)
+{
     int keep = errno;
     /* Without a journal the record must not be lost. */
     if (mlad_log_target() != MLAD_LOG_JOURNAL || write_journal(level, file, line, function, sentence, fields) < 0)
@@ -158,7 +167,8 @@ void mlad_log_write(int level, const char *file, int line, const char *function,
     errno = keep;
 }
 
-bool mlad_log_allows(struct mlad_log_limit *limit, uint64_t *left_out) {
+bool mlad_log_allows(struct mlad_log_limit *limit, uint64_t *left_out)
+{
     enum { PERIOD_S = 10, RECORDS = 10 };
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -174,7 +184,8 @@ bool mlad_log_allows(struct mlad_log_limit *limit, uint64_t *left_out) {
 }
 
 /* systemd names stderr's socket in JOURNAL_STREAM; somebody may have redirected stderr since. */
-static bool stderr_is_journal(void) {
+static bool stderr_is_journal(void)
+{
     const char *stream = getenv("JOURNAL_STREAM");
     unsigned long long device, inode;
     struct stat st;
@@ -182,26 +193,31 @@ static bool stderr_is_journal(void) {
            st.st_dev == device && st.st_ino == inode;
 }
 
-void mlad_log_open(enum mlad_log_target target, int level) {
+void mlad_log_open(enum mlad_log_target target, int level)
+{
     if (target == MLAD_LOG_AUTO)
         target = stderr_is_journal() ? MLAD_LOG_JOURNAL : MLAD_LOG_STDERR;
     atomic_store_explicit(&log_target, (int)target, memory_order_relaxed);
     mlad_log_set_level(level);
 }
 
-void mlad_log_set_level(int level) {
+void mlad_log_set_level(int level)
+{
     atomic_store_explicit(&log_level, level, memory_order_relaxed);
 }
 
-int mlad_log_level(void) {
+int mlad_log_level(void)
+{
     return atomic_load_explicit(&log_level, memory_order_relaxed);
 }
 
-enum mlad_log_target mlad_log_target(void) {
+enum mlad_log_target mlad_log_target(void)
+{
     return (enum mlad_log_target)atomic_load_explicit(&log_target, memory_order_relaxed);
 }
 
-int mlad_log_level_from_text(const char *text) {
+int mlad_log_level_from_text(const char *text)
+{
     for (int level = 0; level <= LOG_DEBUG; level++)
         if (strcmp(text, level_names[level]) == 0 || (text[0] == '0' + level && text[1] == '\0'))
             return level;

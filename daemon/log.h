@@ -41,15 +41,18 @@ struct mlad_field {
     };
 };
 
-static inline struct mlad_field mlad_field_text(const char *key, const char *value) {
+static inline struct mlad_field mlad_field_text(const char *key, const char *value)
+{
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_TEXT, .text = value};
 }
 
-static inline struct mlad_field mlad_field_signed(const char *key, int64_t value) {
+static inline struct mlad_field mlad_field_signed(const char *key, int64_t value)
+{
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_SIGNED, .i = value};
 }
 
-static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t value) {
+static inline struct mlad_field mlad_field_unsigned(const char *key, uint64_t value)
+{
     return (struct mlad_field){.key = key, .kind = MLAD_FIELD_UNSIGNED, .u = value};
 }
 

@@ -17,7 +17,8 @@ enum { MAX_SETTINGS = 64, EXIT_BAD_CONFIGURATION = 2 };
 static struct mlad_setting settings[MAX_SETTINGS];
 static size_t n_settings;
 
-static void print_help(void) {
+static void print_help(void)
+{
     fputs("usage: mlad [options]\n"
           "Serve multi-head latent attention decodes on a Unix socket; runs in the foreground.\n\n"
           "  --devices LIST        devices to serve, such as cpu,reference\n"
@@ -35,12 +36,14 @@ static void print_help(void) {
     mlad_config_help(stdout);
 }
 
-static int refuse_usage(const char *what) {
+static int refuse_usage(const char *what)
+{
     fprintf(stderr, "mlad: %s; `mlad --help` explains\n", what);
     return EXIT_BAD_CONFIGURATION;
 }
 
-static bool add_setting(const char *key, const char *value) {
+static bool add_setting(const char *key, const char *value)
+{
     if (n_settings == MAX_SETTINGS)
         return false;
     settings[n_settings++] = (struct mlad_setting){key, value};
@@ -48,7 +51,8 @@ static bool add_setting(const char *key, const char *value) {
 }
 
 /* -o KEY=VALUE; the text is the command line's own, and is cut in two. */
-static bool add_pair(char *text) {
+static bool add_pair(char *text)
+{
     char *equals = strchr(text, '=');
     if (!equals)
         return false;
@@ -57,7 +61,8 @@ static bool add_pair(char *text) {
 }
 
 /* Nothing that our parent forgot to close may reach the workers, and a shell's low limit must not bound our clients. */
-static void tidy_process(void) {
+static void tidy_process(void)
+{
     struct rlimit files;
     close_range(STDERR_FILENO + 1, ~0u, CLOSE_RANGE_CLOEXEC);
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
@@ -67,7 +72,8 @@ static void tidy_process(void) {
     signal(SIGPIPE, SIG_IGN); /* stderr may be a pipe whose reader has gone */
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     enum { DEVICES = 256, SOCKET, CONFIG, LOG_LEVEL, LOG_TARGET, CHECK, PRINT, VERSION, HELP };
     static const struct option options[] = {
         {"devices", required_argument, NULL, DEVICES},

@@ -71,18 +71,21 @@ const struct mlad_option mlad_options[] = {OPTIONS(PLAIN, CHOICE)};
 const size_t mlad_n_options = sizeof mlad_options / sizeof mlad_options[0];
 _Static_assert(sizeof mlad_options / sizeof mlad_options[0] <= 64, "config.c keeps a set of them in 64 bits");
 
-const struct mlad_option *mlad_option_by_name(const char *name) {
+const struct mlad_option *mlad_option_by_name(const char *name)
+{
     for (size_t i = 0; i < mlad_n_options; i++)
         if (strcmp(mlad_options[i].name, name) == 0)
             return &mlad_options[i];
     return NULL;
 }
 
-void *mlad_option_member(const struct mlad_option *option, struct mlad_config *config) {
+void *mlad_option_member(const struct mlad_option *option, struct mlad_config *config)
+{
     return (char *)config + option->offset;
 }
 
-const void *mlad_option_value(const struct mlad_option *option, const struct mlad_config *config) {
+const void *mlad_option_value(const struct mlad_option *option, const struct mlad_config *config)
+{
     return (const char *)config + option->offset;
 }
 
@@ -93,12 +96,14 @@ static const struct mlad_unit byte_units[] = {{"T", 1ull << 40}, {"G", 1 << 30},
                                               {"K", 1 << 10},    {"", 1},        {NULL, 0}};
 static const struct mlad_unit duration_units[] = {{"min", 60000}, {"s", 1000}, {"ms", 1}, {"", 1000}, {NULL, 0}};
 
-const struct mlad_unit *mlad_units(enum mlad_kind kind) {
+const struct mlad_unit *mlad_units(enum mlad_kind kind)
+{
     return kind == MLAD_BYTES ? byte_units : kind == MLAD_DURATION ? duration_units : no_units;
 }
 
 /* In the largest unit that divides it. */
-void mlad_option_print_number(enum mlad_kind kind, uint64_t value, char to[32]) {
+void mlad_option_print_number(enum mlad_kind kind, uint64_t value, char to[32])
+{
     if (kind == MLAD_MODE) {
         snprintf(to, 32, "%04llo", (unsigned long long)value);
         return;
@@ -111,7 +116,8 @@ void mlad_option_print_number(enum mlad_kind kind, uint64_t value, char to[32]) 
     snprintf(to, 32, "%llu%s", (unsigned long long)(value / unit->factor), value == 0 ? "" : unit->suffix);
 }
 
-void mlad_option_print_bounds(const struct mlad_option *option, char *to, size_t size) {
+void mlad_option_print_bounds(const struct mlad_option *option, char *to, size_t size)
+{
     char low[32], high[32];
     mlad_option_print_number(option->kind, option->min, low);
     mlad_option_print_number(option->kind, option->max, high);

@@ -16,7 +16,8 @@ enum {
     ADMIN_RESERVE = 16,    /* connections beyond max_connections, so that an operator gets through a flood */
 };
 
-static uint64_t now_ms(const struct mlad_supervisor *supervisor) {
+static uint64_t now_ms(const struct mlad_supervisor *supervisor)
+{
     return uv_now(&supervisor->loop);
 }
 
@@ -24,12 +25,14 @@ static void on_poll(uv_poll_t *poll, int status, int events);
 
 /* ---- the end ---- */
 
-static void on_closed(uv_handle_t *poll) {
+static void on_closed(uv_handle_t *poll)
+{
     free(poll->data);
 }
 
 /* Leave the list and close our descriptor. A worker may hold the connection by then. */
-static void leave(struct mlad_peer *peer) {
+static void leave(struct mlad_peer *peer)
+{
     struct mlad_supervisor *supervisor = peer->supervisor;
     struct mlad_peer **at = &supervisor->peers;
     while (*at != peer)
@@ -44,14 +47,16 @@ static void leave(struct mlad_peer *peer) {
 
 /* Closing a socket with unread input makes the kernel tell the peer ECONNRESET before it has read what we sent. So:
  * take no more, discard what is there, then close. */
-static void discard_input(int fd) {
+static void discard_input(int fd)
+{
     char byte;
     shutdown(fd, SHUT_RD);
     while (recv(fd, &byte, sizeof byte, MSG_DONTWAIT) > 0)
         ;
 }
 
-static void send_error(int fd, uint32_t sequence, enum mlap_code code, const char *field, const char *message) {
+static void send_error(int fd, uint32_t sequence, enum mlap_code code, const char *field, const char *message)
+{
     struct mlap_error error = {.code = code};
     snprintf(error.field, sizeof error.field, "%s", field);
     snprintf(error.message, sizeof error.message, "%s", message);
@@ -60,7 +65,8 @@ static void send_error(int fd, uint32_t sequence, enum mlap_code code, const cha
 }
 
 void mlad_peer_end(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field,
-                   const char *message) {
+                   const char *message)
+{
     mlad_log_provoked(LOG_INFO, "connection ended", MLAD_KV("uid", peer->identity.uid),
                       MLAD_KV("pid", peer->identity.pid), MLAD_KV("code", mlap_code_text(code)),
                       MLAD_KV("why", message));
@@ -69,7 +75,8 @@ void mlad_peer_end(struct mlad_peer *peer, uint32_t sequence, enum mlap_code cod
     leave(peer);
 }
 
-void mlad_peers_close(struct mlad_supervisor *supervisor) {
+void mlad_peers_close(struct mlad_supervisor *supervisor)
+{
     while (supervisor->peers) {
         discard_input(supervisor->peers->fd);
         leave(supervisor->peers);
@@ -78,7 +85,8 @@ void mlad_peers_close(struct mlad_supervisor *supervisor) {
 
 /* ---- answers ---- */
 
-void mlad_peer_send(struct mlad_peer *peer, enum mlap_type type, uint32_t sequence, const void *body) {
+void mlad_peer_send(struct mlad_peer *peer, enum mlap_type type, uint32_t sequence, const void *body)
+{
     if (peer->fd < 0 || mlap_send_message(peer->fd, type, sequence, body, -1, MSG_DONTWAIT) == 0)
         return;
     mlad_log_provoked(LOG_INFO, "connection dropped", MLAD_KV("uid", peer->identity.uid),
@@ -88,7 +96,8 @@ void mlad_peer_send(struct mlad_peer *peer, enum mlap_type type, uint32_t sequen
 }
 
 void mlad_peer_refuse(struct mlad_peer *peer, uint32_t sequence, enum mlap_code code, const char *field,
-                      const char *message) {
+                      const char *message)
+{
     struct mlap_error error = {.code = code};
     snprintf(error.field, sizeof error.field, "%s", field);
     snprintf(error.message, sizeof error.message, "%s", message);
@@ -98,7 +107,8 @@ void mlad_peer_refuse(struct mlad_peer *peer, uint32_t sequence, enum mlap_code 
 /* ---- HELLO ---- */
 
 /* Hand the connection over if the device takes it now; keep it waiting, or refuse it, if not. */
-static void try_attach(struct mlad_peer *peer, struct mlad_device *device) {
+static void try_attach(struct mlad_peer *peer, struct mlad_device *device)
+{
     char why[400];
     if (device->state == MLAP_device_state_ABSENT) {
         snprintf(why, sizeof why, "the device %s is absent: %s", device->name, device->reason);
@@ -111,7 +121,8 @@ static void try_attach(struct mlad_peer *peer, struct mlad_device *device) {
     }
 }
 
-static void refuse_device(struct mlad_peer *peer, uint32_t sequence, const char *name) {
+static void refuse_device(struct mlad_peer *peer, uint32_t sequence, const char *name)
+{
     struct mlad_supervisor *supervisor = peer->supervisor;
     char served[256] = "", why[400];
     size_t n = 0;
@@ -121,13 +132,15 @@ static void refuse_device(struct mlad_peer *peer, uint32_t sequence, const char 
     mlad_peer_refuse(peer, sequence, MLAP_code_NO_DEVICE, "device", why);
 }
 
-static void open_session(struct mlad_peer *peer, uint32_t sequence) {
+static void open_session(struct mlad_peer *peer, uint32_t sequence)
+{
     struct mlap_welcome welcome = {.daemon = MLAD_NAME, .session = peer->session, .max_message = MLAP_MAX_MESSAGE};
     peer->state = MLAD_PEER_OPEN;
     mlad_peer_send(peer, MLAP_WELCOME, sequence, &welcome);
 }
 
-static void serve_hello(struct mlad_peer *peer, uint32_t sequence, const struct mlap_hello *hello) {
+static void serve_hello(struct mlad_peer *peer, uint32_t sequence, const struct mlap_hello *hello)
+{
     struct mlad_supervisor *supervisor = peer->supervisor;
     if (!mlap_has(hello, hello, device)) {
         peer->session = ++supervisor->last_session;
@@ -153,7 +166,8 @@ static void serve_hello(struct mlad_peer *peer, uint32_t sequence, const struct 
     try_attach(peer, device);
 }
 
-void mlad_peers_device_changed(struct mlad_supervisor *supervisor, struct mlad_device *device) {
+void mlad_peers_device_changed(struct mlad_supervisor *supervisor, struct mlad_device *device)
+{
     struct mlad_peer *next;
     for (struct mlad_peer *peer = supervisor->peers; peer; peer = next) {
         next = peer->next;
@@ -164,7 +178,8 @@ void mlad_peers_device_changed(struct mlad_supervisor *supervisor, struct mlad_d
 
 /* ---- what it sends ---- */
 
-static void deny(struct mlad_peer *peer, uint32_t sequence) {
+static void deny(struct mlad_peer *peer, uint32_t sequence)
+{
     char why[200];
     peer->supervisor->denied++;
     snprintf(why, sizeof why,
@@ -174,7 +189,8 @@ static void deny(struct mlad_peer *peer, uint32_t sequence) {
     mlad_peer_end(peer, sequence, MLAP_code_DENIED, "", why);
 }
 
-static void serve(struct mlad_peer *peer, const struct mlap_header *header, const union mlap_body *body) {
+static void serve(struct mlad_peer *peer, const struct mlap_header *header, const union mlap_body *body)
+{
     char why[200];
     if (mlap_type_from(header->type) != MLAP_FROM_CLIENT) {
         snprintf(why, sizeof why, "%s is not a client's to send", mlap_type_name(header->type));
@@ -192,7 +208,8 @@ static void serve(struct mlad_peer *peer, const struct mlap_header *header, cons
 }
 
 /* One datagram. Errors after which the two sides may no longer agree on what was said end the connection. */
-static void handle(struct mlad_peer *peer, const char *datagram, long length, unsigned n_fds) {
+static void handle(struct mlad_peer *peer, const char *datagram, long length, unsigned n_fds)
+{
     static union mlap_body body;
     struct mlap_header header;
     struct mlap_fault fault;
@@ -216,7 +233,8 @@ static void handle(struct mlad_peer *peer, const char *datagram, long length, un
 }
 
 /* False when there is nothing to read. */
-static bool receive_one(struct mlad_peer *peer) {
+static bool receive_one(struct mlad_peer *peer)
+{
     static char datagram[MLAP_MAX_MESSAGE];
     int fds[MLAP_MAX_FDS];
     unsigned n_fds;
@@ -235,7 +253,8 @@ static bool receive_one(struct mlad_peer *peer) {
     return true;
 }
 
-static void on_poll(uv_poll_t *poll, int status, int events) {
+static void on_poll(uv_poll_t *poll, int status, int events)
+{
     struct mlad_peer *peer = poll->data;
     if (status < 0 || (events & UV_DISCONNECT)) {
         leave(peer);
@@ -246,7 +265,8 @@ static void on_poll(uv_poll_t *poll, int status, int events) {
             return;
 }
 
-void mlad_peers_tick(struct mlad_supervisor *supervisor) {
+void mlad_peers_tick(struct mlad_supervisor *supervisor)
+{
     struct mlad_peer *next;
     for (struct mlad_peer *peer = supervisor->peers; peer; peer = next) {
         next = peer->next;
@@ -262,7 +282,8 @@ void mlad_peers_tick(struct mlad_supervisor *supervisor) {
 
 /* ---- the beginning ---- */
 
-static const char *over_limit(const struct mlad_supervisor *supervisor, const struct mlad_identity *identity) {
+static const char *over_limit(const struct mlad_supervisor *supervisor, const struct mlad_identity *identity)
+{
     bool admin = mlad_policy_is_admin(&supervisor->config, identity);
     uint32_t of_user = 0;
     for (const struct mlad_peer *peer = supervisor->peers; peer; peer = peer->next)
@@ -274,7 +295,8 @@ static const char *over_limit(const struct mlad_supervisor *supervisor, const st
     return NULL;
 }
 
-void mlad_peer_new(struct mlad_supervisor *supervisor, int fd) {
+void mlad_peer_new(struct mlad_supervisor *supervisor, int fd)
+{
     struct mlad_identity identity;
     const char *limit = NULL;
     struct mlad_peer *peer = NULL;

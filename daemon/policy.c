@@ -6,7 +6,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-bool mlad_policy_identify(int socket, struct mlad_identity *identity) {
+bool mlad_policy_identify(int socket, struct mlad_identity *identity)
+{
     struct ucred cred;
     socklen_t size = sizeof cred;
     if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &cred, &size) < 0)
@@ -15,18 +16,21 @@ bool mlad_policy_identify(int socket, struct mlad_identity *identity) {
     return true;
 }
 
-static bool lists(const struct mlad_ids *ids, uint32_t id) {
+static bool lists(const struct mlad_ids *ids, uint32_t id)
+{
     for (uint32_t i = 0; i < ids->n; i++)
         if (ids->entry[i].id == id)
             return true;
     return false;
 }
 
-bool mlad_policy_is_admin(const struct mlad_config *config, const struct mlad_identity *identity) {
+bool mlad_policy_is_admin(const struct mlad_config *config, const struct mlad_identity *identity)
+{
     return identity->uid == 0 || identity->uid == geteuid() || lists(&config->admin_users, identity->uid);
 }
 
-static bool in_allowed_group(const struct mlad_config *config, gid_t gid, int socket) {
+static bool in_allowed_group(const struct mlad_config *config, gid_t gid, int socket)
+{
     if (lists(&config->allowed_groups, gid))
         return true;
     gid_t *groups = NULL;
@@ -42,7 +46,8 @@ static bool in_allowed_group(const struct mlad_config *config, gid_t gid, int so
     return found;
 }
 
-bool mlad_policy_allows(const struct mlad_config *config, const struct mlad_identity *identity, int socket) {
+bool mlad_policy_allows(const struct mlad_config *config, const struct mlad_identity *identity, int socket)
+{
     return mlad_policy_is_admin(config, identity) || config->allowed_users.everyone ||
            lists(&config->allowed_users, identity->uid) ||
            (config->allowed_groups.n > 0 && in_allowed_group(config, identity->gid, socket));

@@ -30,7 +30,8 @@ struct mlad_process {
     void *owner;
 };
 
-static void on_closed(uv_handle_t *handle) {
+static void on_closed(uv_handle_t *handle)
+{
     struct mlad_process *process = handle->data;
     if (--process->open_handles == 0) {
         munmap((void *)(uintptr_t)process->life, sizeof *process->life);
@@ -38,16 +39,19 @@ static void on_closed(uv_handle_t *handle) {
     }
 }
 
-int mlad_process_pid(const struct mlad_process *process) {
+int mlad_process_pid(const struct mlad_process *process)
+{
     return process->handle.pid;
 }
 
-void mlad_process_kill(struct mlad_process *process) {
+void mlad_process_kill(struct mlad_process *process)
+{
     if (!process->reaped) /* the id may be another's by now */
         uv_process_kill(&process->handle, SIGKILL);
 }
 
-void mlad_process_hang_up(struct mlad_process *process) {
+void mlad_process_hang_up(struct mlad_process *process)
+{
     if (process->control < 0)
         return;
     uv_close((uv_handle_t *)&process->poll, on_closed);
@@ -58,7 +62,8 @@ void mlad_process_hang_up(struct mlad_process *process) {
 /* ---- control socket ---- */
 
 /* Deliver one message; false when there is none left, or no way on. */
-static bool receive_one(struct mlad_process *process) {
+static bool receive_one(struct mlad_process *process)
+{
     static char datagram[MLAP_MAX_MESSAGE]; /* one loop, one thread, and no message is handled inside another */
     static union mlap_body body;
     struct mlap_header header;
@@ -91,11 +96,13 @@ static bool receive_one(struct mlad_process *process) {
 
 static void on_poll(uv_poll_t *poll, int status, int events);
 
-static void watch(struct mlad_process *process) {
+static void watch(struct mlad_process *process)
+{
     uv_poll_start(&process->poll, UV_READABLE | (process->full ? UV_WRITABLE : 0), on_poll);
 }
 
-static void on_poll(uv_poll_t *poll, int status, int events) {
+static void on_poll(uv_poll_t *poll, int status, int events)
+{
     struct mlad_process *process = poll->data;
     if (status < 0 || (events & UV_READABLE))
         for (int i = 0; i < 64 && receive_one(process); i++)
@@ -107,7 +114,8 @@ static void on_poll(uv_poll_t *poll, int status, int events) {
     }
 }
 
-int mlad_process_send(struct mlad_process *process, enum mlap_type type, uint32_t sequence, const void *body, int fd) {
+int mlad_process_send(struct mlad_process *process, enum mlap_type type, uint32_t sequence, const void *body, int fd)
+{
     if (process->control < 0) {
         errno = EPIPE;
         return -1;
@@ -123,7 +131,8 @@ int mlad_process_send(struct mlad_process *process, enum mlap_type type, uint32_
 
 /* ---- signs of life ---- */
 
-struct mlad_life mlad_process_life(const struct mlad_process *process) {
+struct mlad_life mlad_process_life(const struct mlad_process *process)
+{
     const struct mlad_life *life = process->life;
     return (struct mlad_life){
         .beat = __atomic_load_n(&life->beat, __ATOMIC_RELAXED),
@@ -133,7 +142,8 @@ struct mlad_life mlad_process_life(const struct mlad_process *process) {
     };
 }
 
-uint64_t mlad_process_silence(struct mlad_process *process) {
+uint64_t mlad_process_silence(struct mlad_process *process)
+{
     enum { LOOK_MS = 250 }; /* our caller looks more often than this unless we were stopped ourselves */
     struct mlad_life now = mlad_process_life(process);
     uint64_t clock = uv_now(process->handle.loop), passed = clock - process->looked_at;
@@ -149,7 +159,8 @@ uint64_t mlad_process_silence(struct mlad_process *process) {
 
 /* ---- start and end ---- */
 
-static void on_reaped(uv_process_t *handle, int64_t status, int signal) {
+static void on_reaped(uv_process_t *handle, int64_t status, int signal)
+{
     struct mlad_process *process = handle->data;
     char how[96];
     process->reaped = true;
@@ -165,17 +176,20 @@ static void on_reaped(uv_process_t *handle, int64_t status, int signal) {
     uv_close((uv_handle_t *)handle, on_closed);
 }
 
-static void close_fd(int *fd) {
+static void close_fd(int *fd)
+{
     if (*fd >= 0)
         close(*fd);
 }
 
-static void free_strings(char ***strings) {
+static void free_strings(char ***strings)
+{
     free(*strings);
 }
 
 /* Our environment without the way to notify systemd, which is the supervisor's alone. NULL without memory. */
-static char **worker_environment(void) {
+static char **worker_environment(void)
+{
     size_t n = 0, kept = 0;
     while (environ[n])
         n++;
@@ -187,7 +201,8 @@ static char **worker_environment(void) {
 }
 
 /* A zeroed page that neither side can shorten under the other, mapped for reading at *life. -1 with errno. */
-static int make_life(const struct mlad_life **life) {
+static int make_life(const struct mlad_life **life)
+{
     int fd = memfd_create("mlad-life", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -1;
@@ -203,7 +218,8 @@ static int make_life(const struct mlad_life **life) {
 }
 
 static int spawn(struct mlad_process *process, uv_loop_t *loop, const struct mlad_process_command *command,
-                 char **environment, int control, int life) {
+                 char **environment, int control, int life)
+{
     char threads[24], level[4];
     snprintf(threads, sizeof threads, "%llu", (unsigned long long)command->threads);
     snprintf(level, sizeof level, "%d", command->log_level);
@@ -238,7 +254,8 @@ static int spawn(struct mlad_process *process, uv_loop_t *loop, const struct mla
 }
 
 int mlad_process_start(struct mlad_process **started, uv_loop_t *loop, const struct mlad_process_command *command,
-                       const struct mlad_process_events *events, void *owner) {
+                       const struct mlad_process_events *events, void *owner)
+{
     __attribute__((cleanup(free_strings))) char **environment = worker_environment();
     struct mlad_process *process = calloc(1, sizeof *process);
     if (!process || !environment) {

@@ -14,7 +14,8 @@
 #include <time.h>
 #include <unistd.h>
 
-struct mlad_device *mlad_supervisor_device(struct mlad_supervisor *supervisor, const char *name) {
+struct mlad_device *mlad_supervisor_device(struct mlad_supervisor *supervisor, const char *name)
+{
     for (uint32_t i = 0; i < supervisor->n_devices; i++)
         if (strcmp(supervisor->devices[i]->name, name) == 0)
             return supervisor->devices[i];
@@ -24,7 +25,8 @@ struct mlad_device *mlad_supervisor_device(struct mlad_supervisor *supervisor, c
 /* ---- what systemd is told ---- */
 
 /* One line: "cpu ready, reference restarting". READY comes once no device is still in its first start. */
-static void notify_state(struct mlad_supervisor *supervisor) {
+static void notify_state(struct mlad_supervisor *supervisor)
+{
     char line[1400] = "";
     size_t n = 0;
     bool settled = true;
@@ -42,12 +44,14 @@ static void notify_state(struct mlad_supervisor *supervisor) {
     }
 }
 
-static void on_watchdog(uv_timer_t *timer) {
+static void on_watchdog(uv_timer_t *timer)
+{
     (void)timer;
     sd_notify(0, "WATCHDOG=1");
 }
 
-static void start_watchdog(struct mlad_supervisor *supervisor) {
+static void start_watchdog(struct mlad_supervisor *supervisor)
+{
     uint64_t interval_us = 0;
     uv_timer_init(&supervisor->loop, &supervisor->watchdog);
     if (sd_watchdog_enabled(1, &interval_us) > 0)
@@ -56,7 +60,8 @@ static void start_watchdog(struct mlad_supervisor *supervisor) {
 
 /* ---- reload ---- */
 
-static void on_hangup(uv_signal_t *handle, int number) {
+static void on_hangup(uv_signal_t *handle, int number)
+{
     struct mlad_supervisor *supervisor = handle->data;
     const struct mlad_source *source = &supervisor->source;
     static struct mlad_config wanted; /* large */
@@ -82,7 +87,8 @@ static void on_hangup(uv_signal_t *handle, int number) {
 
 /* ---- stop: nothing new, drain, end the workers, close the loop ---- */
 
-static void close_loop(struct mlad_supervisor *supervisor) {
+static void close_loop(struct mlad_supervisor *supervisor)
+{
     if (supervisor->closed)
         return;
     supervisor->closed = true;
@@ -97,7 +103,8 @@ static void close_loop(struct mlad_supervisor *supervisor) {
     uv_close((uv_handle_t *)&supervisor->interrupt, NULL);
 }
 
-static void end_workers(struct mlad_supervisor *supervisor) {
+static void end_workers(struct mlad_supervisor *supervisor)
+{
     if (supervisor->ending)
         return;
     supervisor->ending = true;
@@ -106,7 +113,8 @@ static void end_workers(struct mlad_supervisor *supervisor) {
 }
 
 /* A device has nothing in flight any more, or no worker, or no time. */
-static void on_finished(void *context, const struct mlap_header *header, const union mlap_body *body) {
+static void on_finished(void *context, const struct mlap_header *header, const union mlap_body *body)
+{
     struct mlad_supervisor *supervisor = context;
     (void)header;
     (void)body;
@@ -114,7 +122,8 @@ static void on_finished(void *context, const struct mlap_header *header, const u
         end_workers(supervisor);
 }
 
-static void on_stop(uv_signal_t *handle, int number) {
+static void on_stop(uv_signal_t *handle, int number)
+{
     struct mlad_supervisor *supervisor = handle->data;
     if (supervisor->stopping) { /* asked twice: do not wait */
         end_workers(supervisor);
@@ -138,7 +147,8 @@ static void on_stop(uv_signal_t *handle, int number) {
 
 /* ---- running ---- */
 
-static void on_device_changed(struct mlad_device *device, void *owner) {
+static void on_device_changed(struct mlad_device *device, void *owner)
+{
     struct mlad_supervisor *supervisor = owner;
     bool all_gone = supervisor->ending;
     for (uint32_t i = 0; i < supervisor->n_devices; i++)
@@ -150,7 +160,8 @@ static void on_device_changed(struct mlad_device *device, void *owner) {
         mlad_peers_device_changed(supervisor, device);
 }
 
-static void on_tick(uv_timer_t *timer) {
+static void on_tick(uv_timer_t *timer)
+{
     struct mlad_supervisor *supervisor = timer->data;
     for (uint32_t i = 0; i < supervisor->n_devices; i++)
         mlad_device_tick(supervisor->devices[i]);
@@ -158,12 +169,14 @@ static void on_tick(uv_timer_t *timer) {
     mlad_listener_tick(&supervisor->listener);
 }
 
-static void on_accepted(struct mlad_listener *listener, int fd) {
+static void on_accepted(struct mlad_listener *listener, int fd)
+{
     mlad_peer_new(listener->owner, fd);
 }
 
 /* mlad-worker lies at a fixed place from our own executable, which an upgrade may replace while we run. */
-static bool find_worker(struct mlad_supervisor *supervisor) {
+static bool find_worker(struct mlad_supervisor *supervisor)
+{
     char self[3800];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     if (n < 0)
@@ -173,7 +186,8 @@ static bool find_worker(struct mlad_supervisor *supervisor) {
     return true;
 }
 
-static bool make_devices(struct mlad_supervisor *supervisor) {
+static bool make_devices(struct mlad_supervisor *supervisor)
+{
     const struct mlad_config *config = &supervisor->config;
     char path[sizeof supervisor->listener.path];
     snprintf(path, sizeof path, "%s", supervisor->listener.path);
@@ -193,14 +207,16 @@ static bool make_devices(struct mlad_supervisor *supervisor) {
     return true;
 }
 
-static void watch_signal(struct mlad_supervisor *supervisor, uv_signal_t *handle, uv_signal_cb callback, int number) {
+static void watch_signal(struct mlad_supervisor *supervisor, uv_signal_t *handle, uv_signal_cb callback, int number)
+{
     uv_signal_init(&supervisor->loop, handle);
     handle->data = supervisor;
     uv_signal_start(handle, callback, number);
 }
 
 /* All handles exist from here on, so that close_loop can close them. */
-static bool start(struct mlad_supervisor *supervisor) {
+static bool start(struct mlad_supervisor *supervisor)
+{
     char error[512];
     const struct mlad_config *config = &supervisor->config;
     if (uv_timer_init(&supervisor->loop, &supervisor->tick) != 0)
@@ -226,7 +242,8 @@ static bool start(struct mlad_supervisor *supervisor) {
     return true;
 }
 
-int mlad_supervisor_run(const struct mlad_config *config, const struct mlad_source *source) {
+int mlad_supervisor_run(const struct mlad_config *config, const struct mlad_source *source)
+{
     static struct mlad_supervisor supervisor; /* one in a process, and it lasts as long */
     supervisor.config = *config;
     supervisor.source = *source;

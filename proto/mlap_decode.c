@@ -16,7 +16,8 @@ enum { MAX_DEPTH = 8 };
 
 /* ---- the scan ---- */
 
-static uint64_t big_endian(const unsigned char *at, unsigned bytes) {
+static uint64_t big_endian(const unsigned char *at, unsigned bytes)
+{
     uint64_t value = 0;
     for (unsigned i = 0; i < bytes; i++)
         value = value << 8 | at[i];
@@ -46,7 +47,8 @@ static const struct shape shapes[32] = {
 };
 
 /* NULL if the bytes are exactly one msgpack value within bounds, else what is wrong with them. */
-static const char *scan(const unsigned char *bytes, size_t length) {
+static const char *scan(const unsigned char *bytes, size_t length)
+{
     uint64_t wanted[MAX_DEPTH + 1] = {1};   /* values still to come at each depth */
     unsigned depth = 0;
     size_t at = 0;
@@ -100,7 +102,8 @@ struct path {
     uint32_t index;
 };
 
-static size_t spell_into(const struct path *path, char *text, size_t capacity) {
+static size_t spell_into(const struct path *path, char *text, size_t capacity)
+{
     if (path->up == NULL)
         return 0;
     size_t used = spell_into(path->up, text, capacity);
@@ -119,20 +122,23 @@ static size_t spell_into(const struct path *path, char *text, size_t capacity) {
 
 struct spelled { char text[sizeof((struct mlap_fault *)0)->field]; };
 
-static struct spelled spell(const struct path *path) {
+static struct spelled spell(const struct path *path)
+{
     struct spelled spelled = {""};
     spell_into(path, spelled.text, sizeof spelled.text);
     return spelled;
 }
 
-static struct path below(const struct path *up, const char *name, size_t name_length, uint32_t index) {
+static struct path below(const struct path *up, const char *name, size_t name_length, uint32_t index)
+{
     return (struct path){up, up->message, name, name_length, index};
 }
 
 /* "a string" or the value itself, for the end of a sentence. */
 struct shown { char text[64]; };
 
-static struct shown show(const msgpack_object *value) {
+static struct shown show(const msgpack_object *value)
+{
     struct shown shown;
     switch (value->type) {
     case MSGPACK_OBJECT_BOOLEAN:
@@ -171,7 +177,8 @@ static struct shown show(const msgpack_object *value) {
 }
 
 static enum mlap_code refuse_value(const struct path *at, const struct mlap_field *field, const msgpack_object *value,
-                                   struct mlap_fault *fault) {
+                                   struct mlap_fault *fault)
+{
     char description[MLAP_DESCRIPTION];
     struct spelled name = spell(at);
     return mlap_fail(fault, MLAP_code_INVALID, name.text, "%s must be %s, but is %s", name.text,
@@ -184,7 +191,8 @@ static enum mlap_code decode_map(const struct path *at, const struct mlap_table 
                                  char *to, struct mlap_fault *fault);
 
 /* A JSON-minded client writes 1.0 as the integer 1: whole numbers are taken where a double holds them exactly. */
-static bool number(const msgpack_object *value, double *number) {
+static bool number(const msgpack_object *value, double *number)
+{
     const int64_t exact = INT64_C(1) << 53;
     if (value->type == MSGPACK_OBJECT_FLOAT32 || value->type == MSGPACK_OBJECT_FLOAT64)
         *number = value->via.f64;
@@ -198,7 +206,8 @@ static bool number(const msgpack_object *value, double *number) {
 }
 
 /* The enumerator whose text `value` is, or count. */
-static uint32_t enumerator(const struct mlap_names *names, const msgpack_object *value) {
+static uint32_t enumerator(const struct mlap_names *names, const msgpack_object *value)
+{
     uint32_t i = 0;
     while (i < names->count && (strlen(names->texts[i]) != value->via.str.size ||
                                 memcmp(names->texts[i], value->via.str.ptr, value->via.str.size) != 0))
@@ -207,7 +216,8 @@ static uint32_t enumerator(const struct mlap_names *names, const msgpack_object 
 }
 
 static enum mlap_code decode_list(const struct path *at, const struct mlap_field *field,
-                                  const msgpack_object_array *from, char *body, struct mlap_fault *fault) {
+                                  const msgpack_object_array *from, char *body, struct mlap_fault *fault)
+{
     memcpy(body + field->count_offset, &from->size, sizeof from->size);
     for (uint32_t i = 0; i < from->size; i++) {
         struct path here = below(at, NULL, 0, i);
@@ -225,7 +235,8 @@ static enum mlap_code decode_list(const struct path *at, const struct mlap_field
 }
 
 static enum mlap_code decode_value(const struct path *at, const struct mlap_field *field, const msgpack_object *value,
-                                   char *body, struct mlap_fault *fault) {
+                                   char *body, struct mlap_fault *fault)
+{
     char *member = body + field->offset;
     switch (field->kind) {
     case MLAP_KIND_BOOL:
@@ -278,7 +289,8 @@ static enum mlap_code decode_value(const struct path *at, const struct mlap_fiel
 }
 
 /* The index of the field called `key`, or n_fields. Senders mostly keep the tables' order: look from `hint` on. */
-static uint32_t find_field(const struct mlap_table *table, const msgpack_object_str *key, uint32_t hint) {
+static uint32_t find_field(const struct mlap_table *table, const msgpack_object_str *key, uint32_t hint)
+{
     for (uint32_t tried = 0; tried < table->n_fields; tried++) {
         uint32_t i = hint + tried < table->n_fields ? hint + tried : hint + tried - table->n_fields;
         const struct mlap_field *field = &table->fields[i];
@@ -290,7 +302,8 @@ static uint32_t find_field(const struct mlap_table *table, const msgpack_object_
 
 /* Absent fields become zero, so that the body is wholly written; the rest of a list's array is left alone. */
 static enum mlap_code finish_map(const struct path *at, const struct mlap_table *table, uint64_t present, char *to,
-                                 struct mlap_fault *fault) {
+                                 struct mlap_fault *fault)
+{
     for (uint32_t i = 0; i < table->n_fields; i++) {
         const struct mlap_field *field = &table->fields[i];
         if ((present >> i) & 1)
@@ -309,7 +322,8 @@ static enum mlap_code finish_map(const struct path *at, const struct mlap_table 
 }
 
 static enum mlap_code decode_map(const struct path *at, const struct mlap_table *table, const msgpack_object *from,
-                                 char *to, struct mlap_fault *fault) {
+                                 char *to, struct mlap_fault *fault)
+{
     uint64_t present = 0;
     uint32_t next = 0;
     for (uint32_t k = 0; k < from->via.map.size; k++) {
@@ -340,7 +354,8 @@ static enum mlap_code decode_map(const struct path *at, const struct mlap_table 
 /* ---- the datagram ---- */
 
 /* Fill `header` as far as the array goes; false if it is not [version, type, sequence, map]. */
-static bool decode_header(const msgpack_object *datagram, struct mlap_header *header) {
+static bool decode_header(const msgpack_object *datagram, struct mlap_header *header)
+{
     if (datagram->type != MSGPACK_OBJECT_ARRAY)
         return false;
     uint32_t *const numbers[3] = {&header->version, &header->type, &header->sequence};
@@ -356,7 +371,8 @@ static bool decode_header(const msgpack_object *datagram, struct mlap_header *he
 }
 
 static enum mlap_code decode_datagram(const msgpack_object *datagram, struct mlap_header *header, union mlap_body *body,
-                                      struct mlap_fault *fault) {
+                                      struct mlap_fault *fault)
+{
     bool whole = decode_header(datagram, header);
     /* A later version may have another shape after its first number. */
     if (header->version != 0 && header->version != MLAP_VERSION)
@@ -374,7 +390,8 @@ static enum mlap_code decode_datagram(const msgpack_object *datagram, struct mla
 }
 
 enum mlap_code mlap_decode(const void *bytes, size_t length, struct mlap_header *header, union mlap_body *body,
-                           struct mlap_fault *fault) {
+                           struct mlap_fault *fault)
+{
     *header = (struct mlap_header){0};
     if (length > MLAP_MAX_MESSAGE)
         return mlap_fail(fault, MLAP_code_MALFORMED, "", "the datagram has %zu bytes; at most %u are allowed", length,

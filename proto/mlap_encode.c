@@ -13,7 +13,8 @@ struct sink {
 };
 
 /* msgpack-c's write callback; its packers return -1 when this does. */
-static int sink_write(void *data, const char *bytes, size_t length) {
+static int sink_write(void *data, const char *bytes, size_t length)
+{
     struct sink *sink = data;
     if (length > sink->capacity - sink->length) {
         errno = EMSGSIZE;
@@ -24,18 +25,21 @@ static int sink_write(void *data, const char *bytes, size_t length) {
     return 0;
 }
 
-static int refuse(void) {
+static int refuse(void)
+{
     errno = EINVAL;
     return -1;
 }
 
 static int encode_map(msgpack_packer *to, const struct mlap_table *table, const char *body);
 
-static int encode_integer(msgpack_packer *to, const struct mlap_field *field, uint64_t value) {
+static int encode_integer(msgpack_packer *to, const struct mlap_field *field, uint64_t value)
+{
     return value >= field->min && value <= field->max ? msgpack_pack_uint64(to, value) : refuse();
 }
 
-static int encode_value(msgpack_packer *to, const struct mlap_field *field, const char *body) {
+static int encode_value(msgpack_packer *to, const struct mlap_field *field, const char *body)
+{
     const char *member = body + field->offset;
     switch (field->kind) {
     case MLAP_KIND_BOOL:
@@ -77,7 +81,8 @@ static int encode_value(msgpack_packer *to, const struct mlap_field *field, cons
     return refuse();
 }
 
-static int encode_map(msgpack_packer *to, const struct mlap_table *table, const char *body) {
+static int encode_map(msgpack_packer *to, const struct mlap_table *table, const char *body)
+{
     uint64_t present;
     memcpy(&present, body, sizeof present);
     uint32_t count = 0;
@@ -99,7 +104,8 @@ static int encode_map(msgpack_packer *to, const struct mlap_table *table, const 
     return 0;
 }
 
-long mlap_encode(void *buffer, size_t capacity, enum mlap_type type, uint32_t sequence, const void *body) {
+long mlap_encode(void *buffer, size_t capacity, enum mlap_type type, uint32_t sequence, const void *body)
+{
     const struct mlap_message *message = mlap_message_of(type);
     if (message == NULL)
         return refuse();

@@ -7,7 +7,8 @@
 #include <string.h>
 
 /* Length of the UTF-8 sequence at `at`, 0 if there is none: overlong forms, surrogates and NUL are none. */
-static size_t utf8_step(const unsigned char *at, size_t left) {
+static size_t utf8_step(const unsigned char *at, size_t left)
+{
     if (at[0] < 0x80)
         return at[0] != 0;
     static const struct { unsigned char first_low, first_high, second_low, second_high; size_t length; } forms[] = {
@@ -29,7 +30,8 @@ static size_t utf8_step(const unsigned char *at, size_t left) {
     return 0;
 }
 
-bool mlap_is_text(const char *bytes, size_t length) {
+bool mlap_is_text(const char *bytes, size_t length)
+{
     const unsigned char *at = (const unsigned char *)bytes;
     for (size_t step; length > 0; at += step, length -= step) {
         step = utf8_step(at, length);
@@ -40,7 +42,8 @@ bool mlap_is_text(const char *bytes, size_t length) {
 }
 
 /* A fault is sent to the peer: whatever was quoted in it, or cut through, becomes printable text. */
-static void make_text(char *string) {
+static void make_text(char *string)
+{
     unsigned char *at = (unsigned char *)string;
     for (size_t left = strlen(string); left > 0;) {
         size_t step = utf8_step(at, left);
@@ -53,7 +56,8 @@ static void make_text(char *string) {
     }
 }
 
-enum mlap_code mlap_fail(struct mlap_fault *fault, enum mlap_code code, const char *field, const char *format, ...) {
+enum mlap_code mlap_fail(struct mlap_fault *fault, enum mlap_code code, const char *field, const char *format, ...)
+{
     if (fault == NULL)
         return code;
     fault->code = code;

@@ -4,13 +4,15 @@
 #include <inttypes.h>
 #include <stdio.h>
 
-static const char *kind_text(const struct mlap_field *field) {
+static const char *kind_text(const struct mlap_field *field)
+{
     static const char *const kinds[] = {"bool", "uint", "uint", "float", "str", "str", "map", "array"};
     return kinds[field->kind];
 }
 
 /* What may stand in the field; an enumeration or nested map by its name, which has a section of its own. */
-static void print_domain(FILE *to, const struct mlap_field *field) {
+static void print_domain(FILE *to, const struct mlap_field *field)
+{
     char description[MLAP_DESCRIPTION];
     if (field->kind == MLAP_KIND_ENUM)
         fprintf(to, "[%s](#%s)", field->names->name, field->names->name);
@@ -22,7 +24,8 @@ static void print_domain(FILE *to, const struct mlap_field *field) {
         fputs(mlap_describe(field, description), to);
 }
 
-static void print_table(FILE *to, const struct mlap_table *table) {
+static void print_table(FILE *to, const struct mlap_table *table)
+{
     if (table->n_fields == 0) {
         fputs("No fields: the body is the empty map.\n", to);
         return;
@@ -36,7 +39,8 @@ static void print_table(FILE *to, const struct mlap_table *table) {
     }
 }
 
-static void print_messages(FILE *to, const char *title, enum mlap_from from) {
+static void print_messages(FILE *to, const char *title, enum mlap_from from)
+{
     fprintf(to, "## %s\n\n", title);
     for (uint32_t type = 0; type < MLAP_TYPES_END; type++) {
         const struct mlap_message *message = mlap_message_of(type);
@@ -49,7 +53,8 @@ static void print_messages(FILE *to, const char *title, enum mlap_from from) {
     }
 }
 
-static void print_nested(FILE *to) {
+static void print_nested(FILE *to)
+{
     size_t count;
     const struct mlap_table *const *tables = mlap_nested_tables(&count);
     fputs("## Nested maps\n\n", to);
@@ -60,7 +65,8 @@ static void print_nested(FILE *to) {
     }
 }
 
-static void print_enumerations(FILE *to) {
+static void print_enumerations(FILE *to)
+{
     size_t count;
     const struct mlap_names *const *enumerations = mlap_enumerations(&count);
     fputs("## Enumerations\n\nOn the wire an enumerator is its text.\n", to);
@@ -71,7 +77,8 @@ static void print_enumerations(FILE *to) {
     }
 }
 
-int main(void) {
+int main(void)
+{
     print_messages(stdout, "Messages from the client", MLAP_FROM_CLIENT);
     print_messages(stdout, "Messages from the daemon", MLAP_FROM_DAEMON);
     print_messages(stdout, "Messages inside the daemon (refused from a client)", MLAP_FROM_INTERNAL);

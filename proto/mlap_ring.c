@@ -1,22 +1,26 @@
 /* mlap_ring.c - making and opening the rings' memfd. The mapping belongs to the caller; nothing is allocated. */
 #include "mlap_ring.h"
 
-static bool size_is_legal(uint32_t entries) {
+static bool size_is_legal(uint32_t entries)
+{
     return entries > 0 && entries <= MLAP_RING_MAX_ENTRIES && (entries & (entries - 1)) == 0;
 }
 
-size_t mlap_rings_bytes(uint32_t entries) {
+size_t mlap_rings_bytes(uint32_t entries)
+{
     return size_is_legal(entries) ? sizeof(struct mlap_rings) + 2 * (size_t)entries * sizeof(union mlap_entry) : 0;
 }
 
-void mlap_rings_init(void *mapping, uint32_t entries) {
+void mlap_rings_init(void *mapping, uint32_t entries)
+{
     struct mlap_rings *rings = mapping;
     rings->magic = MLAP_RINGS_MAGIC;
     rings->version = MLAP_RINGS_VERSION;
     rings->entries = entries;
 }
 
-int mlap_rings_open(void *mapping, size_t bytes, struct mlap_ring *submission, struct mlap_ring *completion) {
+int mlap_rings_open(void *mapping, size_t bytes, struct mlap_ring *submission, struct mlap_ring *completion)
+{
     struct mlap_rings *rings = mapping;
     /* Once: the peer may change it. */
     uint32_t entries = bytes >= sizeof *rings ? __atomic_load_n(&rings->entries, __ATOMIC_RELAXED) : 0;

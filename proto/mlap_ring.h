@@ -93,7 +93,8 @@ void mlap_rings_init(void *mapping, uint32_t entries);
 int mlap_rings_open(void *mapping, size_t bytes, struct mlap_ring *submission, struct mlap_ring *completion);
 
 /* Producer: append one entry. 0; -1 with errno EAGAIN: full; EPROTO: the consumer's index is nonsense. */
-static inline int mlap_ring_push(struct mlap_ring *ring, const union mlap_entry *entry) {
+static inline int mlap_ring_push(struct mlap_ring *ring, const union mlap_entry *entry)
+{
     uint32_t waiting = ring->mine - __atomic_load_n(&ring->shared->head, __ATOMIC_ACQUIRE);
     if (waiting >= ring->size) {
         errno = waiting == ring->size ? EAGAIN : EPROTO;
@@ -107,7 +108,8 @@ static inline int mlap_ring_push(struct mlap_ring *ring, const union mlap_entry 
 }
 
 /* Consumer: take one entry. 0; -1 with errno EAGAIN: empty; EPROTO: the producer's index is nonsense. */
-static inline int mlap_ring_pop(struct mlap_ring *ring, union mlap_entry *entry) {
+static inline int mlap_ring_pop(struct mlap_ring *ring, union mlap_entry *entry)
+{
     uint32_t waiting = __atomic_load_n(&ring->shared->tail, __ATOMIC_SEQ_CST) - ring->mine;
     if (waiting == 0 || waiting > ring->size) {
         errno = waiting == 0 ? EAGAIN : EPROTO;
@@ -123,11 +125,13 @@ static inline int mlap_ring_pop(struct mlap_ring *ring, union mlap_entry *entry)
 /* Consumer, before it sleeps: ask for a wake-up, pop once more, and sleep only if that finds nothing; afterwards take
  * the asking back. Producer, after pushing: is a wake-up asked for? Flag and tail are sequentially consistent on both
  * sides: either the consumer's pop sees the entry, or the producer sees the flag. */
-static inline void mlap_ring_set_wakeup(struct mlap_ring *ring, bool asked) {
+static inline void mlap_ring_set_wakeup(struct mlap_ring *ring, bool asked)
+{
     __atomic_store_n(&ring->shared->flags, asked ? MLAP_RING_NEED_WAKEUP : 0u, __ATOMIC_SEQ_CST);
 }
 
-static inline bool mlap_ring_wants_wakeup(const struct mlap_ring *ring) {
+static inline bool mlap_ring_wants_wakeup(const struct mlap_ring *ring)
+{
     return (__atomic_load_n(&ring->shared->flags, __ATOMIC_SEQ_CST) & MLAP_RING_NEED_WAKEUP) != 0;
 }
 

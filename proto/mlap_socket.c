@@ -15,13 +15,15 @@ union control {
 };
 
 /* The kernel's own shortages pass: for a caller they are one with "not now". */
-static int not_now(void) {
+static int not_now(void)
+{
     if (errno == ENOMEM || errno == ENOBUFS || errno == ETOOMANYREFS)
         errno = EAGAIN;
     return -1;
 }
 
-int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags) {
+int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags)
+{
     struct iovec part = {(void *)(uintptr_t)bytes, length};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1};
     union control control = {0};
@@ -39,7 +41,8 @@ int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags) {
     return sent < 0 ? not_now() : 0;
 }
 
-long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags) {
+long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags)
+{
     struct iovec part = {buffer, capacity};
     union control control;
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
@@ -74,7 +77,8 @@ long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FD
     return (long)length;
 }
 
-int mlap_send_message(int socket, enum mlap_type type, uint32_t sequence, const void *body, int fd, int flags) {
+int mlap_send_message(int socket, enum mlap_type type, uint32_t sequence, const void *body, int fd, int flags)
+{
     char buffer[MLAP_MAX_MESSAGE];
     long length = mlap_encode(buffer, sizeof buffer, type, sequence, body);
     return length < 0 ? -1 : mlap_send(socket, buffer, (size_t)length, fd, flags);

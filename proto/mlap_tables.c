@@ -16,7 +16,8 @@
     static const struct mlap_names names_##M = {#M, title, texts_##M, docs_##M, MLAP_##M##_COUNT};
 MLAP_ENUMS(NAMES)
 
-static int from_text(const struct mlap_names *names, const char *text) {
+static int from_text(const struct mlap_names *names, const char *text)
+{
     for (uint32_t value = 0; value < names->count; value++)
         if (strcmp(names->texts[value], text) == 0)
             return (int)value;
@@ -82,28 +83,33 @@ MLAP_MESSAGES(MESSAGE_TABLE)
 #define MESSAGE(TYPE, M, number, n_fds, FROM, text) [number] = {#TYPE, &table_##M, n_fds, MLAP_FROM_##FROM, text},
 static const struct mlap_message messages[MLAP_TYPES_END] = {MLAP_MESSAGES(MESSAGE)};
 
-const struct mlap_message *mlap_message_of(uint32_t type) {
+const struct mlap_message *mlap_message_of(uint32_t type)
+{
     return type < MLAP_TYPES_END && messages[type].type != NULL ? &messages[type] : NULL;
 }
 
-const char *mlap_type_name(uint32_t type) {
+const char *mlap_type_name(uint32_t type)
+{
     const struct mlap_message *message = mlap_message_of(type);
     return message != NULL ? message->type : NULL;
 }
 
-int mlap_type_fds(uint32_t type) {
+int mlap_type_fds(uint32_t type)
+{
     const struct mlap_message *message = mlap_message_of(type);
     return message != NULL ? message->fds : -1;
 }
 
-int mlap_type_from(uint32_t type) {
+int mlap_type_from(uint32_t type)
+{
     const struct mlap_message *message = mlap_message_of(type);
     return message != NULL ? (int)message->from : -1;
 }
 
 /* ---- what a field holds, in words ---- */
 
-const char *mlap_describe(const struct mlap_field *field, char text[MLAP_DESCRIPTION]) {
+const char *mlap_describe(const struct mlap_field *field, char text[MLAP_DESCRIPTION])
+{
     switch (field->kind) {
     case MLAP_KIND_BOOL:
         snprintf(text, MLAP_DESCRIPTION, "true or false");
@@ -143,12 +149,14 @@ const char *mlap_describe(const struct mlap_field *field, char text[MLAP_DESCRIP
 static const struct mlap_table *const nested_tables[] = {MLAP_NESTED(TABLE_ADDRESS)};
 static const struct mlap_names *const enumerations[] = {MLAP_ENUMS(NAMES_ADDRESS)};
 
-const struct mlap_table *const *mlap_nested_tables(size_t *count) {
+const struct mlap_table *const *mlap_nested_tables(size_t *count)
+{
     *count = sizeof nested_tables / sizeof nested_tables[0];
     return nested_tables;
 }
 
-const struct mlap_names *const *mlap_enumerations(size_t *count) {
+const struct mlap_names *const *mlap_enumerations(size_t *count)
+{
     *count = sizeof enumerations / sizeof enumerations[0];
     return enumerations;
 }

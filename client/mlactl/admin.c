@@ -20,18 +20,21 @@ struct admin {
     uint8_t bytes[MLAP_MAX_MESSAGE];
 };
 
-static int64_t now_ms(void) {
+static int64_t now_ms(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
-static int timed_out(const struct admin *admin, struct ctl_fault *fault) {
+static int timed_out(const struct admin *admin, struct ctl_fault *fault)
+{
     ctl_fail(fault, "mlad at %s did not answer in %g s", admin->path, admin->timeout_ms / 1000.0);
     return CTL_TIMED_OUT;
 }
 
-static int socket_failed(const struct admin *admin, struct ctl_fault *fault) {
+static int socket_failed(const struct admin *admin, struct ctl_fault *fault)
+{
     if (errno == ENOENT || errno == ECONNREFUSED) {
         ctl_fail(fault, "mlad is not running: nobody listens at %s", admin->path);
         return CTL_NOT_RUNNING;
@@ -44,7 +47,8 @@ static int socket_failed(const struct admin *admin, struct ctl_fault *fault) {
 }
 
 /* EAGAIN means a full backlog: the daemon is there and does not accept. */
-static int connect_socket(struct admin *admin, struct ctl_fault *fault) {
+static int connect_socket(struct admin *admin, struct ctl_fault *fault)
+{
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     memcpy(address.sun_path, admin->path, sizeof admin->path);
     admin->socket = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -60,7 +64,8 @@ static int connect_socket(struct admin *admin, struct ctl_fault *fault) {
     return CTL_OK;
 }
 
-static int receive(struct admin *admin, struct mlap_header *header, struct ctl_fault *fault) {
+static int receive(struct admin *admin, struct mlap_header *header, struct ctl_fault *fault)
+{
     for (;;) {
         int fds[MLAP_MAX_FDS];
         unsigned n_fds = 0;
@@ -88,7 +93,8 @@ static int receive(struct admin *admin, struct mlap_header *header, struct ctl_f
 }
 
 int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected, const union mlap_body **reply,
-              struct ctl_fault *fault) {
+              struct ctl_fault *fault)
+{
     uint32_t sequence = ++admin->sequence;
     if (mlap_send_message(admin->socket, type, sequence, body, -1, MSG_DONTWAIT) < 0 && errno != EPIPE && errno != ECONNRESET)
         return socket_failed(admin, fault); /* a closed peer may have left the reason to read */
@@ -112,7 +118,8 @@ int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum m
     return CTL_OK;
 }
 
-int admin_new(const struct ctl *ctl, struct admin **out, struct ctl_fault *fault) {
+int admin_new(const struct ctl *ctl, struct admin **out, struct ctl_fault *fault)
+{
     admin_auto struct admin *admin = calloc(1, sizeof *admin);
     if (!admin) {
         ctl_fail(fault, "out of memory");
@@ -140,7 +147,8 @@ int admin_new(const struct ctl *ctl, struct admin **out, struct ctl_fault *fault
     return CTL_OK;
 }
 
-void admin_free(struct admin *admin) {
+void admin_free(struct admin *admin)
+{
     if (!admin)
         return;
     if (admin->socket >= 0)
@@ -150,7 +158,8 @@ void admin_free(struct admin *admin) {
 
 const char *admin_daemon(const struct admin *admin) { return admin->daemon; }
 
-int admin_status(struct admin *admin, struct mlap_status_reply **status, struct ctl_fault *fault) {
+int admin_status(struct admin *admin, struct mlap_status_reply **status, struct ctl_fault *fault)
+{
     const union mlap_body *reply;
     int code = admin_ask(admin, MLAP_STATUS, &(struct mlap_status){0}, MLAP_STATUS_REPLY, &reply, fault);
     if (code)
@@ -164,7 +173,8 @@ int admin_status(struct admin *admin, struct mlap_status_reply **status, struct 
     return CTL_OK;
 }
 
-const struct mlap_device *admin_find(const struct mlap_status_reply *status, const char *device) {
+const struct mlap_device *admin_find(const struct mlap_status_reply *status, const char *device)
+{
     for (unsigned i = 0; i < status->n_devices; i++)
         if (strcmp(status->devices[i].name, device) == 0)
             return &status->devices[i];

@@ -37,7 +37,8 @@ struct bench {
 /* ---- batches ---- */
 
 /* Random bf16 of magnitude 0.5 to 2 and either sign. */
-static void fill_bf16(uint16_t *to, uint64_t count) {
+static void fill_bf16(uint16_t *to, uint64_t count)
+{
     uint64_t state = 88172645463325252u;
     for (uint64_t i = 0; i < count; i++) {
         state ^= state << 13;
@@ -47,7 +48,8 @@ static void fill_bf16(uint16_t *to, uint64_t count) {
     }
 }
 
-static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys) {
+static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys)
+{
     capture_auto struct capture *capture = capture_new();
     if (!capture)
         return NULL;
@@ -72,7 +74,8 @@ static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_
     return made;
 }
 
-static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys, struct run **run) {
+static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys, struct run **run)
+{
     capture_auto struct capture *capture = make_batch(requests, heads, q_len, keys);
     mla_error error = {.message = "out of memory"};
     if (!capture || run_new(bench->client, capture, &(struct run_layout){0}, run, &error))
@@ -80,7 +83,8 @@ static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, ui
     return CTL_OK;
 }
 
-static int decode_once(struct bench *bench, struct run *run, double *wall_ns) {
+static int decode_once(struct bench *bench, struct run *run, double *wall_ns)
+{
     mla_error error;
     uint64_t from = bench_now_ns();
     mla_status status = mla_decode(bench->client, run->plan, bench->ctl->timeout_ms, NULL, &error);
@@ -90,13 +94,15 @@ static int decode_once(struct bench *bench, struct run *run, double *wall_ns) {
     return CTL_OK;
 }
 
-static int submit(struct bench *bench, struct run *run, mla_ticket *ticket) {
+static int submit(struct bench *bench, struct run *run, mla_ticket *ticket)
+{
     mla_error error;
     mla_status status = mla_submit(bench->client, run->plan, ticket, &error);
     return status == MLA_OK ? CTL_OK : ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
 }
 
-static int collect(struct bench *bench, mla_ticket ticket) {
+static int collect(struct bench *bench, mla_ticket ticket)
+{
     mla_error error;
     mla_status status = mla_wait(bench->client, ticket, bench->ctl->timeout_ms, NULL, &error);
     return status == MLA_OK ? CTL_OK : ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
@@ -104,12 +110,14 @@ static int collect(struct bench *bench, mla_ticket ticket) {
 
 /* ---- measurements ---- */
 
-static int compare(const void *a, const void *b) {
+static int compare(const void *a, const void *b)
+{
     double left = *(const double *)a, right = *(const double *)b;
     return (left > right) - (left < right);
 }
 
-static double percentile(double *values, unsigned count, double share) {
+static double percentile(double *values, unsigned count, double share)
+{
     qsort(values, count, sizeof *values, compare);
     unsigned index = (unsigned)(share * count);
     return values[index < count ? index : count - 1];
@@ -119,7 +127,8 @@ static double percentile(double *values, unsigned count, double share) {
  * a cache either; mlad-kernel-bench does the same. */
 struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
 
-static unsigned copies_needed(void) {
+static unsigned copies_needed(void)
+{
     const double kv_bytes = (double)BENCH_BATCH * BENCH_KEYS * D * 2;
     double cache = (double)sysconf(_SC_LEVEL3_CACHE_SIZE);
     cache = fmin(fmax(cache, 16 << 20), 256 << 20);
@@ -128,13 +137,15 @@ static unsigned copies_needed(void) {
 
 static struct run *next_copy(struct copies *copies) { return copies->runs[copies->next++ % copies->count]; }
 
-static bool slice_goes_on(unsigned count, double end) {
+static bool slice_goes_on(unsigned count, double end)
+{
     return count < MAX_LAUNCHES && (count < 3 || (double)bench_now_ns() < end);
 }
 
 /* Throughput: two decodes in flight for a slice, so that the daemon always has the next one, as the direct backend has. The median
  * time from completion to completion. */
-static int run_in_flight(struct bench *bench, struct copies *copies, double *samples, double *median_ns) {
+static int run_in_flight(struct bench *bench, struct copies *copies, double *samples, double *median_ns)
+{
     mla_ticket running, waiting;
     unsigned count = 0;
     int code = submit(bench, next_copy(copies), &running);
@@ -155,7 +166,8 @@ static int run_in_flight(struct bench *bench, struct copies *copies, double *sam
 }
 
 /* Latency: one decode at a time, its median round trip. */
-static int run_alone(struct bench *bench, struct copies *copies, double *samples, double *median_ns) {
+static int run_alone(struct bench *bench, struct copies *copies, double *samples, double *median_ns)
+{
     unsigned count = 0;
     int code = CTL_OK;
     for (double end = (double)bench_now_ns() + bench->slice_s * 1e9; !code && slice_goes_on(count, end); count++)
@@ -165,7 +177,8 @@ static int run_alone(struct bench *bench, struct copies *copies, double *samples
 }
 
 /* Direct and daemon in turn until the time is over. */
-static int run_rounds(struct bench *bench, struct direct *direct, struct copies *copies, double seconds, struct shape_result *result) {
+static int run_rounds(struct bench *bench, struct direct *direct, struct copies *copies, double seconds, struct shape_result *result)
+{
     ctl_autofree double *samples = calloc(MAX_LAUNCHES + 4 * MAX_ROUNDS, sizeof *samples);
     if (!samples)
         return ctl_error(bench->ctl, CTL_FAILED, "out of memory");
@@ -191,13 +204,15 @@ static int run_rounds(struct bench *bench, struct direct *direct, struct copies 
     return CTL_OK;
 }
 
-static void note_rates(struct direct_rates *best, const struct direct_rates *rates) {
+static void note_rates(struct direct_rates *best, const struct direct_rates *rates)
+{
     best->read_gb_s = fmax(best->read_gb_s, rates->read_gb_s);
     best->matmul_gflop_s = fmax(best->matmul_gflop_s, rates->matmul_gflop_s);
     memcpy(best->matmul, rates->matmul, sizeof best->matmul);
 }
 
-static int measure_shape(struct bench *bench, unsigned q_len, double seconds, struct shape_result *result) {
+static int measure_shape(struct bench *bench, unsigned q_len, double seconds, struct shape_result *result)
+{
     struct copies copies = {.count = copies_needed()};
     struct direct *direct = NULL;
     struct ctl_fault fault;
@@ -217,7 +232,8 @@ static int measure_shape(struct bench *bench, unsigned q_len, double seconds, st
     return code;
 }
 
-static int measure_round_trip(struct bench *bench, double seconds, struct round_trip_result *result) {
+static int measure_round_trip(struct bench *bench, double seconds, struct round_trip_result *result)
+{
     run_auto struct run *run = NULL;
     ctl_autofree double *samples = calloc(2 * ROUND_TRIPS, sizeof *samples);
     double *decode = samples, *raw = samples + ROUND_TRIPS;
@@ -246,7 +262,8 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
 }
 
 /* The datagrams of a one-key decode, as libmla and the worker encode them. */
-static int start_pingpong(struct bench *bench) {
+static int start_pingpong(struct bench *bench)
+{
     uint8_t bytes[512];
     struct ctl_fault fault;
     long request = mlap_encode(bytes, sizeof bytes, MLAP_SUBMIT, 1000, &(struct mlap_submit){.plan = 1});
@@ -263,7 +280,8 @@ static double round_trip_ratio(const struct round_trip_result *r) { return r->de
 static double kv_gb_s(double ns) { return (double)BENCH_BATCH * BENCH_KEYS * D * 2 / ns; }
 
 /* The share of the ceiling that binds: the larger of the times that reading the KV and that the arithmetic take at best. */
-static double of_ceiling(const struct bench *bench, unsigned i, const char **ceiling) {
+static double of_ceiling(const struct bench *bench, unsigned i, const char **ceiling)
+{
     const double keys = (double)BENCH_BATCH * BENCH_KEYS, rows = (double)BENCH_HEADS * q_lens[i];
     const double read_ns = keys * D * 2 / bench->rates.read_gb_s;
     const double work_ns = 2 * (D + V) * rows * keys / bench->rates.matmul_gflop_s;
@@ -271,13 +289,15 @@ static double of_ceiling(const struct bench *bench, unsigned i, const char **cei
     return fmax(read_ns, work_ns) / bench->shapes[i].direct_ns;
 }
 
-static void mark(struct table *table, bool good, const char *format, double value) {
+static void mark(struct table *table, bool good, const char *format, double value)
+{
     char text[32];
     snprintf(text, sizeof text, format, value);
     table_cell(table, good ? GOOD : BAD, "%s %s", text, good ? "pass" : "MISS");
 }
 
-static void report_text(const struct bench *bench) {
+static void report_text(const struct bench *bench)
+{
     printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads, BENCH_HEADS,
            BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
     if (bench->load >= 1)
@@ -318,7 +338,8 @@ static void report_text(const struct bench *bench) {
     table_print(table);
 }
 
-static void report_json(const struct bench *bench) {
+static void report_json(const struct bench *bench)
+{
     cJSON *root = cJSON_CreateObject(), *ceilings = cJSON_AddObjectToObject(root, "ceilings");
     cJSON_AddStringToObject(root, "device", "cpu");
     cJSON_AddStringToObject(root, "variant", bench->variant);
@@ -362,7 +383,8 @@ static void report_json(const struct bench *bench) {
 /* ---- the run ---- */
 
 /* The direct backend gets the threads and the variant that the worker has. */
-static int read_device(struct bench *bench) {
+static int read_device(struct bench *bench)
+{
     admin_auto struct admin *admin = NULL;
     ctl_autofree struct mlap_status_reply *status = NULL;
     struct ctl_fault fault;
@@ -379,7 +401,8 @@ static int read_device(struct bench *bench) {
     return CTL_OK;
 }
 
-static int measure_all(struct bench *bench, double seconds) {
+static int measure_all(struct bench *bench, double seconds)
+{
     int code = run_connect(bench->ctl, "cpu", &bench->client);
     if (!code)
         code = read_device(bench);
@@ -394,7 +417,8 @@ static int measure_all(struct bench *bench, double seconds) {
     return code;
 }
 
-int ctl_bench(const struct ctl *ctl) {
+int ctl_bench(const struct ctl *ctl)
+{
     uint64_t seconds = 10;
     if (ctl_number(ctl, "--seconds", 1, 3600, &seconds))
         return CTL_USAGE;

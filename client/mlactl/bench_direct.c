@@ -22,7 +22,8 @@ struct direct {
 };
 
 /* bin/mlactl finds libexec/mlad/mlad-kernel-bench, in the build tree and in the installed one. */
-static int find_program(char path[4096], struct ctl_fault *fault) {
+static int find_program(char path[4096], struct ctl_fault *fault)
+{
     char self[3072];
     ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
     char *slash = length > 0 ? (self[length] = 0, strrchr(self, '/')) : NULL;
@@ -35,7 +36,8 @@ static int find_program(char path[4096], struct ctl_fault *fault) {
     return 0;
 }
 
-static int spawn(struct direct *direct, char *const argv[], struct ctl_fault *fault) {
+static int spawn(struct direct *direct, char *const argv[], struct ctl_fault *fault)
+{
     int in[2], out[2];
     if (pipe2(in, O_CLOEXEC) < 0)
         return ctl_fail(fault, "cannot make a pipe: %s", strerror(errno));
@@ -62,7 +64,8 @@ static int spawn(struct direct *direct, char *const argv[], struct ctl_fault *fa
 }
 
 /* One line of JSON of that "type"; NULL with `fault`. */
-static cJSON *read_line(struct direct *direct, const char *type, struct ctl_fault *fault) {
+static cJSON *read_line(struct direct *direct, const char *type, struct ctl_fault *fault)
+{
     cJSON *line = getline(&direct->line, &direct->line_bytes, direct->from) > 0 ? cJSON_Parse(direct->line) : NULL;
     const char *is = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(line, "type"));
     if (is && strcmp(is, type) == 0)
@@ -73,7 +76,8 @@ static cJSON *read_line(struct direct *direct, const char *type, struct ctl_faul
 }
 
 /* Every rate but "read" is of an instruction that multiplies and adds. */
-static void read_rates(const cJSON *line, struct direct_rates *rates) {
+static void read_rates(const cJSON *line, struct direct_rates *rates)
+{
     for (const cJSON *item = line->child; item; item = item->next) {
         if (!cJSON_IsNumber(item) || strcmp(item->string, "threads") == 0)
             continue;
@@ -86,7 +90,8 @@ static void read_rates(const cJSON *line, struct direct_rates *rates) {
     }
 }
 
-int direct_new(unsigned threads, const char *variant, unsigned q_len, struct direct **out, struct ctl_fault *fault) {
+int direct_new(unsigned threads, const char *variant, unsigned q_len, struct direct **out, struct ctl_fault *fault)
+{
     char path[4096], n_threads[12], n_q[12], n_heads[12], n_batch[12], n_keys[12], n_page[12];
     struct direct *direct = calloc(1, sizeof *direct);
     if (!direct)
@@ -110,7 +115,8 @@ int direct_new(unsigned threads, const char *variant, unsigned q_len, struct dir
     return 0;
 }
 
-void direct_free(struct direct *direct) {
+void direct_free(struct direct *direct)
+{
     if (!direct)
         return;
     if (direct->to)
@@ -125,7 +131,8 @@ void direct_free(struct direct *direct) {
 
 const struct direct_rates *direct_rates(const struct direct *direct) { return &direct->rates; }
 
-int direct_run(struct direct *direct, double seconds, double *median_ns, struct ctl_fault *fault) {
+int direct_run(struct direct *direct, double seconds, double *median_ns, struct ctl_fault *fault)
+{
     if (fprintf(direct->to, "%g\n", seconds) < 0 || fflush(direct->to))
         return ctl_fail(fault, "mlad-kernel-bench has ended");
     cJSON *line = read_line(direct, "case", fault);

@@ -18,13 +18,15 @@ struct pingpong {
     size_t request_bytes, reply_bytes;
 };
 
-uint64_t bench_now_ns(void) {
+uint64_t bench_now_ns(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static _Noreturn void answer(int socket, size_t reply_bytes, pid_t parent) {
+static _Noreturn void answer(int socket, size_t reply_bytes, pid_t parent)
+{
     uint8_t bytes[MAX_DATAGRAM] = {0};
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent)
@@ -35,7 +37,8 @@ static _Noreturn void answer(int socket, size_t reply_bytes, pid_t parent) {
     _exit(0);
 }
 
-int pingpong_new(size_t request_bytes, size_t reply_bytes, struct pingpong **out, struct ctl_fault *fault) {
+int pingpong_new(size_t request_bytes, size_t reply_bytes, struct pingpong **out, struct ctl_fault *fault)
+{
     int ends[2];
     struct pingpong *pingpong = calloc(1, sizeof *pingpong);
     if (!pingpong || request_bytes > MAX_DATAGRAM || reply_bytes > MAX_DATAGRAM ||
@@ -58,7 +61,8 @@ int pingpong_new(size_t request_bytes, size_t reply_bytes, struct pingpong **out
     return 0;
 }
 
-void pingpong_free(struct pingpong *pingpong) {
+void pingpong_free(struct pingpong *pingpong)
+{
     if (!pingpong)
         return;
     close(pingpong->socket); /* its end of file ends the child */
@@ -67,7 +71,8 @@ void pingpong_free(struct pingpong *pingpong) {
     free(pingpong);
 }
 
-int pingpong_once(struct pingpong *pingpong, double *ns, struct ctl_fault *fault) {
+int pingpong_once(struct pingpong *pingpong, double *ns, struct ctl_fault *fault)
+{
     uint8_t bytes[MAX_DATAGRAM] = {0};
     uint64_t from = bench_now_ns();
     if (send(pingpong->socket, bytes, pingpong->request_bytes, MSG_NOSIGNAL) < 0 ||

@@ -33,18 +33,21 @@ static const enum st_dtype kv_types[] = {
 
 const char *capture_name(enum capture_tensor tensor) { return schema[tensor].name; }
 
-mla_dtype capture_out_dtype(const mla_batch *batch) {
+mla_dtype capture_out_dtype(const mla_batch *batch)
+{
     if (batch->out_dtype != MLA_DTYPE_DEFAULT)
         return batch->out_dtype;
     return batch->q_dtype == MLA_E4M3 ? MLA_BF16 : batch->q_dtype;
 }
 
-unsigned capture_row_bytes(const mla_batch *batch) {
+unsigned capture_row_bytes(const mla_batch *batch)
+{
     return batch->kv_format == MLA_KV_E4M3_656 ? ROW_656 : D * (unsigned)st_dtype_bytes(kv_types[batch->kv_format]);
 }
 
 /* Type and shape of a tensor of `batch`; the one place that knows them. */
-static struct st_tensor describe(const mla_batch *batch, enum capture_tensor tensor) {
+static struct st_tensor describe(const mla_batch *batch, enum capture_tensor tensor)
+{
     struct st_tensor t = {.name = schema[tensor].name, .rank = 1};
     switch (tensor) {
     case CAPTURE_Q:
@@ -79,7 +82,8 @@ static struct st_tensor describe(const mla_batch *batch, enum capture_tensor ten
     return t;
 }
 
-static void shape_text(const struct st_tensor *tensor, char text[96]) {
+static void shape_text(const struct st_tensor *tensor, char text[96])
+{
     size_t at = 0;
     for (unsigned d = 0; d < tensor->rank; d++)
         at += (size_t)snprintf(text + at, 96 - at, "%s%" PRIu64, d ? ", " : "[", tensor->shape[d]);
@@ -88,7 +92,8 @@ static void shape_text(const struct st_tensor *tensor, char text[96]) {
 
 /* One dimension that defines a field of the batch. */
 static int dimension(const struct st_tensor *tensor, unsigned d, uint64_t min, uint64_t max, const char *meaning,
-                     uint64_t *value, struct ctl_fault *fault) {
+                     uint64_t *value, struct ctl_fault *fault)
+{
     if (tensor->shape[d] < min || tensor->shape[d] > max)
         return ctl_fail(fault, "tensor %s: shape[%u], %s, is %" PRIu64 "; it must be %" PRIu64 "..%" PRIu64, tensor->name, d, meaning,
                         tensor->shape[d], min, max);
@@ -96,7 +101,8 @@ static int dimension(const struct st_tensor *tensor, unsigned d, uint64_t min, u
     return 0;
 }
 
-static int derive_batch(mla_batch *batch, const struct st_tensor *const found[], struct ctl_fault *fault) {
+static int derive_batch(mla_batch *batch, const struct st_tensor *const found[], struct ctl_fault *fault)
+{
     static const unsigned ranks[] = {[CAPTURE_Q] = 3, [CAPTURE_KV] = 3, [CAPTURE_BLOCK_TABLE] = 2};
     for (unsigned i = CAPTURE_Q; i <= CAPTURE_BLOCK_TABLE; i++)
         if (found[i]->rank != ranks[i])
@@ -123,7 +129,8 @@ static int derive_batch(mla_batch *batch, const struct st_tensor *const found[],
     return 0;
 }
 
-static int read_tensors(struct capture *capture, const struct st_file *file, struct ctl_fault *fault) {
+static int read_tensors(struct capture *capture, const struct st_file *file, struct ctl_fault *fault)
+{
     const struct st_tensor *found[CAPTURE_TENSORS] = {0};
     for (unsigned i = 0; i < file->n_tensors; i++) {
         const struct st_tensor *tensor = &file->tensors[i];
@@ -164,14 +171,16 @@ static int read_tensors(struct capture *capture, const struct st_file *file, str
 /* ---- metadata ---- */
 
 /* The index of `text` in `words`, which end with NULL. */
-static int word(const char *text, const char *const *words, uint32_t *index) {
+static int word(const char *text, const char *const *words, uint32_t *index)
+{
     for (*index = 0; words[*index]; ++*index)
         if (strcmp(words[*index], text) == 0)
             return 0;
     return -1;
 }
 
-static int decimal(const char *text, uint32_t min, uint32_t max, uint32_t *value) {
+static int decimal(const char *text, uint32_t min, uint32_t max, uint32_t *value)
+{
     size_t digits = strspn(text, "0123456789");
     if (digits == 0 || digits > 10 || text[digits])
         return -1;
@@ -180,27 +189,31 @@ static int decimal(const char *text, uint32_t min, uint32_t max, uint32_t *value
     return number < min || number > max ? -1 : 0;
 }
 
-static int parse_softmax_scale(mla_batch *batch, const char *text) {
+static int parse_softmax_scale(mla_batch *batch, const char *text)
+{
     char *end;
     batch->softmax_scale = strtod(text, &end);
     return *text && strspn(text, "0123456789+-.eE") == strlen(text) && !*end && isfinite(batch->softmax_scale) ? 0 : -1;
 }
 
-static int parse_mask(mla_batch *batch, const char *text) {
+static int parse_mask(mla_batch *batch, const char *text)
+{
     uint32_t index;
     int bad = word(text, (const char *const[]){"none", "causal", "tree", NULL}, &index);
     batch->mask = (mla_mask)index;
     return bad;
 }
 
-static int parse_lse_base(mla_batch *batch, const char *text) {
+static int parse_lse_base(mla_batch *batch, const char *text)
+{
     uint32_t index;
     int bad = word(text, (const char *const[]){"e", "2", NULL}, &index);
     batch->lse_base = (mla_lse_base)index;
     return bad;
 }
 
-static int parse_out_dtype(mla_batch *batch, const char *text) {
+static int parse_out_dtype(mla_batch *batch, const char *text)
+{
     uint32_t index;
     int bad = word(text, (const char *const[]){"bf16", "fp16", NULL}, &index);
     batch->out_dtype = (mla_dtype)index;
@@ -211,12 +224,14 @@ static int parse_dcp_world(mla_batch *batch, const char *text) { return decimal(
 static int parse_dcp_rank(mla_batch *batch, const char *text) { return decimal(text, 0, 4095, &batch->dcp_rank); }
 static int parse_dcp_interleave(mla_batch *batch, const char *text) { return decimal(text, 1, 1048576, &batch->dcp_interleave); }
 
-static int parse_window(mla_batch *batch, const char *text) {
+static int parse_window(mla_batch *batch, const char *text)
+{
     batch->window = 0;
     return strcmp(text, "none") == 0 ? 0 : decimal(text, 1, INT32_MAX, &batch->window);
 }
 
-static int parse_deterministic(mla_batch *batch, const char *text) {
+static int parse_deterministic(mla_batch *batch, const char *text)
+{
     uint32_t flag;
     int bad = decimal(text, 0, 1, &flag);
     batch->deterministic = (int)flag;
@@ -236,7 +251,8 @@ static const struct { const char *key; int (*parse)(mla_batch *batch, const char
 };
 enum { METADATA = sizeof metadata / sizeof *metadata };
 
-static int read_metadata(mla_batch *batch, const struct st_file *file, struct ctl_fault *fault) {
+static int read_metadata(mla_batch *batch, const struct st_file *file, struct ctl_fault *fault)
+{
     for (unsigned i = 0; i < file->n_pairs; i++) {
         const struct st_pair *pair = &file->pairs[i];
         unsigned which = 0;
@@ -257,7 +273,8 @@ static int read_metadata(mla_batch *batch, const struct st_file *file, struct ct
 
 /* ---- captures ---- */
 
-struct capture *capture_new(void) {
+struct capture *capture_new(void)
+{
     struct capture *capture = calloc(1, sizeof *capture);
     if (capture) {
         mla_batch_init(&capture->batch);
@@ -266,7 +283,8 @@ struct capture *capture_new(void) {
     return capture;
 }
 
-void *capture_add(struct capture *capture, enum capture_tensor tensor) {
+void *capture_add(struct capture *capture, enum capture_tensor tensor)
+{
     struct capture_data *data = &capture->data[tensor];
     data->bytes = describe(&capture->batch, tensor).bytes;
     data->memory = calloc(1, data->bytes + 1);
@@ -274,7 +292,8 @@ void *capture_add(struct capture *capture, enum capture_tensor tensor) {
     return data->memory;
 }
 
-void capture_free(struct capture *capture) {
+void capture_free(struct capture *capture)
+{
     if (!capture)
         return;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++)
@@ -284,7 +303,8 @@ void capture_free(struct capture *capture) {
     free(capture);
 }
 
-int capture_read(int fd, struct capture **out, struct ctl_fault *fault) {
+int capture_read(int fd, struct capture **out, struct ctl_fault *fault)
+{
     capture_auto struct capture *capture = capture_new();
     if (!capture) {
         close(fd);
@@ -301,14 +321,16 @@ int capture_read(int fd, struct capture **out, struct ctl_fault *fault) {
     return 0;
 }
 
-int capture_open(const char *path, struct capture **capture, struct ctl_fault *fault) {
+int capture_open(const char *path, struct capture **capture, struct ctl_fault *fault)
+{
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not hang us; it is refused below */
     if (fd < 0)
         return ctl_fail(fault, "%s", strerror(errno));
     return capture_read(fd, capture, fault);
 }
 
-int capture_load(const struct capture *capture, enum capture_tensor tensor, void *to, struct ctl_fault *fault) {
+int capture_load(const struct capture *capture, enum capture_tensor tensor, void *to, struct ctl_fault *fault)
+{
     const struct capture_data *data = &capture->data[tensor];
     if (!data->memory)
         return st_load(capture->fd, data->offset, data->bytes, to, fault);
@@ -316,7 +338,8 @@ int capture_load(const struct capture *capture, enum capture_tensor tensor, void
     return 0;
 }
 
-int capture_write(const struct capture *capture, const char *path, struct ctl_fault *fault) {
+int capture_write(const struct capture *capture, const char *path, struct ctl_fault *fault)
+{
     static const char *const masks[] = {"none", "causal", "tree"}, *const bases[] = {"e", "2"};
     const mla_batch *batch = &capture->batch;
     char scale[40], world[12], rank[12], interleave[12], window[12];
@@ -346,7 +369,8 @@ int capture_write(const struct capture *capture, const char *path, struct ctl_fa
     return st_write(path, tensors, count, pairs, sizeof pairs / sizeof *pairs, fault);
 }
 
-int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path, struct ctl_fault *fault) {
+int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path, struct ctl_fault *fault)
+{
     uint64_t rows = batch->q_rows * batch->heads;
     const struct st_tensor tensors[] = {
         {"out", q_types[capture_out_dtype(batch)], 3, {batch->q_rows, batch->heads, V}, 0, rows * V * 2, out},

@@ -14,7 +14,8 @@ enum {
 
 struct random { uint64_t state; };
 
-static uint64_t next(struct random *random) {
+static uint64_t next(struct random *random)
+{
     uint64_t z = random->state += UINT64_C(0x9e3779b97f4a7c15);
     z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
     z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
@@ -22,14 +23,17 @@ static uint64_t next(struct random *random) {
 }
 
 /* A whole number in [low, high]. */
-static int64_t between(struct random *random, int64_t low, int64_t high) {
+static int64_t between(struct random *random, int64_t low, int64_t high)
+{
     return low + (int64_t)(next(random) % (uint64_t)(high - low + 1));
 }
 static bool chance(struct random *random, unsigned percent) { return next(random) % 100 < percent; }
-static double uniform(struct random *random, double low, double high) {
+static double uniform(struct random *random, double low, double high)
+{
     return low + (high - low) * ((double)(next(random) >> 11) * 0x1p-53);
 }
-static double normal(struct random *random) {
+static double normal(struct random *random)
+{
     double radius = sqrt(-2 * log(uniform(random, 0x1p-53, 1)));
     return radius * cos(uniform(random, 0, 2 * M_PI));
 }
@@ -37,13 +41,15 @@ static double normal(struct random *random) {
 
 /* ---- shape ---- */
 
-static uint32_t pick_heads(struct random *random, uint32_t max) {
+static uint32_t pick_heads(struct random *random, uint32_t max)
+{
     static const uint32_t usual[] = {1, 2, 3, 6, 8, 12, 16, 16, 24, 32, 48, 96, 128};
     uint32_t heads = chance(random, 80) ? PICK(random, usual) : (uint32_t)between(random, 1, 128);
     return heads < max ? heads : max;
 }
 
-static uint32_t pick_q_len(struct random *random, uint32_t heads, uint32_t max) {
+static uint32_t pick_q_len(struct random *random, uint32_t heads, uint32_t max)
+{
     static const uint32_t usual[] = {0, 1, 1, 1, 2, 3, 4, 4, 5, 8};
     uint32_t q_len = chance(random, 85) ? PICK(random, usual) : (uint32_t)between(random, 1, 64);
     while (q_len > 1 && q_len * heads > 1024)
@@ -51,7 +57,8 @@ static uint32_t pick_q_len(struct random *random, uint32_t heads, uint32_t max) 
     return q_len < max ? q_len : max;
 }
 
-static int32_t pick_length(struct random *random, uint32_t heads, uint32_t q_len) {
+static int32_t pick_length(struct random *random, uint32_t heads, uint32_t q_len)
+{
     static const int32_t edges[] = {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 255, 256, 257};
     int64_t most = WORK / (heads * (q_len ? q_len : 1));
     most = most < 600 ? most : 600;
@@ -64,7 +71,8 @@ static int32_t pick_length(struct random *random, uint32_t heads, uint32_t q_len
     return (int32_t)(length < 0 ? 0 : length);
 }
 
-static void pick_context_parallel(struct random *random, mla_batch *batch) {
+static void pick_context_parallel(struct random *random, mla_batch *batch)
+{
     static const uint32_t worlds[] = {2, 2, 3, 4, 8}, interleaves[] = {1, 1, 1, 2, 16, 64};
     batch->dcp_world = PICK(random, worlds);
     batch->dcp_rank = (uint32_t)between(random, 0, batch->dcp_world - 1);
@@ -73,7 +81,8 @@ static void pick_context_parallel(struct random *random, mla_batch *batch) {
 
 /* ---- contents ---- */
 
-static int fill_scales(struct random *random, struct capture *capture) {
+static int fill_scales(struct random *random, struct capture *capture)
+{
     mla_batch *batch = &capture->batch;
     double product = 1;
     bool may[] = {batch->q_dtype == MLA_E4M3, batch->kv_format == MLA_KV_E4M3, batch->kv_format == MLA_KV_E4M3};
@@ -90,7 +99,8 @@ static int fill_scales(struct random *random, struct capture *capture) {
     return 0;
 }
 
-static int fill_queries(struct random *random, struct capture *capture) {
+static int fill_queries(struct random *random, struct capture *capture)
+{
     const mla_batch *batch = &capture->batch;
     void *q = capture_add(capture, CAPTURE_Q);
     if (!q)
@@ -107,7 +117,8 @@ static int fill_queries(struct random *random, struct capture *capture) {
     return 0;
 }
 
-static void fill_key(struct random *random, const mla_batch *batch, uint8_t *to) {
+static void fill_key(struct random *random, const mla_batch *batch, uint8_t *to)
+{
     if (batch->kv_format == MLA_KV_E4M3_656) {
         float scales[4];
         for (unsigned i = 0; i < 4; i++)
@@ -124,7 +135,8 @@ static void fill_key(struct random *random, const mla_batch *batch, uint8_t *to)
         number_put(type, to, d, normal(random));
 }
 
-static bool page_needed(const struct model_request *request, uint32_t page) {
+static bool page_needed(const struct model_request *request, uint32_t page)
+{
     int64_t size = request->capture->batch.page_size, end = (page + INT64_C(1)) * size;
     for (int64_t c = page * size; c < end && c < request->local_len; c++)
         if (model_seen(request, c))
@@ -133,7 +145,8 @@ static bool page_needed(const struct model_request *request, uint32_t page) {
 }
 
 /* Give every needed entry of the block table a page of its own, in shuffled order, and every other one nonsense. */
-static int fill_block_table(struct random *random, struct capture *capture) {
+static int fill_block_table(struct random *random, struct capture *capture)
+{
     mla_batch *batch = &capture->batch;
     int32_t *table = capture_add(capture, CAPTURE_BLOCK_TABLE);
     uint64_t entries = (uint64_t)batch->batch * batch->max_pages;
@@ -160,7 +173,8 @@ static int fill_block_table(struct random *random, struct capture *capture) {
 }
 
 /* Keys that a row sees get numbers; all other memory stays NaN in every format. */
-static int fill_keys(struct random *random, struct capture *capture) {
+static int fill_keys(struct random *random, struct capture *capture)
+{
     const mla_batch *batch = &capture->batch;
     uint8_t *kv = capture_add(capture, CAPTURE_KV);
     if (!kv)
@@ -177,7 +191,8 @@ static int fill_keys(struct random *random, struct capture *capture) {
     return 0;
 }
 
-static int fill_lengths(struct random *random, struct capture *capture, const uint32_t q_lens[], bool ragged) {
+static int fill_lengths(struct random *random, struct capture *capture, const uint32_t q_lens[], bool ragged)
+{
     mla_batch *batch = &capture->batch;
     int32_t *seqlens = capture_add(capture, CAPTURE_SEQLENS), *cu_q = ragged ? capture_add(capture, CAPTURE_CU_Q) : NULL;
     if (!seqlens || (ragged && !cu_q))
@@ -194,7 +209,8 @@ static int fill_lengths(struct random *random, struct capture *capture, const ui
     return 0;
 }
 
-static int fill_sink(struct random *random, struct capture *capture) {
+static int fill_sink(struct random *random, struct capture *capture)
+{
     float *sink = capture_add(capture, CAPTURE_SINK);
     if (!sink)
         return -1;
@@ -203,7 +219,8 @@ static int fill_sink(struct random *random, struct capture *capture) {
     return 0;
 }
 
-static void describe(const struct capture *capture, const struct run_layout *layout, char text[200]) {
+static void describe(const struct capture *capture, const struct run_layout *layout, char text[200])
+{
     const mla_batch *batch = &capture->batch;
     snprintf(text, 200, "B=%u H=%u q rows %llu%s, page %u, DCP %u/%u x%u, window %u, lse %s%s%s%s%s", batch->batch, batch->heads,
              (unsigned long long)batch->q_rows, capture->data[CAPTURE_CU_Q].present ? " ragged" : "", batch->page_size,
@@ -212,7 +229,8 @@ static void describe(const struct capture *capture, const struct run_layout *lay
              layout->row_gap || layout->page_gap ? ", strided KV" : "", layout->host_scales ? ", host scales" : "");
 }
 
-static bool can(const struct mlap_capability *row, const char *feature) {
+static bool can(const struct mlap_capability *row, const char *feature)
+{
     size_t length = strlen(feature);
     for (const char *at = row->features; (at = strstr(at, feature)); at += length)
         if ((at == row->features || at[-1] == ' ') && (at[length] == ' ' || !at[length]))
@@ -220,7 +238,8 @@ static bool can(const struct mlap_capability *row, const char *feature) {
     return false;
 }
 
-struct capture *case_new(uint64_t seed, const struct mlap_capability *row, struct run_layout *layout, char text[200]) {
+struct capture *case_new(uint64_t seed, const struct mlap_capability *row, struct run_layout *layout, char text[200])
+{
     static const uint32_t page_sizes[] = {1, 16, 32, 64, 64, 128, 256};
     capture_auto struct capture *capture = capture_new();
     if (!capture)

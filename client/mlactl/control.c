@@ -8,7 +8,8 @@
 #include <stdio.h>
 #include <string.h>
 
-static int done(const struct ctl *ctl, const char *sentence, const char *device) {
+static int done(const struct ctl *ctl, const char *sentence, const char *device)
+{
     progress_stop();
     if (ctl->json) {
         cJSON *root = cJSON_CreateObject();
@@ -21,14 +22,16 @@ static int done(const struct ctl *ctl, const char *sentence, const char *device)
     return CTL_OK;
 }
 
-static int named(const struct ctl *ctl, char device[64]) {
+static int named(const struct ctl *ctl, char device[64])
+{
     if (strlen(ctl->arguments[0]) > 63 || !*ctl->arguments[0])
         return ctl_error(ctl, CTL_USAGE, "%s: a device's name has 1 to 63 bytes", ctl->command->name);
     strcpy(device, ctl->arguments[0]);
     return CTL_OK;
 }
 
-int ctl_drain(const struct ctl *ctl) {
+int ctl_drain(const struct ctl *ctl)
+{
     struct mlap_drain ask = {.resume = ctl_value(ctl, "--resume") != NULL};
     mlap_set(&ask, drain, resume);
     int code = named(ctl, ask.device);
@@ -45,7 +48,8 @@ int ctl_drain(const struct ctl *ctl) {
     return done(ctl, ask.resume ? "serving again" : "drained: nothing is in flight and nothing new is taken", ask.device);
 }
 
-int ctl_evict(const struct ctl *ctl) {
+int ctl_evict(const struct ctl *ctl)
+{
     struct mlap_evict ask = {0};
     int code = named(ctl, ask.device);
     if (code)
@@ -66,7 +70,8 @@ int ctl_evict(const struct ctl *ctl) {
     return done(ctl, "session closed", ask.device);
 }
 
-int ctl_version(const struct ctl *ctl) {
+int ctl_version(const struct ctl *ctl)
+{
     admin_auto struct admin *admin = NULL;
     struct ctl_fault fault;
     int code = admin_new(ctl, &admin, &fault);

@@ -8,7 +8,8 @@
 #include <stdio.h>
 #include <string.h>
 
-int ctl_fail(struct ctl_fault *fault, const char *format, ...) {
+int ctl_fail(struct ctl_fault *fault, const char *format, ...)
+{
     if (fault) {
         va_list list;
         va_start(list, format);
@@ -18,7 +19,8 @@ int ctl_fail(struct ctl_fault *fault, const char *format, ...) {
     return -1;
 }
 
-int ctl_error(const struct ctl *ctl, int code, const char *format, ...) {
+int ctl_error(const struct ctl *ctl, int code, const char *format, ...)
+{
     char text[1024];
     va_list list;
     va_start(list, format);
@@ -37,14 +39,16 @@ int ctl_error(const struct ctl *ctl, int code, const char *format, ...) {
     return code;
 }
 
-const char *ctl_value(const struct ctl *ctl, const char *name) {
+const char *ctl_value(const struct ctl *ctl, const char *name)
+{
     for (unsigned i = 0; ctl->command->options[i].name; i++)
         if (strcmp(ctl->command->options[i].name, name) == 0)
             return ctl->values[i];
     return NULL;
 }
 
-int ctl_number(const struct ctl *ctl, const char *name, uint64_t min, uint64_t max, uint64_t *value) {
+int ctl_number(const struct ctl *ctl, const char *name, uint64_t min, uint64_t max, uint64_t *value)
+{
     const char *text = ctl_value(ctl, name);
     if (!text)
         return CTL_OK;

@@ -8,7 +8,8 @@
 #include <string.h>
 #include <time.h>
 
-static void report_json(const mla_result *result, double wall_ns, double kv_bytes, const char *device, const char *output) {
+static void report_json(const mla_result *result, double wall_ns, double kv_bytes, const char *device, const char *output)
+{
     cJSON *root = cJSON_CreateObject();
     cJSON_AddStringToObject(root, "output", output);
     cJSON_AddStringToObject(root, "device", device);
@@ -32,7 +33,8 @@ static void report_json(const mla_result *result, double wall_ns, double kv_byte
 }
 
 static void report_text(const mla_batch *batch, const mla_result *result, double wall_ns, double kv_bytes, const char *device,
-                        const char *output) {
+                        const char *output)
+{
     printf("%s: %u requests, %llu query tokens, %u heads, %s KV tokens on %s\n", output, batch->batch,
            (unsigned long long)batch->q_rows, batch->heads, human_count(result->kv_tokens).s, device);
     printf("%s (kernel %s, queue %s, receive %s), KV %.2f GB/s\n", human_ns(wall_ns).s, human_ns((double)result->kernel_ns).s,
@@ -48,12 +50,14 @@ static void report_text(const mla_batch *batch, const mla_result *result, double
         printf("  and %u more\n", result->failed - result->listed);
 }
 
-static int error_of(const struct ctl *ctl, const char *path, const mla_error *error) {
+static int error_of(const struct ctl *ctl, const char *path, const mla_error *error)
+{
     return ctl_error(ctl, run_exit_code(error->code), "%s: %s (%s%s%s)", path, error->message, mla_status_text(error->code),
                      *error->field ? ", " : "", error->field);
 }
 
-int ctl_decode(const struct ctl *ctl) {
+int ctl_decode(const struct ctl *ctl)
+{
     const char *path = ctl->arguments[0], *output = ctl_value(ctl, "--output");
     if (!output || !*output)
         return ctl_error(ctl, CTL_USAGE, "decode: name the result file with -o OUT.safetensors");

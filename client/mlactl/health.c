@@ -21,13 +21,15 @@ static const int32_t lengths[REQUESTS] = {5, 70};
 static const int32_t table[REQUESTS][MAX_PAGES] = {{4, -1, -1, -1, -1, -1}, {8, 0, 6, 2, 7, -1}};
 
 /* The bf16 of a number that has one: its upper half as fp32. */
-static uint16_t bf16(float value) {
+static uint16_t bf16(float value)
+{
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (uint16_t)(bits >> 16);
 }
 
-static float from_bf16(uint16_t half) {
+static float from_bf16(uint16_t half)
+{
     uint32_t bits = (uint32_t)half << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -36,7 +38,8 @@ static float from_bf16(uint16_t half) {
 
 static double key_latent(int j, int d) { return d == 0 ? j & 1 : (j + d) % 7 - 3; }
 
-static struct capture *known_batch(void) {
+static struct capture *known_batch(void)
+{
     struct capture *capture = capture_new();
     if (!capture)
         return NULL;
@@ -70,7 +73,8 @@ static struct capture *known_batch(void) {
 }
 
 /* Compare with the closed form; 0, or -1 with what differs. */
-static int check_known(const struct run *run, struct ctl_fault *fault) {
+static int check_known(const struct run *run, struct ctl_fault *fault)
+{
     const uint16_t *out = run->out;
     for (int row = 0; row < REQUESTS * Q_LEN; row++) {
         int b = row / Q_LEN, bound = lengths[b] - (Q_LEN - 1) + row % Q_LEN;
@@ -96,7 +100,8 @@ static int check_known(const struct run *run, struct ctl_fault *fault) {
 }
 
 /* Decode it on one device: CTL_OK, CTL_PARTLY (failed) or CTL_TIMED_OUT. */
-static int decode_known(const struct ctl *ctl, const char *device, uint64_t *kernel_ns, struct ctl_fault *fault) {
+static int decode_known(const struct ctl *ctl, const char *device, uint64_t *kernel_ns, struct ctl_fault *fault)
+{
     client_auto mla_client *client = NULL;
     capture_auto struct capture *capture = known_batch();
     run_auto struct run *run = NULL;
@@ -133,7 +138,8 @@ struct verdict {
     cJSON *deep;    /* an array, NULL without --deep */
 };
 
-static void check_deep(const struct ctl *ctl, const struct mlap_status_reply *status, struct verdict *verdict) {
+static void check_deep(const struct ctl *ctl, const struct mlap_status_reply *status, struct verdict *verdict)
+{
     verdict->deep = cJSON_CreateArray();
     for (unsigned i = 0; i < status->n_devices; i++) {
         const struct mlap_device *device = &status->devices[i];
@@ -157,7 +163,8 @@ static void check_deep(const struct ctl *ctl, const struct mlap_status_reply *st
     }
 }
 
-static void judge(const struct ctl *ctl, struct verdict *verdict) {
+static void judge(const struct ctl *ctl, struct verdict *verdict)
+{
     admin_auto struct admin *admin = NULL;
     ctl_autofree struct mlap_status_reply *status = NULL;
     struct ctl_fault fault;
@@ -185,7 +192,8 @@ static void judge(const struct ctl *ctl, struct verdict *verdict) {
     }
 }
 
-int ctl_health(const struct ctl *ctl) {
+int ctl_health(const struct ctl *ctl)
+{
     _Static_assert((int)MLAP_health_state_OK == 0 && (int)MLAP_health_state_DEGRADED == 1 && (int)MLAP_health_state_FAILED == 2,
                    "health states are exit codes");
     static const char *const words[] = {"ok", "degraded", "failed", "not running", "timed out"};

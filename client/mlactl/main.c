@@ -57,7 +57,8 @@ static const struct ctl_option global_options[] = {
 };
 enum { GLOBAL_SOCKET, GLOBAL_TIMEOUT, GLOBAL_JSON, GLOBAL_QUIET, GLOBAL_HELP, GLOBALS };
 
-static const struct ctl_command *find_command(const char *name) {
+static const struct ctl_command *find_command(const char *name)
+{
     for (unsigned i = 0; i < COMMANDS; i++)
         if (strcmp(commands[i].name, name) == 0)
             return &commands[i];
@@ -65,7 +66,8 @@ static const struct ctl_command *find_command(const char *name) {
 }
 
 /* Levenshtein distance of two short words. */
-static unsigned distance(const char *a, const char *b) {
+static unsigned distance(const char *a, const char *b)
+{
     unsigned row[32];
     size_t width = strlen(b);
     if (width >= 31 || strlen(a) >= 31)
@@ -85,7 +87,8 @@ static unsigned distance(const char *a, const char *b) {
     return row[width];
 }
 
-static const char *nearest_command(const char *name) {
+static const char *nearest_command(const char *name)
+{
     const char *best = NULL;
     unsigned least = 3;
     for (unsigned i = 0; i < COMMANDS; i++) {
@@ -98,7 +101,8 @@ static const char *nearest_command(const char *name) {
     return best;
 }
 
-static void print_option(const struct ctl_option *option) {
+static void print_option(const struct ctl_option *option)
+{
     char left[64];
     snprintf(left, sizeof left, "%c%c%s%s%s%s", option->letter ? '-' : ' ', option->letter ? option->letter : ' ',
              option->letter ? ", " : "  ", option->name, option->argument ? " " : "", option->argument ? option->argument : "");
@@ -106,7 +110,8 @@ static void print_option(const struct ctl_option *option) {
 }
 
 /* Words in lines of at most 100 columns. */
-static void print_wrapped(const char *text) {
+static void print_wrapped(const char *text)
+{
     size_t column = 0;
     while (*text) {
         size_t word = strcspn(text, " ");
@@ -120,7 +125,8 @@ static void print_wrapped(const char *text) {
     putchar('\n');
 }
 
-static void print_help(const struct ctl_command *command) {
+static void print_help(const struct ctl_command *command)
+{
     if (command) {
         printf("Usage: mlactl %s%s%s [options]\n\n%s.\n", command->name, *command->arguments ? " " : "", command->arguments,
                command->summary);
@@ -144,7 +150,8 @@ static void print_help(const struct ctl_command *command) {
         printf("\n`mlactl help COMMAND` says more; see also mlactl(1).\n");
 }
 
-static bool matches(const struct ctl_option *option, const char *word, size_t length) {
+static bool matches(const struct ctl_option *option, const char *word, size_t length)
+{
     if (length == 2 && word[0] == '-' && word[1] == option->letter)
         return true;
     return strlen(option->name) == length && strncmp(option->name, word, length) == 0;
@@ -152,7 +159,8 @@ static bool matches(const struct ctl_option *option, const char *word, size_t le
 
 /* Take argv[*at] as one of `options`; its value goes to values[its index]. 1 taken, 0 not one of them, -1 complained. */
 static int take_option(struct ctl *ctl, const struct ctl_option *options, unsigned count, const char **values, int argc, char **argv,
-                       int *at) {
+                       int *at)
+{
     const char *word = argv[*at];
     const char *equals = strncmp(word, "--", 2) == 0 ? strchr(word, '=') : NULL;
     size_t length = equals ? (size_t)(equals - word) : strlen(word);
@@ -175,7 +183,8 @@ static int take_option(struct ctl *ctl, const struct ctl_option *options, unsign
     return 0;
 }
 
-static int parse_timeout(struct ctl *ctl, const char *text) {
+static int parse_timeout(struct ctl *ctl, const char *text)
+{
     if (!text) {
         ctl->timeout_ms = ctl->command->timeout_s * 1000;
         return CTL_OK;
@@ -188,7 +197,8 @@ static int parse_timeout(struct ctl *ctl, const char *text) {
     return CTL_OK;
 }
 
-static int parse_and_run(int argc, char **argv) {
+static int parse_and_run(int argc, char **argv)
+{
     struct ctl ctl = {0};
     const char *globals[GLOBALS] = {0};
     unsigned n_arguments = 0;
@@ -249,7 +259,8 @@ static int parse_and_run(int argc, char **argv) {
     return code;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     signal(SIGPIPE, SIG_IGN); /* a reader that has had enough is no error */
     output_init();
     int code = parse_and_run(argc, argv);

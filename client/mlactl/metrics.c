@@ -14,7 +14,8 @@ struct sink {
     cJSON *samples;     /* of the family being written */
 };
 
-static void family(struct sink *sink, const char *name, const char *type, const char *unit, const char *help) {
+static void family(struct sink *sink, const char *name, const char *type, const char *unit, const char *help)
+{
     if (sink->families) {
         cJSON *object = cJSON_CreateObject();
         cJSON_AddStringToObject(object, "name", name);
@@ -34,7 +35,8 @@ static void family(struct sink *sink, const char *name, const char *type, const 
 struct label { const char *name, *value; };
 
 /* `value` is already a number as text. */
-static void sample(struct sink *sink, const char *name, const struct label *labels, unsigned count, const char *value) {
+static void sample(struct sink *sink, const char *name, const struct label *labels, unsigned count, const char *value)
+{
     if (sink->families) {
         cJSON *object = cJSON_CreateObject(), *pairs = cJSON_CreateObject();
         cJSON_AddStringToObject(object, "name", name);
@@ -62,13 +64,15 @@ static void sample(struct sink *sink, const char *name, const struct label *labe
 }
 
 struct number { char s[40]; };
-static struct number whole(uint64_t value) {
+static struct number whole(uint64_t value)
+{
     struct number text;
     snprintf(text.s, sizeof text.s, "%" PRIu64, value);
     return text;
 }
 /* Nanoseconds (or milliseconds) as seconds, every digit kept. */
-static struct number seconds(uint64_t value, uint64_t per_second) {
+static struct number seconds(uint64_t value, uint64_t per_second)
+{
     struct number text;
     snprintf(text.s, sizeof text.s, "%" PRIu64 ".%0*" PRIu64, value / per_second, per_second == 1000 ? 3 : 9, value % per_second);
     return text;
@@ -98,7 +102,8 @@ static struct number seconds(uint64_t value, uint64_t per_second) {
     X("mlad_kv_tokens", "counter", "_total", "", "KV tokens of completed decodes", whole(d->kv_tokens)) \
     X("mlad_kv_bytes", "counter", "_total", "bytes", "KV bytes of completed decodes", whole(d->kv_bytes))
 
-static void device_families(struct sink *sink, const struct mlap_status_reply *status) {
+static void device_families(struct sink *sink, const struct mlap_status_reply *status)
+{
 #define FAMILY(title, type, suffix, unit, help, number) \
     family(sink, title, type, unit, help); \
     for (unsigned i = 0; i < status->n_devices; i++) { \
@@ -109,7 +114,8 @@ static void device_families(struct sink *sink, const struct mlap_status_reply *s
 #undef FAMILY
 }
 
-static void state_family(struct sink *sink, const struct mlap_status_reply *status) {
+static void state_family(struct sink *sink, const struct mlap_status_reply *status)
+{
     family(sink, "mlad_device_state", "stateset", "", "What the device is doing");
     for (unsigned i = 0; i < status->n_devices; i++)
         for (int state = 0; state < MLAP_device_state_COUNT; state++) {
@@ -119,7 +125,8 @@ static void state_family(struct sink *sink, const struct mlap_status_reply *stat
         }
 }
 
-static void latency_families(struct sink *sink, const struct mlap_status_reply *status) {
+static void latency_families(struct sink *sink, const struct mlap_status_reply *status)
+{
     family(sink, "mlad_decode_phase_seconds", "summary", "seconds", "Latency of decodes by phase");
     for (unsigned i = 0; i < status->n_devices; i++)
         for (unsigned j = 0; j < status->devices[i].n_latency; j++) {
@@ -142,7 +149,8 @@ static void latency_families(struct sink *sink, const struct mlap_status_reply *
         }
 }
 
-int ctl_metrics(const struct ctl *ctl) {
+int ctl_metrics(const struct ctl *ctl)
+{
     admin_auto struct admin *admin = NULL;
     ctl_autofree struct mlap_status_reply *status = NULL;
     struct ctl_fault fault;

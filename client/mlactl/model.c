@@ -15,18 +15,21 @@ enum { D = 576, V = 512 };
 
 /* ---- which keys ---- */
 
-int64_t model_local_len(const mla_batch *batch, int64_t global_len) {
+int64_t model_local_len(const mla_batch *batch, int64_t global_len)
+{
     int64_t world = batch->dcp_world, rank = batch->dcp_rank, run = batch->dcp_interleave, turn = world * run;
     int64_t rest = global_len % turn - rank * run;
     return global_len / turn * run + (rest < 0 ? 0 : rest > run ? run : rest);
 }
 
-int64_t model_global_key(const mla_batch *batch, int64_t c) {
+int64_t model_global_key(const mla_batch *batch, int64_t c)
+{
     int64_t run = batch->dcp_interleave;
     return c / run * batch->dcp_world * run + batch->dcp_rank * run + c % run;
 }
 
-struct model_request model_request(const struct capture *capture, uint32_t index) {
+struct model_request model_request(const struct capture *capture, uint32_t index)
+{
     const mla_batch *batch = &capture->batch;
     const int32_t *cu_q = capture->data[CAPTURE_CU_Q].memory, *seqlens = capture->data[CAPTURE_SEQLENS].memory;
     uint64_t uniform = batch->q_rows / batch->batch;
@@ -39,7 +42,8 @@ struct model_request model_request(const struct capture *capture, uint32_t index
     return request;
 }
 
-bool model_sees(const struct model_request *request, uint32_t t, int64_t c) {
+bool model_sees(const struct model_request *request, uint32_t t, int64_t c)
+{
     const mla_batch *batch = &request->capture->batch;
     int64_t key = model_global_key(batch, c), length = request->global_len, q_len = request->q_len;
     int64_t bound = length;
@@ -55,7 +59,8 @@ bool model_sees(const struct model_request *request, uint32_t t, int64_t c) {
     return masks[request->first_row + t] >> (key - (length - q_len)) & 1;
 }
 
-bool model_seen(const struct model_request *request, int64_t c) {
+bool model_seen(const struct model_request *request, int64_t c)
+{
     for (uint32_t t = 0; t < request->q_len; t++)
         if (model_sees(request, t, c))
             return true;
@@ -64,13 +69,15 @@ bool model_seen(const struct model_request *request, int64_t c) {
 
 /* ---- arithmetic ---- */
 
-static double scale_of(const struct capture *capture, enum capture_tensor tensor, double absent) {
+static double scale_of(const struct capture *capture, enum capture_tensor tensor, double absent)
+{
     const float *scale = capture->data[tensor].memory;
     return scale ? (double)*scale : absent;
 }
 
 /* Key c of a request, dequantised: 576 numbers to score with, of which 512 times value_scale are the value. */
-static void read_key(const struct model_request *request, int64_t c, double key_scale, double key[D]) {
+static void read_key(const struct model_request *request, int64_t c, double key_scale, double key[D])
+{
     const mla_batch *batch = &request->capture->batch;
     uint64_t row = (uint64_t)request->block_table[c / batch->page_size] * batch->page_size + (uint64_t)c % batch->page_size;
     const uint8_t *from = (const uint8_t *)request->capture->data[CAPTURE_KV].memory + row * capture_row_bytes(batch);
@@ -91,14 +98,16 @@ static void read_key(const struct model_request *request, int64_t c, double key_
 /* Sums over the rows of one request. */
 struct noise { double signal, drawn, expected, expected_squares; };
 
-static void add_expected(struct noise *noise, double variance) {
+static void add_expected(struct noise *noise, double variance)
+{
     noise->expected += variance;
     noise->expected_squares += variance * variance;
 }
 
 /* One row: token t, head h. `keys` [local_len][576] and `norms` [local_len] (sum of value^2) are those of the request. */
 static void decode_row(const struct model_request *request, uint32_t t, uint32_t h, const double *keys, const double *norms,
-                       double value_ratio, double *scores, struct model *model, struct noise *noise) {
+                       double value_ratio, double *scores, struct model *model, struct noise *noise)
+{
     const struct capture *capture = request->capture;
     const mla_batch *batch = &capture->batch;
     uint64_t row = (request->first_row + t) * batch->heads + h;
@@ -146,13 +155,15 @@ static void decode_row(const struct model_request *request, uint32_t t, uint32_t
     }
 }
 
-static struct model_bar bar_of(const struct noise *noise, bool fp8) {
+static struct model_bar bar_of(const struct noise *noise, bool fp8)
+{
     double roundings = noise->expected * noise->expected / fmax(noise->expected_squares, 1e-300);
     double raised = noise->expected * fmin(3, 1 + 4 * sqrt(0.8 / fmax(roundings, 1e-9)));
     return (struct model_bar){noise->signal, fmax(noise->drawn, raised) * pow(10, fp8 ? 0.2 : 0.1)};
 }
 
-static int decode_request(struct model *model, const struct model_request *request) {
+static int decode_request(struct model *model, const struct model_request *request)
+{
     const struct capture *capture = request->capture;
     uint64_t count = (uint64_t)request->local_len + 1;
     double key_scale = scale_of(capture, CAPTURE_K_SCALE, 1), value_ratio = scale_of(capture, CAPTURE_V_SCALE, key_scale) / key_scale;
@@ -175,7 +186,8 @@ static int decode_request(struct model *model, const struct model_request *reque
     return 0;
 }
 
-struct model *model_new(const struct capture *capture) {
+struct model *model_new(const struct capture *capture)
+{
     const mla_batch *batch = &capture->batch;
     uint64_t rows = batch->q_rows * batch->heads;
     struct model *model = calloc(1, sizeof *model);
@@ -197,7 +209,8 @@ struct model *model_new(const struct capture *capture) {
     return model;
 }
 
-void model_free(struct model *model) {
+void model_free(struct model *model)
+{
     if (!model)
         return;
     free(model->out);
@@ -208,7 +221,8 @@ void model_free(struct model *model) {
 
 /* ---- judgement ---- */
 
-static bool judge_lse(const struct model *model, uint64_t row, double lse, struct judgement *judgement) {
+static bool judge_lse(const struct model *model, uint64_t row, double lse, struct judgement *judgement)
+{
     double must = model->lse[row], share = fabs(lse - must) / (model->lse_bar * fmax(fabs(must), 1));
     if (isinf(must) ? lse == must : share <= 1) {
         judgement->lse_share = fmax(judgement->lse_share, isinf(must) ? 0 : share);
@@ -219,7 +233,8 @@ static bool judge_lse(const struct model *model, uint64_t row, double lse, struc
     return false;
 }
 
-struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out, const float *lse) {
+struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out, const float *lse)
+{
     const mla_batch *batch = &request->capture->batch;
     const struct model_bar *bar = &model->bars[request->index];
     struct judgement judgement = {.good = true};

@@ -8,19 +8,22 @@
 static const struct { int bits, mantissa, min_exponent; } formats[] = {
     [MLA_BF16] = {16, 7, -126}, [MLA_FP16] = {16, 10, -14}, [MLA_E4M3] = {8, 3, -6}};
 
-static int exponent(mla_dtype type, double x) {
+static int exponent(mla_dtype type, double x)
+{
     int e = x == 0 ? formats[type].min_exponent : ilogb(x);
     return e < formats[type].min_exponent ? formats[type].min_exponent : e;
 }
 
 double number_ulp(mla_dtype type, double x) { return ldexp(1, exponent(type, x) - formats[type].mantissa); }
 
-double number_round(mla_dtype type, double x) {
+double number_round(mla_dtype type, double x)
+{
     double ulp = number_ulp(type, x);
     return nearbyint(x / ulp) * ulp;
 }
 
-uint16_t number_encode(mla_dtype type, double x) {
+uint16_t number_encode(mla_dtype type, double x)
+{
     int mantissa = formats[type].mantissa, min = formats[type].min_exponent;
     double value = fabs(number_round(type, x));
     uint32_t magnitude;
@@ -33,7 +36,8 @@ uint16_t number_encode(mla_dtype type, double x) {
     return (uint16_t)((signbit(x) ? 1u << (formats[type].bits - 1) : 0) | magnitude);
 }
 
-double number_decode(mla_dtype type, uint16_t bits) {
+double number_decode(mla_dtype type, uint16_t bits)
+{
     int mantissa = formats[type].mantissa, min = formats[type].min_exponent;
     uint32_t sign = (uint32_t)bits >> (formats[type].bits - 1), magnitude = bits & ((1u << (formats[type].bits - 1)) - 1);
     uint32_t biased = magnitude >> mantissa, fraction = magnitude & ((1u << mantissa) - 1);
@@ -48,7 +52,8 @@ double number_decode(mla_dtype type, uint16_t bits) {
     return sign ? -value : value;
 }
 
-double number_at(mla_dtype type, const void *array, uint64_t i) {
+double number_at(mla_dtype type, const void *array, uint64_t i)
+{
     if (type == MLA_E4M3)
         return number_decode(type, ((const uint8_t *)array)[i]);
     uint16_t bits;
@@ -56,7 +61,8 @@ double number_at(mla_dtype type, const void *array, uint64_t i) {
     return number_decode(type, bits);
 }
 
-void number_put(mla_dtype type, void *array, uint64_t i, double x) {
+void number_put(mla_dtype type, void *array, uint64_t i, double x)
+{
     uint16_t bits = number_encode(type, x);
     if (type == MLA_E4M3)
         ((uint8_t *)array)[i] = (uint8_t)bits;

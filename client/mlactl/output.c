@@ -9,12 +9,14 @@
 
 static bool colours;
 
-void output_init(void) {
+void output_init(void)
+{
     const char *no_color = getenv("NO_COLOR"), *term = getenv("TERM");
     colours = isatty(STDOUT_FILENO) && !(no_color && *no_color) && !(term && strcmp(term, "dumb") == 0);
 }
 
-static const char *style_on(enum output_style style) {
+static const char *style_on(enum output_style style)
+{
     static const char *const codes[] = {[PLAIN] = "",         [GOOD] = "\033[32m", [WARN] = "\033[33m",
                                         [BAD] = "\033[1;31m", [DIM] = "\033[2m",   [BOLD] = "\033[1m"};
     return colours ? codes[style] : "";
@@ -22,7 +24,8 @@ static const char *style_on(enum output_style style) {
 
 static const char *style_off(enum output_style style) { return colours && style != PLAIN ? "\033[0m" : ""; }
 
-void output_print(enum output_style style, const char *format, ...) {
+void output_print(enum output_style style, const char *format, ...)
+{
     va_list list;
     fputs(style_on(style), stdout);
     va_start(list, format);
@@ -31,7 +34,8 @@ void output_print(enum output_style style, const char *format, ...) {
     fputs(style_off(style), stdout);
 }
 
-void output_json(cJSON *root) {
+void output_json(cJSON *root)
+{
     char *text = cJSON_Print(root);
     if (text)
         puts(text);
@@ -48,7 +52,8 @@ struct table {
     struct cell *cells; /* the headings first */
 };
 
-static struct cell *add_cell(struct table *table) {
+static struct cell *add_cell(struct table *table)
+{
     if (table->count == table->capacity) {
         table->capacity = table->capacity ? 2 * table->capacity : 64;
         table->cells = realloc(table->cells, table->capacity * sizeof *table->cells);
@@ -58,7 +63,8 @@ static struct cell *add_cell(struct table *table) {
     return &table->cells[table->count++];
 }
 
-struct table *table_new(const char *headings) {
+struct table *table_new(const char *headings)
+{
     struct table *table = calloc(1, sizeof *table);
     if (!table)
         abort();
@@ -74,7 +80,8 @@ struct table *table_new(const char *headings) {
     return table;
 }
 
-void table_cell(struct table *table, enum output_style style, const char *format, ...) {
+void table_cell(struct table *table, enum output_style style, const char *format, ...)
+{
     struct cell *cell = add_cell(table);
     va_list list;
     va_start(list, format);
@@ -83,7 +90,8 @@ void table_cell(struct table *table, enum output_style style, const char *format
     cell->style = style;
 }
 
-void table_print(struct table *table) {
+void table_print(struct table *table)
+{
     int width[MAX_COLUMNS] = {0};
     for (size_t i = 0; i < table->count; i++) {
         int length = (int)strlen(table->cells[i].text);
@@ -101,12 +109,14 @@ void table_print(struct table *table) {
     table_free(table);
 }
 
-void table_free(struct table *table) {
+void table_free(struct table *table)
+{
     free(table->cells);
     free(table);
 }
 
-struct human human_bytes(double bytes) {
+struct human human_bytes(double bytes)
+{
     static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
     unsigned unit = 0;
     for (; bytes >= 1024 && unit < 5; unit++)
@@ -116,7 +126,8 @@ struct human human_bytes(double bytes) {
     return text;
 }
 
-struct human human_ns(double ns) {
+struct human human_ns(double ns)
+{
     static const char *const units[] = {"ns", "us", "ms", "s"};
     unsigned unit = 0;
     for (; ns >= 1000 && unit < 3; unit++)
@@ -126,7 +137,8 @@ struct human human_ns(double ns) {
     return text;
 }
 
-struct human human_age(uint64_t ms) {
+struct human human_age(uint64_t ms)
+{
     unsigned long long s = ms / 1000;
     struct human text;
     if (s < 60)
@@ -140,7 +152,8 @@ struct human human_age(uint64_t ms) {
     return text;
 }
 
-struct human human_count(uint64_t count) {
+struct human human_count(uint64_t count)
+{
     char digits[24];
     int length = snprintf(digits, sizeof digits, "%llu", (unsigned long long)count);
     struct human text;
@@ -154,7 +167,8 @@ struct human human_count(uint64_t count) {
     return text;
 }
 
-struct printable printable(const char *text) {
+struct printable printable(const char *text)
+{
     struct printable safe;
     size_t at = 0;
     for (; *text && at + 8 < sizeof safe.s; text++) {

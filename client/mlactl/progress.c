@@ -19,19 +19,22 @@ static volatile sig_atomic_t line_shown;    /* a line stands on the terminal */
 static char guarded[4096];
 static volatile sig_atomic_t guard_set;
 
-static double now_ms(void) {
+static double now_ms(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec * 1e3 + (double)now.tv_nsec / 1e6;
 }
 
-static void wipe(void) {
+static void wipe(void)
+{
     if (line_shown && write(STDERR_FILENO, "\r\033[K", 4) < 0)
         return; /* nobody looks */
     line_shown = 0;
 }
 
-static void tick(void) {
+static void tick(void)
+{
     double now = now_ms(), age = now - started_ms;
     if (!*text || age < FIRST_MS || (!terminal && printed_ms > 0 && now - printed_ms < PLAIN_MS))
         return;
@@ -44,7 +47,8 @@ static void tick(void) {
     printed_ms = now;
 }
 
-static void *ticker(void *unused) {
+static void *ticker(void *unused)
+{
     (void)unused;
     for (;;) {
         nanosleep(&(struct timespec){.tv_nsec = TICK_MS * 1000000L}, NULL);
@@ -57,14 +61,16 @@ static void *ticker(void *unused) {
 }
 
 /* Only async-signal-safe calls. SA_RESETHAND has restored the default, so raising again ends the process as its parent expects. */
-static void on_signal(int number) {
+static void on_signal(int number)
+{
     wipe();
     if (guard_set)
         unlink(guarded);
     raise(number);
 }
 
-void progress_init(bool quiet) {
+void progress_init(bool quiet)
+{
     terminal = isatty(STDERR_FILENO);
     enabled = !quiet;
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND | SA_NODEFER};
@@ -73,7 +79,8 @@ void progress_init(bool quiet) {
     sigaction(SIGHUP, &action, NULL);
 }
 
-void progress(const char *format, ...) {
+void progress(const char *format, ...)
+{
     if (!enabled)
         return;
     pthread_mutex_lock(&lock);
@@ -94,14 +101,16 @@ void progress(const char *format, ...) {
     pthread_mutex_unlock(&lock);
 }
 
-void progress_stop(void) {
+void progress_stop(void)
+{
     pthread_mutex_lock(&lock);
     *text = 0;
     wipe();
     pthread_mutex_unlock(&lock);
 }
 
-void progress_guard(const char *path) {
+void progress_guard(const char *path)
+{
     guard_set = 0;
     if (path && strlen(path) < sizeof guarded) {
         strcpy(guarded, path);

@@ -11,7 +11,8 @@ enum { ALIGN = 64, GUARD = 4096, GUARD_BYTE = 0x5a };
 
 static uint64_t align_up(uint64_t bytes) { return (bytes + ALIGN - 1) & ~(uint64_t)(ALIGN - 1); }
 
-int run_exit_code(mla_status status) {
+int run_exit_code(mla_status status)
+{
     switch (status) {
     case MLA_OK: return CTL_OK;
     case MLA_REQUESTS: return CTL_PARTLY;
@@ -21,7 +22,8 @@ int run_exit_code(mla_status status) {
     }
 }
 
-int run_connect(const struct ctl *ctl, const char *device, mla_client **client) {
+int run_connect(const struct ctl *ctl, const char *device, mla_client **client)
+{
     admin_auto struct admin *admin = NULL;
     struct ctl_fault fault;
     progress("connecting to %.100s", ctl->socket);
@@ -39,12 +41,14 @@ int run_connect(const struct ctl *ctl, const char *device, mla_client **client) 
     return status == MLA_OK ? CTL_OK : ctl_error(ctl, run_exit_code(status), "%s", error.message);
 }
 
-static uint64_t kv_span(const mla_batch *batch) {
+static uint64_t kv_span(const mla_batch *batch)
+{
     return batch->pages ? batch->pages * batch->page_stride : 0;
 }
 
 /* Place packed rows at the batch's strides; `packed` and `to` may not overlap. Gaps hold NaN of any type. */
-static void spread_kv(const mla_batch *batch, const uint8_t *packed, uint8_t *to) {
+static void spread_kv(const mla_batch *batch, const uint8_t *packed, uint8_t *to)
+{
     unsigned row = capture_row_bytes(batch);
     memset(to, 0xff, kv_span(batch));
     for (uint64_t page = 0; page < batch->pages; page++)
@@ -52,7 +56,8 @@ static void spread_kv(const mla_batch *batch, const uint8_t *packed, uint8_t *to
             memcpy(to + page * batch->page_stride + i * batch->row_stride, packed, row);
 }
 
-static int load(const struct capture *capture, enum capture_tensor tensor, void *to, mla_error *error) {
+static int load(const struct capture *capture, enum capture_tensor tensor, void *to, mla_error *error)
+{
     struct ctl_fault fault;
     if (capture_load(capture, tensor, to, &fault) == 0)
         return 0;
@@ -62,7 +67,8 @@ static int load(const struct capture *capture, enum capture_tensor tensor, void 
     return -1;
 }
 
-static int bind_kv(struct run *run, const struct capture *capture, uint64_t offset, mla_error *error) {
+static int bind_kv(struct run *run, const struct capture *capture, uint64_t offset, mla_error *error)
+{
     uint8_t *to = (uint8_t *)mla_buffer_data(run->inputs) + offset;
     run->batch.kv = (mla_tensor){run->inputs, offset};
     if (kv_span(&run->batch) == capture->data[CAPTURE_KV].bytes)
@@ -78,7 +84,8 @@ static int bind_kv(struct run *run, const struct capture *capture, uint64_t offs
     return 0;
 }
 
-static int bind_inputs(struct run *run, const struct capture *capture, bool host_scales, mla_error *error) {
+static int bind_inputs(struct run *run, const struct capture *capture, bool host_scales, mla_error *error)
+{
     mla_batch *batch = &run->batch;
     mla_tensor *const tensors[] = {
         [CAPTURE_Q] = &batch->q, [CAPTURE_BLOCK_TABLE] = &batch->block_table, [CAPTURE_SEQLENS] = &batch->seqlens,
@@ -118,7 +125,8 @@ static int bind_inputs(struct run *run, const struct capture *capture, bool host
     return 0;
 }
 
-static int bind_outputs(struct run *run, mla_error *error) {
+static int bind_outputs(struct run *run, mla_error *error)
+{
     mla_batch *batch = &run->batch;
     run->out_bytes = batch->q_rows * batch->heads * 512 * 2;
     run->lse_bytes = batch->q_rows * batch->heads * 4;
@@ -135,7 +143,8 @@ static int bind_outputs(struct run *run, mla_error *error) {
     return 0;
 }
 
-int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **out, mla_error *error) {
+int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **out, mla_error *error)
+{
     run_auto struct run *run = calloc(1, sizeof *run);
     if (!run) {
         *error = (mla_error){.code = MLA_MEMORY, .message = "out of memory"};
@@ -153,12 +162,14 @@ int run_new(mla_client *client, const struct capture *capture, const struct run_
     return 0;
 }
 
-void run_poison_outputs(struct run *run) {
+void run_poison_outputs(struct run *run)
+{
     memset(run->out, 0xff, run->out_bytes);
     memset(run->lse, 0xff, run->lse_bytes);
 }
 
-bool run_surroundings_intact(const struct run *run) {
+bool run_surroundings_intact(const struct run *run)
+{
     const uint8_t *base = mla_buffer_data(run->outputs), *end = base + mla_buffer_size(run->outputs);
     const uint8_t *out = run->out, *lse = (const uint8_t *)run->lse;
     for (const uint8_t *at = base; at < end; at++) {
@@ -172,7 +183,8 @@ bool run_surroundings_intact(const struct run *run) {
     return true;
 }
 
-void run_free(struct run *run) {
+void run_free(struct run *run)
+{
     if (!run)
         return;
     mla_plan_destroy(run->plan);

@@ -21,7 +21,8 @@ static const struct { const char *name; size_t bytes; } dtypes[ST_DTYPES] = {
 const char *st_dtype_name(enum st_dtype dtype) { return dtypes[dtype].name; }
 size_t st_dtype_bytes(enum st_dtype dtype) { return dtypes[dtype].bytes; }
 
-static int whole_number(const cJSON *item, uint64_t *value) {
+static int whole_number(const cJSON *item, uint64_t *value)
+{
     if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble <= 0x1p53))
         return -1;
     *value = (uint64_t)item->valuedouble;
@@ -29,7 +30,8 @@ static int whole_number(const cJSON *item, uint64_t *value) {
 }
 
 /* A repeated key lets two readers of one file disagree. */
-static int refuse_repeats(const cJSON *object, struct ctl_fault *fault) {
+static int refuse_repeats(const cJSON *object, struct ctl_fault *fault)
+{
     for (const cJSON *a = object->child; a; a = a->next)
         for (const cJSON *b = a->next; b; b = b->next)
             if (strcmp(a->string, b->string) == 0)
@@ -37,7 +39,8 @@ static int refuse_repeats(const cJSON *object, struct ctl_fault *fault) {
     return 0;
 }
 
-static int parse_shape(struct st_tensor *tensor, const cJSON *shape, struct ctl_fault *fault) {
+static int parse_shape(struct st_tensor *tensor, const cJSON *shape, struct ctl_fault *fault)
+{
     const char *name = tensor->name;
     uint64_t elements = 1;
     if (!cJSON_IsArray(shape))
@@ -57,7 +60,8 @@ static int parse_shape(struct st_tensor *tensor, const cJSON *shape, struct ctl_
 }
 
 static int parse_tensor(struct st_tensor *tensor, const cJSON *item, uint64_t data_start, uint64_t data_bytes,
-                        struct ctl_fault *fault) {
+                        struct ctl_fault *fault)
+{
     tensor->name = item->string;
     if (!cJSON_IsObject(item))
         return ctl_fail(fault, "tensor %s: its entry is no object", printable(tensor->name).s);
@@ -98,14 +102,16 @@ static int parse_tensor(struct st_tensor *tensor, const cJSON *item, uint64_t da
     return 0;
 }
 
-static int by_offset(const void *a, const void *b) {
+static int by_offset(const void *a, const void *b)
+{
     const struct st_tensor *left = a, *right = b;
     if (left->offset != right->offset)
         return left->offset < right->offset ? -1 : 1;
     return (left->bytes > right->bytes) - (left->bytes < right->bytes); /* empty ones first */
 }
 
-static int check_cover(const struct st_file *file, uint64_t data_start, uint64_t data_bytes, struct ctl_fault *fault) {
+static int check_cover(const struct st_file *file, uint64_t data_start, uint64_t data_bytes, struct ctl_fault *fault)
+{
     uint64_t at = data_start;
     for (unsigned i = 0; i < file->n_tensors; i++) {
         const struct st_tensor *tensor = &file->tensors[i];
@@ -119,7 +125,8 @@ static int check_cover(const struct st_file *file, uint64_t data_start, uint64_t
     return 0;
 }
 
-static int parse_metadata(struct st_file *file, const cJSON *metadata, struct ctl_fault *fault) {
+static int parse_metadata(struct st_file *file, const cJSON *metadata, struct ctl_fault *fault)
+{
     if (!cJSON_IsObject(metadata))
         return ctl_fail(fault, "__metadata__ is no object");
     if (refuse_repeats(metadata, fault))
@@ -135,7 +142,8 @@ static int parse_metadata(struct st_file *file, const cJSON *metadata, struct ct
     return 0;
 }
 
-static int parse_header(struct st_file *file, const char *text, size_t length, uint64_t data_bytes, struct ctl_fault *fault) {
+static int parse_header(struct st_file *file, const char *text, size_t length, uint64_t data_bytes, struct ctl_fault *fault)
+{
     /* A NUL, spelled either way, would end a name early here and not elsewhere. */
     if (memchr(text, 0, length) || memmem(text, length, "\\u0000", 6))
         return ctl_fail(fault, "header: it holds a NUL");
@@ -161,7 +169,8 @@ static int parse_header(struct st_file *file, const char *text, size_t length, u
     return check_cover(file, data_start, data_bytes, fault);
 }
 
-int st_load(int fd, uint64_t offset, uint64_t bytes, void *to, struct ctl_fault *fault) {
+int st_load(int fd, uint64_t offset, uint64_t bytes, void *to, struct ctl_fault *fault)
+{
     for (uint64_t done = 0; done < bytes;) {
         ssize_t got = pread(fd, (char *)to + done, bytes - done, (off_t)(offset + done));
         if (got < 0 && errno == EINTR)
@@ -173,7 +182,8 @@ int st_load(int fd, uint64_t offset, uint64_t bytes, void *to, struct ctl_fault 
     return 0;
 }
 
-int st_read(int fd, struct st_file **out, struct ctl_fault *fault) {
+int st_read(int fd, struct st_file **out, struct ctl_fault *fault)
+{
     struct stat info;
     uint64_t length;
     if (fstat(fd, &info) < 0)
@@ -201,7 +211,8 @@ int st_read(int fd, struct st_file **out, struct ctl_fault *fault) {
     return 0;
 }
 
-void st_free(struct st_file *file) {
+void st_free(struct st_file *file)
+{
     if (!file)
         return;
     cJSON_Delete(file->header);
@@ -211,7 +222,8 @@ void st_free(struct st_file *file) {
 }
 
 /* The header for tensors laid out one after the other, padded so that data starts at a multiple of 64. NULL: no memory. */
-static char *format_header(const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs) {
+static char *format_header(const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs)
+{
     cJSON *root = cJSON_CreateObject();
     if (n_pairs) {
         cJSON *metadata = cJSON_AddObjectToObject(root, "__metadata__");
@@ -242,7 +254,8 @@ static char *format_header(const struct st_tensor *tensors, unsigned n_tensors, 
     return padded;
 }
 
-static int write_all(FILE *to, const char *header, const struct st_tensor *tensors, unsigned n_tensors) {
+static int write_all(FILE *to, const char *header, const struct st_tensor *tensors, unsigned n_tensors)
+{
     uint64_t length = htole64(strlen(header));
     if (fwrite(&length, sizeof length, 1, to) != 1 || fputs(header, to) < 0)
         return -1;
@@ -253,7 +266,8 @@ static int write_all(FILE *to, const char *header, const struct st_tensor *tenso
 }
 
 int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs,
-             struct ctl_fault *fault) {
+             struct ctl_fault *fault)
+{
     ctl_autofree char *header = format_header(tensors, n_tensors, pairs, n_pairs);
     ctl_autofree char *temporary = NULL;
     if (!header || asprintf(&temporary, "%s.XXXXXX", path) < 0)

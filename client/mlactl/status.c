@@ -16,11 +16,13 @@ struct view {
     const char *only;   /* a device's name, or NULL */
 };
 
-static bool shown(const struct view *view, const struct mlap_device *device) {
+static bool shown(const struct view *view, const struct mlap_device *device)
+{
     return !view->only || strcmp(view->only, device->name) == 0;
 }
 
-static enum output_style state_style(enum mlap_device_state state) {
+static enum output_style state_style(enum mlap_device_state state)
+{
     switch (state) {
     case MLAP_device_state_READY: return GOOD;
     case MLAP_device_state_ABSENT: return BAD;
@@ -30,7 +32,8 @@ static enum output_style state_style(enum mlap_device_state state) {
 
 /* ---- sections, as text ---- */
 
-static void print_devices(const struct view *view) {
+static void print_devices(const struct view *view)
+{
     struct table *table = table_new("DEVICE|STATE|VARIANT|>THREADS|>PID|>RESTARTS|UPTIME|>SESSIONS|>BUFFERS|>HELD|>ORPHANED");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         const struct mlap_device *d = &view->status->devices[i];
@@ -62,7 +65,8 @@ static void print_devices(const struct view *view) {
     }
 }
 
-static void print_work(const struct view *view) {
+static void print_work(const struct view *view)
+{
     struct table *table = table_new("WORK|>QUEUED|>RUNNING|>DECODES|>FAILED|>REFUSED|>BUSY|>DROPPED|>KV TOKENS|>KV BYTES");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         const struct mlap_device *d = &view->status->devices[i];
@@ -82,7 +86,8 @@ static void print_work(const struct view *view) {
     table_print(table);
 }
 
-static void print_latency(const struct view *view) {
+static void print_latency(const struct view *view)
+{
     struct table *table = table_new("LATENCY|PHASE|>COUNT|>MEAN|>P50|>P90|>P99|>MAX");
     bool any = false;
     for (unsigned i = 0; i < view->status->n_devices; i++) {
@@ -113,13 +118,15 @@ static void print_latency(const struct view *view) {
 
 static const char all_features[] = "ragged dcp window sink lse_e lse_2 deterministic strided";
 
-static bool same_but_mask(const struct mlap_capability *a, const struct mlap_capability *b) {
+static bool same_but_mask(const struct mlap_capability *a, const struct mlap_capability *b)
+{
     return strcmp(a->variant, b->variant) == 0 && a->q_dtype == b->q_dtype && a->kv_format == b->kv_format &&
            a->out_dtype == b->out_dtype && a->max_heads == b->max_heads && a->max_q_len == b->max_q_len &&
            a->max_page_size == b->max_page_size && strcmp(a->features, b->features) == 0;
 }
 
-static void capability_cells(struct table *table, const char *device, const struct mlap_capability *row, const char *masks) {
+static void capability_cells(struct table *table, const char *device, const struct mlap_capability *row, const char *masks)
+{
     table_cell(table, BOLD, "%s", device);
     table_cell(table, PLAIN, "%s", mlap_dtype_text(row->q_dtype));
     table_cell(table, PLAIN, "%s", mlap_kv_format_text(row->kv_format));
@@ -133,7 +140,8 @@ static void capability_cells(struct table *table, const char *device, const stru
 }
 
 /* Rows that differ in the mask alone become one line, unless every row is wanted. */
-static void group_capabilities(struct table *table, const struct mlap_capabilities_reply *reply, bool every_row, bool *all) {
+static void group_capabilities(struct table *table, const struct mlap_capabilities_reply *reply, bool every_row, bool *all)
+{
     bool done[MLAP_MAX_CAPABILITIES] = {0};
     const char *device = reply->device;
     for (unsigned i = 0; i < reply->n_rows; i++) {
@@ -152,13 +160,15 @@ static void group_capabilities(struct table *table, const struct mlap_capabiliti
     }
 }
 
-static int ask_capabilities(const struct view *view, const char *device, const union mlap_body **reply, struct ctl_fault *fault) {
+static int ask_capabilities(const struct view *view, const char *device, const union mlap_body **reply, struct ctl_fault *fault)
+{
     struct mlap_capabilities ask = {0};
     snprintf(ask.device, sizeof ask.device, "%s", device);
     return admin_ask(view->admin, MLAP_CAPABILITIES, &ask, MLAP_CAPABILITIES_REPLY, reply, fault);
 }
 
-static void print_capabilities(const struct view *view) {
+static void print_capabilities(const struct view *view)
+{
     struct table *table = table_new("RUNS|Q|KV|OUT|MASKS|VARIANT|H|Q_LEN|PAGE|FEATURES");
     bool all = false, every_row = ctl_value(view->ctl, "--capabilities") != NULL;
     char missing[512] = "";
@@ -184,7 +194,8 @@ static void print_capabilities(const struct view *view) {
 
 typedef void session_sink(void *to, const char *device, const struct mlap_session *session);
 
-static int for_each_session(const struct view *view, const char *device, session_sink *sink, void *to, struct ctl_fault *fault) {
+static int for_each_session(const struct view *view, const char *device, session_sink *sink, void *to, struct ctl_fault *fault)
+{
     struct mlap_sessions ask = {0};
     snprintf(ask.device, sizeof ask.device, "%s", device);
     mlap_set(&ask, sessions, after);
@@ -203,7 +214,8 @@ static int for_each_session(const struct view *view, const char *device, session
     return CTL_OK;
 }
 
-static void session_cells(void *to, const char *device, const struct mlap_session *s) {
+static void session_cells(void *to, const char *device, const struct mlap_session *s)
+{
     struct table *table = to;
     table_cell(table, BOLD, "%s", device);
     table_cell(table, PLAIN, "%llu", (unsigned long long)s->session);
@@ -219,7 +231,8 @@ static void session_cells(void *to, const char *device, const struct mlap_sessio
     table_cell(table, PLAIN, "%s", human_count(s->kv_tokens).s);
 }
 
-static void print_sessions(const struct view *view) {
+static void print_sessions(const struct view *view)
+{
     struct table *table = table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         struct ctl_fault fault;
@@ -233,13 +246,15 @@ static void print_sessions(const struct view *view) {
 
 /* ---- JSON ---- */
 
-static void session_to_json(void *to, const char *device, const struct mlap_session *session) {
+static void session_to_json(void *to, const char *device, const struct mlap_session *session)
+{
     (void)device;
     cJSON_AddItemToArray(to, wire_json_session(session));
 }
 
 /* STATUS as it came, each device with its "capabilities" and, if asked for, "sessions". */
-static void print_json(const struct view *view) {
+static void print_json(const struct view *view)
+{
     cJSON *root = wire_json_status_reply(view->status);
     cJSON *devices = cJSON_GetObjectItemCaseSensitive(root, "devices");
     for (int i = cJSON_GetArraySize(devices) - 1; i >= 0; i--) {
@@ -263,7 +278,8 @@ static void print_json(const struct view *view) {
     output_json(root);
 }
 
-int ctl_status(const struct ctl *ctl) {
+int ctl_status(const struct ctl *ctl)
+{
     admin_auto struct admin *admin = NULL;
     ctl_autofree struct mlap_status_reply *status = NULL;
     struct ctl_fault fault;

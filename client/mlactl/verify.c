@@ -32,14 +32,16 @@ struct verify {
 /* ---- one case ---- */
 
 /* Errors that say nothing about the batch, and after which no other would fare better. */
-static bool ends_the_run(mla_status status) {
+static bool ends_the_run(mla_status status)
+{
     return status == MLA_NOT_CONNECTED || status == MLA_TIMEOUT || status == MLA_EVICTED || status == MLA_DRAINING ||
            status == MLA_DENIED || status == MLA_STATE || status == MLA_UNAVAILABLE || status == MLA_DEVICE_LOST;
 }
 
 /* Decode on one device and judge every request. 0; 1 with what is wrong in `why`; -1 with `why`: it cannot go on. */
 static int run_case(struct verify *verify, mla_client *client, const struct capture *capture, const struct run_layout *layout,
-                    const struct model *model, struct tally *tally, struct ctl_fault *why) {
+                    const struct model *model, struct tally *tally, struct ctl_fault *why)
+{
     run_auto struct run *run = NULL;
     mla_error error;
     mla_result result = {0};
@@ -67,7 +69,8 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
 }
 
 static void record_failure(struct verify *verify, uint64_t index, const struct capture *capture, const struct run_layout *layout,
-                           const char *device, const char *text, const char *why) {
+                           const char *device, const char *text, const char *why)
+{
     ctl_autofree char *path = NULL;
     struct ctl_fault fault = {""};
     bool saved = verify->failed < MAX_SAVED &&
@@ -96,7 +99,8 @@ static void record_failure(struct verify *verify, uint64_t index, const struct c
 }
 
 /* 0, or an exit code after complaining. */
-static int verify_case(struct verify *verify, uint64_t index) {
+static int verify_case(struct verify *verify, uint64_t index)
+{
     const struct mlap_capability *row = &verify->table->rows[index % verify->table->n_rows];
     struct tally *tally = &verify->tallies[index % verify->table->n_rows];
     struct run_layout layout;
@@ -126,7 +130,8 @@ static int verify_case(struct verify *verify, uint64_t index) {
 
 /* ---- report ---- */
 
-static void report_row_json(cJSON *rows, const struct mlap_capability *row, const struct tally *tally) {
+static void report_row_json(cJSON *rows, const struct mlap_capability *row, const struct tally *tally)
+{
     cJSON *entry = wire_json_capability(row);
     wire_json_add(entry, "cases", tally->cases);
     wire_json_add(entry, "requests", tally->requests);
@@ -137,7 +142,8 @@ static void report_row_json(cJSON *rows, const struct mlap_capability *row, cons
     cJSON_AddItemToArray(rows, entry);
 }
 
-static void report_row(struct table *table, const struct mlap_capability *row, const struct tally *tally) {
+static void report_row(struct table *table, const struct mlap_capability *row, const struct tally *tally)
+{
     table_cell(table, PLAIN, "%s", mlap_dtype_text(row->q_dtype));
     table_cell(table, PLAIN, "%s", mlap_kv_format_text(row->kv_format));
     table_cell(table, PLAIN, "%s", mlap_dtype_text(row->out_dtype));
@@ -159,7 +165,8 @@ static void report_row(struct table *table, const struct mlap_capability *row, c
         table_cell(table, WARN, "not run");
 }
 
-static int report(struct verify *verify) {
+static int report(struct verify *verify)
+{
     const struct mlap_capabilities_reply *capabilities = verify->table;
     int code = verify->failed ? CTL_FAILED : CTL_OK;
     progress_stop();
@@ -189,7 +196,8 @@ static int report(struct verify *verify) {
 
 /* ---- set-up ---- */
 
-static int load_capabilities(struct verify *verify) {
+static int load_capabilities(struct verify *verify)
+{
     const struct ctl *ctl = verify->ctl;
     admin_auto struct admin *admin = NULL;
     ctl_autofree struct mlap_status_reply *status = NULL;
@@ -220,13 +228,15 @@ static int load_capabilities(struct verify *verify) {
     return CTL_OK;
 }
 
-static double now_s(void) {
+static double now_s(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
-static int verify_all(struct verify *verify) {
+static int verify_all(struct verify *verify)
+{
     const struct ctl *ctl = verify->ctl;
     int code = run_connect(ctl, ctl_value(ctl, "--device"), &verify->device);
     if (!code)
@@ -245,7 +255,8 @@ static int verify_all(struct verify *verify) {
     return code ? code : report(verify);
 }
 
-int ctl_verify(const struct ctl *ctl) {
+int ctl_verify(const struct ctl *ctl)
+{
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     struct verify verify = {.ctl = ctl, .seed = (uint64_t)now.tv_sec, .directory = ctl_value(ctl, "--save")};

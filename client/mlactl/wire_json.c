@@ -3,7 +3,8 @@
 
 #include <stdio.h>
 
-void wire_json_add(cJSON *object, const char *name, uint64_t value) {
+void wire_json_add(cJSON *object, const char *name, uint64_t value)
+{
     char digits[24];
     snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
     cJSON_AddRawToObject(object, name, digits);

@@ -12,20 +12,23 @@
 static struct mlad_config config, other;
 static char error[MLAD_CONFIG_ERROR];
 
-static bool parse(const char *text) {
+static bool parse(const char *text)
+{
     assert_true(mlad_config_load(&config, NULL, false, NULL, 0, error));
     error[0] = '\0';
     return mlad_config_parse(&config, text, strlen(text), "test.conf", error);
 }
 
-static void assert_refused(const char *text, const char *sentence) {
+static void assert_refused(const char *text, const char *sentence)
+{
     if (parse(text))
         fail_msg("'%s' was accepted", text);
     if (strcmp(error, sentence) != 0)
         fail_msg("'%s' is refused with\n  %s\nnot\n  %s", text, error, sentence);
 }
 
-static void defaults_are_those_of_the_documentation(void **state) {
+static void defaults_are_those_of_the_documentation(void **state)
+{
     (void)state;
     assert_true(parse(""));
     assert_string_equal(config.socket, "/run/mlad/mlad.sock");
@@ -42,7 +45,8 @@ static void defaults_are_those_of_the_documentation(void **state) {
     assert_string_equal(mlad_config_choice(&config, "log_level"), "info");
 }
 
-static void every_option_is_read(void **state) {
+static void every_option_is_read(void **state)
+{
     (void)state;
     assert_true(
         parse("socket = /tmp/x.sock\nsocket_mode = 0600\ndevices = cpu, reference\nallowed_users = root , 1000\n"
@@ -78,7 +82,8 @@ static void every_option_is_read(void **state) {
     assert_string_equal(mlad_config_choice(&config, "log_target"), "journal");
 }
 
-static void blanks_and_comments_are_skipped(void **state) {
+static void blanks_and_comments_are_skipped(void **state)
+{
     (void)state;
     assert_true(parse("# a comment\n\n  \t\n   max_plans=5 # another\r\nsocket = /tmp/a#b\nallowed_users = *"));
     assert_int_equal(config.max_plans, 5);
@@ -88,7 +93,8 @@ static void blanks_and_comments_are_skipped(void **state) {
     assert_int_equal(config.allowed_users.n, 0);
 }
 
-static void mistakes_are_refused_with_place_bounds_and_remedy(void **state) {
+static void mistakes_are_refused_with_place_bounds_and_remedy(void **state)
+{
     (void)state;
     assert_refused("\nmax_plan = 5", "test.conf:2: max_plan: unknown option; `mlad --help` lists them all");
     assert_refused("max_plans = 1\n\nmax_plans = 1", "test.conf:3: max_plans: set twice; keep one");
@@ -142,7 +148,8 @@ static void mistakes_are_refused_with_place_bounds_and_remedy(void **state) {
                    "test.conf:1: admin_users: 4294967295 is no user id; write one of 0..4294967294, or a name");
 }
 
-static void strange_bytes_are_refused(void **state) {
+static void strange_bytes_are_refused(void **state)
+{
     (void)state;
     static const char nul[] = "max_plans = 5\n\0";
     assert_true(mlad_config_load(&config, NULL, false, NULL, 0, error));
@@ -158,7 +165,8 @@ static void strange_bytes_are_refused(void **state) {
 }
 
 /* A private file with `text`; the caller unlinks it. */
-static void write_file(char path[32], const char *text) {
+static void write_file(char path[32], const char *text)
+{
     strcpy(path, "/tmp/mlad-test-XXXXXX");
     int fd = mkstemp(path);
     assert_true(fd >= 0);
@@ -166,7 +174,8 @@ static void write_file(char path[32], const char *text) {
     close(fd);
 }
 
-static void the_command_line_goes_before_the_file(void **state) {
+static void the_command_line_goes_before_the_file(void **state)
+{
     (void)state;
     char path[32];
     const struct mlad_setting settings[] = {{"max_plans", "7"}, {"devices", "reference"}};
@@ -184,7 +193,8 @@ static void the_command_line_goes_before_the_file(void **state) {
     assert_string_equal(error, "command line: max_plans: set twice; keep one");
 }
 
-static void only_a_file_that_was_asked_for_must_exist(void **state) {
+static void only_a_file_that_was_asked_for_must_exist(void **state)
+{
     (void)state;
     assert_true(mlad_config_load(&config, "/nonexistent/mlad.conf", false, NULL, 0, error));
     assert_false(mlad_config_load(&config, "/nonexistent/mlad.conf", true, NULL, 0, error));
@@ -195,7 +205,8 @@ static void only_a_file_that_was_asked_for_must_exist(void **state) {
     assert_string_equal(error, "/dev/zero: longer than 65536 bytes; this is no configuration file");
 }
 
-static void what_is_printed_reads_the_same(void **state) {
+static void what_is_printed_reads_the_same(void **state)
+{
     (void)state;
     char *text;
     size_t size;
@@ -214,7 +225,8 @@ static void what_is_printed_reads_the_same(void **state) {
     free(text);
 }
 
-static void a_reload_takes_what_it_may_and_names_the_rest(void **state) {
+static void a_reload_takes_what_it_may_and_names_the_rest(void **state)
+{
     (void)state;
     char restart[256];
     assert_true(parse("max_plans = 5\nsocket = /tmp/a\nlog_level = debug\ndevices = reference\nallowed_users = 9"));
@@ -231,7 +243,8 @@ static void a_reload_takes_what_it_may_and_names_the_rest(void **state) {
     assert_string_equal(restart, "");
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults_are_those_of_the_documentation),
         cmocka_unit_test(every_option_is_read),

@@ -16,7 +16,8 @@ static char text[8192];
 #define CAUGHT(statement) (catch_begin(), (void)(statement), catch_end())
 static int real_stderr, catcher[2];
 
-static void catch_begin(void) {
+static void catch_begin(void)
+{
     fflush(stderr);
     real_stderr = dup(STDERR_FILENO);
     assert_int_equal(pipe(catcher), 0);
@@ -24,7 +25,8 @@ static void catch_begin(void) {
     close(catcher[1]);
 }
 
-static const char *catch_end(void) {
+static const char *catch_end(void)
+{
     dup2(real_stderr, STDERR_FILENO);
     close(real_stderr);
     ssize_t n = read(catcher[0], text, sizeof text - 1);
@@ -33,7 +35,8 @@ static const char *catch_end(void) {
     return text;
 }
 
-static void assert_matches(const char *line, const char *pattern) {
+static void assert_matches(const char *line, const char *pattern)
+{
     regex_t regex;
     assert_int_equal(regcomp(&regex, pattern, REG_EXTENDED | REG_NOSUB), 0);
     if (regexec(&regex, line, 0, NULL, 0) != 0)
@@ -43,7 +46,8 @@ static void assert_matches(const char *line, const char *pattern) {
 
 #define STAMP "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}[.][0-9]{3}Z "
 
-static void a_record_is_one_line_with_its_fields(void **state) {
+static void a_record_is_one_line_with_its_fields(void **state)
+{
     (void)state;
     char name[] = "cpu";
     uint64_t bytes = UINT64_MAX;
@@ -54,7 +58,8 @@ static void a_record_is_one_line_with_its_fields(void **state) {
     assert_matches(CAUGHT(mlad_log(LOG_INFO, "nothing more")), STAMP "info nothing more\n$");
 }
 
-static void warnings_and_worse_say_where_they_arose(void **state) {
+static void warnings_and_worse_say_where_they_arose(void **state)
+{
     (void)state;
     mlad_log_open(MLAD_LOG_STDERR, LOG_INFO);
     assert_matches(
@@ -62,7 +67,8 @@ static void warnings_and_worse_say_where_they_arose(void **state) {
         STAMP "error broken why=\"No such file or directory\" [(]warnings_and_worse_say_where_they_arose:[0-9]+[)]\n$");
 }
 
-static void less_urgent_records_are_left_out(void **state) {
+static void less_urgent_records_are_left_out(void **state)
+{
     (void)state;
     mlad_log_open(MLAD_LOG_STDERR, LOG_WARNING);
     assert_string_equal(CAUGHT(mlad_log(LOG_NOTICE, "unheard")), "");
@@ -70,7 +76,8 @@ static void less_urgent_records_are_left_out(void **state) {
     assert_matches(CAUGHT(mlad_log(LOG_NOTICE, "heard")), STAMP "notice heard\n$");
 }
 
-static void text_of_a_peer_cannot_forge_records(void **state) {
+static void text_of_a_peer_cannot_forge_records(void **state)
+{
     (void)state;
     const char *hostile = "x\n2026 error \"pwned\" uid=0 \\ \x1b[31m";
     mlad_log_open(MLAD_LOG_STDERR, LOG_INFO);
@@ -79,7 +86,8 @@ static void text_of_a_peer_cannot_forge_records(void **state) {
     assert_ptr_equal(strchr(line, '\n'), line + strlen(line) - 1);
 }
 
-static void long_text_is_cut_and_the_line_still_ends(void **state) {
+static void long_text_is_cut_and_the_line_still_ends(void **state)
+{
     (void)state;
     char *huge = malloc(5001);
     memset(huge, 'a', 5000);
@@ -91,12 +99,14 @@ static void long_text_is_cut_and_the_line_still_ends(void **state) {
     free(huge);
 }
 
-static void provoke(int times) {
+static void provoke(int times)
+{
     for (int i = 0; i < times; i++)
         mlad_log_provoked(LOG_INFO, "refused", MLAD_KV("i", i));
 }
 
-static void what_a_peer_provokes_is_bounded(void **state) {
+static void what_a_peer_provokes_is_bounded(void **state)
+{
     (void)state;
     mlad_log_open(MLAD_LOG_STDERR, LOG_INFO);
     const char *lines = CAUGHT(provoke(10000));
@@ -106,7 +116,8 @@ static void what_a_peer_provokes_is_bounded(void **state) {
     assert_in_range(said, 10, 20); /* within one period of ten seconds, or over the border of two */
 }
 
-static void the_journal_is_chosen_when_stderr_leads_there(void **state) {
+static void the_journal_is_chosen_when_stderr_leads_there(void **state)
+{
     (void)state;
     struct stat st;
     char stream[64];
@@ -123,7 +134,8 @@ static void the_journal_is_chosen_when_stderr_leads_there(void **state) {
     assert_int_equal(mlad_log_target(), MLAD_LOG_STDERR);
 }
 
-static void errno_survives(void **state) {
+static void errno_survives(void **state)
+{
     (void)state;
     mlad_log_open(MLAD_LOG_STDERR, LOG_INFO);
     int closed = dup(STDERR_FILENO);
@@ -136,7 +148,8 @@ static void errno_survives(void **state) {
     assert_int_equal(kept, EAGAIN);
 }
 
-static void levels_have_names_and_numbers(void **state) {
+static void levels_have_names_and_numbers(void **state)
+{
     (void)state;
     assert_int_equal(mlad_log_level_from_text("warning"), LOG_WARNING);
     assert_int_equal(mlad_log_level_from_text("7"), LOG_DEBUG);
@@ -144,7 +157,8 @@ static void levels_have_names_and_numbers(void **state) {
     assert_int_equal(mlad_log_level_from_text(""), -1);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_record_is_one_line_with_its_fields),
         cmocka_unit_test(warnings_and_worse_say_where_they_arose),

@@ -22,7 +22,8 @@ struct visitor {
     pid_t pid;
 };
 
-static void visit(const struct sockaddr_un *address, int hold) {
+static void visit(const struct sockaddr_un *address, int hold)
+{
     const gid_t groups[] = {TEAM};
     char byte;
     int fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
@@ -33,7 +34,8 @@ static void visit(const struct sockaddr_un *address, int hold) {
     _exit(0);
 }
 
-static struct visitor visitor_new(void) {
+static struct visitor visitor_new(void)
+{
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "mlad-test-policy-%d", getpid());
     int listener = socket(AF_UNIX, SOCK_SEQPACKET, 0), hold[2];
@@ -52,19 +54,22 @@ static struct visitor visitor_new(void) {
     return visitor;
 }
 
-static void visitor_free(struct visitor *visitor) {
+static void visitor_free(struct visitor *visitor)
+{
     close(visitor->connection);
     close(visitor->end);
     waitpid(visitor->pid, NULL, 0);
 }
 
-static void configure(const char *text) {
+static void configure(const char *text)
+{
     char error[MLAD_CONFIG_ERROR];
     assert_true(mlad_config_load(&config, NULL, false, NULL, 0, error));
     assert_true(mlad_config_parse(&config, text, strlen(text), "test", error));
 }
 
-static void assert_verdict(const struct visitor *visitor, const char *text, bool allowed, bool admin) {
+static void assert_verdict(const struct visitor *visitor, const char *text, bool allowed, bool admin)
+{
     struct mlad_identity identity;
     configure(text);
     assert_true(mlad_policy_identify(visitor->connection, &identity));
@@ -74,7 +79,8 @@ static void assert_verdict(const struct visitor *visitor, const char *text, bool
         fail_msg("'%s' should%s make the user an admin", text, admin ? "" : " not");
 }
 
-static void another_user_is_let_in_by_name_group_or_everyone_only(void **state) {
+static void another_user_is_let_in_by_name_group_or_everyone_only(void **state)
+{
     (void)state;
     if (geteuid() != 0)
         skip();
@@ -96,7 +102,8 @@ static void another_user_is_let_in_by_name_group_or_everyone_only(void **state) 
     visitor_free(&visitor);
 }
 
-static void our_own_user_is_always_an_admin(void **state) {
+static void our_own_user_is_always_an_admin(void **state)
+{
     (void)state;
     int pair[2];
     struct mlad_identity identity;
@@ -111,21 +118,24 @@ static void our_own_user_is_always_an_admin(void **state) {
     close(pair[1]);
 }
 
-static void root_is_always_an_admin(void **state) {
+static void root_is_always_an_admin(void **state)
+{
     (void)state;
     configure("");
     assert_true(mlad_policy_is_admin(&config, &(struct mlad_identity){.uid = 0}));
     assert_false(mlad_policy_is_admin(&config, &(struct mlad_identity){.uid = geteuid() + 1}));
 }
 
-static void what_is_no_socket_has_no_identity(void **state) {
+static void what_is_no_socket_has_no_identity(void **state)
+{
     (void)state;
     struct mlad_identity identity;
     assert_false(mlad_policy_identify(-1, &identity));
     assert_int_equal(errno, EBADF);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(another_user_is_let_in_by_name_group_or_everyone_only),
         cmocka_unit_test(our_own_user_is_always_an_admin),

@@ -23,7 +23,8 @@ struct page { /* inject.c */
 enum { HEADS = 2, KEYS = 3, AT_KV = 4096, AT_TABLE = 8192, AT_LENS = 8256, AT_OUT = 12288, BYTES = 16384 };
 
 /* One query whose heads are zero sees KEYS keys of the constant 1: the output is 1 whatever the scale. */
-static mla_status scenario(int *right, mla_error *error) {
+static mla_status scenario(int *right, mla_error *error)
+{
     mla_options options;
     mla_options_init(&options);
     options.device = "cpu", options.reconnect_ms = 500;
@@ -60,7 +61,8 @@ static mla_status scenario(int *right, mla_error *error) {
     return status;
 }
 
-static int count_fds(void) {
+static int count_fds(void)
+{
     DIR *folder = opendir("/proc/self/fd");
     int count = 0;
     while (folder && readdir(folder)) count++;
@@ -68,7 +70,8 @@ static int count_fds(void) {
     return count;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     const char *path = getenv("INJECT_PAGE");
     const int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     struct page *page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);

@@ -32,7 +32,8 @@ static volatile sig_atomic_t stop;
 static void on_term(int signal_number) { (void)signal_number; stop = 1; }
 
 static uint64_t random_state;
-static uint32_t next_random(void) {
+static uint32_t next_random(void)
+{
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(random_state >> 33);
 }
@@ -46,19 +47,22 @@ static uint16_t random_bf16(void) { /* roughly normal, sum of four uniforms */
     return (uint16_t)(bits >> 16);
 }
 
-static float from_bf16(uint16_t value) {
+static float from_bf16(uint16_t value)
+{
     uint32_t bits = (uint32_t)value << 16;
     float out;
     memcpy(&out, &bits, 4);
     return out;
 }
 
-static _Noreturn void give_up(const char *what, const mla_error *error) {
+static _Noreturn void give_up(const char *what, const mla_error *error)
+{
     fprintf(stderr, "decode_loop: %s: %s [%s] %s\n", what, mla_status_text(error->code), error->field, error->message);
     exit(1);
 }
 
-static void fill(unsigned char *data, const int32_t *cu_q) {
+static void fill(unsigned char *data, const int32_t *cu_q)
+{
     uint16_t *q = (uint16_t *)(data + AT_Q), *kv = (uint16_t *)(data + AT_KV);
     for (size_t i = 0; i < (size_t)ROWS_MAX * HEADS * 576; i++) q[i] = random_bf16();
     for (size_t i = 0; i < (size_t)PAGES * PAGE * 576; i++) kv[i] = random_bf16();
@@ -68,7 +72,8 @@ static void fill(unsigned char *data, const int32_t *cu_q) {
     if (cu_q) memcpy(data + AT_CU_Q, cu_q, (BATCH + 1) * 4);
 }
 
-static mla_batch describe(mla_buffer *buffer, uint64_t rows, int ragged) {
+static mla_batch describe(mla_buffer *buffer, uint64_t rows, int ragged)
+{
     mla_batch d;
     mla_batch_init(&d);
     d.batch = BATCH, d.heads = HEADS, d.q_rows = rows, d.pages = PAGES, d.page_size = PAGE, d.max_pages = MAX_PAGES;
@@ -81,7 +86,8 @@ static mla_batch describe(mla_buffer *buffer, uint64_t rows, int ragged) {
 }
 
 /* Decode the job's batch once on the reference device, from a copy of its inputs, into `out`. */
-static void decode_on_reference(const struct job *job, uint64_t rows, int ragged, uint16_t *out) {
+static void decode_on_reference(const struct job *job, uint64_t rows, int ragged, uint16_t *out)
+{
     mla_options options;
     mla_options_init(&options);
     options.device = "reference", options.name = "decode_loop";
@@ -96,7 +102,8 @@ static void decode_on_reference(const struct job *job, uint64_t rows, int ragged
     mla_close(client);
 }
 
-static double snr_db(const uint16_t *reference, const uint16_t *out, size_t count) {
+static double snr_db(const uint16_t *reference, const uint16_t *out, size_t count)
+{
     double signal = 0, noise = 0;
     for (size_t i = 0; i < count; i++) {
         const double r = from_bf16(reference[i]), d = r - from_bf16(out[i]);
@@ -105,7 +112,8 @@ static double snr_db(const uint16_t *reference, const uint16_t *out, size_t coun
     return 10 * log10(signal / noise);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     random_state = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     signal(SIGTERM, on_term);
     static const int32_t cu_q[BATCH + 1] = {0, 1, 5, 5, 13, 15, 18};

@@ -24,7 +24,8 @@ struct page {
 
 static struct page *page;
 
-__attribute__((constructor)) static void attach(void) {
+__attribute__((constructor)) static void attach(void)
+{
     const char *path = getenv("INJECT_PAGE"), *program = getenv("INJECT_PROGRAM");
     if (!path || !program || strcmp(program, program_invocation_short_name)) return;
     const int fd = open(path, O_RDWR | O_CLOEXEC);
@@ -35,7 +36,8 @@ __attribute__((constructor)) static void attach(void) {
 }
 
 /* True if this call is the one to fail. */
-static int hit(uint64_t kind) {
+static int hit(uint64_t kind)
+{
     if (!page || !__atomic_load_n(&page->armed, __ATOMIC_ACQUIRE) || page->kind != kind) return 0;
     if (__atomic_add_fetch(&page->count, 1, __ATOMIC_RELAXED) != page->nth) return 0;
     __atomic_store_n(&page->fired, 1, __ATOMIC_RELEASE);
@@ -50,11 +52,13 @@ extern void *__libc_realloc(void *old, size_t size);
 extern void *__libc_memalign(size_t alignment, size_t size);
 extern void __libc_free(void *memory);
 
-static void *counted(void *memory, int64_t change) {
+static void *counted(void *memory, int64_t change)
+{
     if (memory && page) __atomic_add_fetch(&page->live, change, __ATOMIC_RELAXED);
     return memory;
 }
-static int no_memory(void) {
+static int no_memory(void)
+{
     if (!hit(KIND_MEMORY)) return 0;
     errno = ENOMEM;
     return 1;
@@ -64,13 +68,15 @@ void *malloc(size_t size) { return no_memory() ? NULL : counted(__libc_malloc(si
 void *calloc(size_t count, size_t size) { return no_memory() ? NULL : counted(__libc_calloc(count, size), 1); }
 void *realloc(void *old, size_t size) { return no_memory() ? NULL : counted(__libc_realloc(old, size), old ? 0 : 1); }
 void *aligned_alloc(size_t alignment, size_t size) { return no_memory() ? NULL : counted(__libc_memalign(alignment, size), 1); }
-int posix_memalign(void **memory, size_t alignment, size_t size) {
+int posix_memalign(void **memory, size_t alignment, size_t size)
+{
     void *at = aligned_alloc(alignment, size);
     if (!at) return ENOMEM;
     *memory = at;
     return 0;
 }
-void free(void *memory) {
+void free(void *memory)
+{
     counted(memory, -1);
     __libc_free(memory);
 }

@@ -23,13 +23,15 @@ static unsigned char *data;
 static unsigned long mutations_wanted, mutations;
 static int finished;
 
-static uint32_t next_random(uint64_t *state) {
+static uint32_t next_random(uint64_t *state)
+{
     *state = *state * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(*state >> 33);
 }
 
 /* One in eight is an extreme, one in eight near the bounds, the others are legal. */
-static int32_t nasty(uint64_t *state, int32_t legal) {
+static int32_t nasty(uint64_t *state, int32_t legal)
+{
     static const int32_t extremes[] = {-1, INT32_MAX, INT32_MIN, INT32_MAX - 63, 65536, -65536, 1 << 30};
     const uint32_t r = next_random(state);
     if (r % 8 == 0) return extremes[(r >> 4) % (sizeof extremes / sizeof *extremes)];
@@ -37,7 +39,8 @@ static int32_t nasty(uint64_t *state, int32_t legal) {
     return (int32_t)((r >> 4) % (uint32_t)legal);
 }
 
-static void scribble_once(uint64_t *state) {
+static void scribble_once(uint64_t *state)
+{
     const uint32_t r = next_random(state) >> 8;
     const uint32_t what = r % 16, at = r / 16;
     if (what < 7) __atomic_store_n((int32_t *)(data + AT_TABLE) + at % (BATCH * MAX_PAGES), nasty(state, PAGES), __ATOMIC_RELAXED);
@@ -46,14 +49,16 @@ static void scribble_once(uint64_t *state) {
     else __atomic_store_n((int32_t *)(data + AT_CU_Q) + at % (BATCH + 1), nasty(state, ROWS), __ATOMIC_RELAXED);
 }
 
-static void make_legal(uint64_t *state) {
+static void make_legal(uint64_t *state)
+{
     for (int b = 0; b <= BATCH; b++) __atomic_store_n((int32_t *)(data + AT_CU_Q) + b, b * 6, __ATOMIC_RELAXED);
     for (int b = 0; b < BATCH; b++) __atomic_store_n((int32_t *)(data + AT_LENS) + b, (int32_t)(next_random(state) % (PAGE * MAX_PAGES)), __ATOMIC_RELAXED);
     for (int i = 0; i < BATCH * MAX_PAGES; i++) __atomic_store_n((int32_t *)(data + AT_TABLE) + i, (int32_t)(next_random(state) % PAGES), __ATOMIC_RELAXED);
 }
 
 /* Runs beside the decodes: a few mutations at any moment of each. */
-static void *scribble(void *seed) {
+static void *scribble(void *seed)
+{
     uint64_t state = *(uint64_t *)seed;
     while (!__atomic_load_n(&finished, __ATOMIC_RELAXED)) {
         scribble_once(&state);
@@ -63,7 +68,8 @@ static void *scribble(void *seed) {
     return NULL;
 }
 
-static int canaries_intact(void) {
+static int canaries_intact(void)
+{
     static const size_t at[] = {AT_OUT - CANARY, AT_OUT + OUT_BYTES, AT_LSE + LSE_BYTES};
     for (size_t i = 0; i < sizeof at / sizeof *at; i++)
         for (size_t j = 0; j < CANARY; j++)
@@ -71,12 +77,14 @@ static int canaries_intact(void) {
     return 1;
 }
 
-static _Noreturn void give_up(const char *what, const mla_error *error) {
+static _Noreturn void give_up(const char *what, const mla_error *error)
+{
     fprintf(stderr, "scribbler: %s: %s [%s] %s\n", what, mla_status_text(error->code), error->field, error->message);
     exit(1);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     mutations_wanted = argc > 1 ? strtoul(argv[1], NULL, 10) : 100000;
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     mla_options options;

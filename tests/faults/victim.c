@@ -11,12 +11,14 @@ enum { BATCH = 4, HEADS = 16, PAGE = 64, PAGES = 32, Q_LEN = 4, IN_FLIGHT = 8,
        AT_TABLE = BATCH * Q_LEN * HEADS * 576 * 2, AT_LENS = AT_TABLE + BATCH * PAGES * 4, AT_OUT = AT_LENS + 64,
        AT_KV = AT_OUT + BATCH * Q_LEN * HEADS * 512 * 2, BYTES = AT_KV + PAGES * PAGE * 576 * 2 };
 
-static _Noreturn void give_up(const char *what, const mla_error *error) {
+static _Noreturn void give_up(const char *what, const mla_error *error)
+{
     fprintf(stderr, "victim: %s: %s [%s] %s\n", what, mla_status_text(error->code), error->field, error->message);
     exit(1);
 }
 
-int main(void) {
+int main(void)
+{
     mla_options options;
     mla_options_init(&options);
     options.device = "cpu", options.name = "victim";

@@ -6,7 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     int fd = memfd_create("capture", MFD_CLOEXEC);
     struct capture *capture = NULL;
     struct ctl_fault fault;

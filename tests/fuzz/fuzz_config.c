@@ -9,7 +9,8 @@
 
 static struct mlad_config config, again;
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     char error[MLAD_CONFIG_ERROR] = "";
     if (!mlad_config_load(&config, NULL, false, NULL, 0, error))
         abort();

@@ -16,12 +16,14 @@
 
 enum { MOST_DESCRIPTORS = 31, SMALL_BUFFER = 48 };
 
-static void require(int condition) {
+static void require(int condition)
+{
     if (!condition)
         abort();
 }
 
-static void send_frame(int socket, const uint8_t *bytes, size_t length, int fd, unsigned count) {
+static void send_frame(int socket, const uint8_t *bytes, size_t length, int fd, unsigned count)
+{
     struct iovec part = {(void *)(uintptr_t)bytes, length};
     union { struct cmsghdr align; char bytes[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))]; } control = {0};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1};
@@ -37,7 +39,8 @@ static void send_frame(int socket, const uint8_t *bytes, size_t length, int fd, 
     require(sendmsg(socket, &datagram, MSG_NOSIGNAL) == (ssize_t)length);
 }
 
-static void receive_frame(int socket, size_t capacity, size_t sent, unsigned sent_fds) {
+static void receive_frame(int socket, size_t capacity, size_t sent, unsigned sent_fds)
+{
     static char buffer[MLAP_MAX_MESSAGE];
     static union mlap_body body;
     int fds[MLAP_MAX_FDS];
@@ -55,13 +58,15 @@ static void receive_frame(int socket, size_t capacity, size_t sent, unsigned sen
 }
 
 /* Descriptors are given out lowest first: one that was left open shows in the next number. */
-static int next_descriptor(int any) {
+static int next_descriptor(int any)
+{
     int next = dup(any);
     close(next);
     return next;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     static int ends[2] = {-1, -1}, passed;
     if (ends[0] == -1) {
         require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);

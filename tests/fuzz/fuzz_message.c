@@ -5,12 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void require(int condition) {
+static void require(int condition)
+{
     if (!condition)
         abort();
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     static union mlap_body first, second;
     static char bytes[MLAP_MAX_MESSAGE];
     struct mlap_header header, header_again;

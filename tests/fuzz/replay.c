@@ -6,7 +6,8 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 
-static int run_file(const char *path, size_t size) {
+static int run_file(const char *path, size_t size)
+{
     FILE *file = fopen(path, "rb");
     uint8_t *data = malloc(size + (size == 0));
     if (file == NULL || data == NULL || fread(data, 1, size, file) != size) {
@@ -19,7 +20,8 @@ static int run_file(const char *path, size_t size) {
     return 0;
 }
 
-int main(int count, char **folders) {
+int main(int count, char **folders)
+{
     unsigned files = 0;
     FTS *tree = count > 1 ? fts_open(folders + 1, FTS_PHYSICAL, NULL) : NULL;
     for (FTSENT *entry; tree != NULL && (entry = fts_read(tree)) != NULL;) {

@@ -24,7 +24,8 @@ static const struct parts good = {
     .more = "", .tail = "", .data = 4620,
 };
 
-static int file_of(const void *header, uint64_t stated, size_t length, size_t data) {
+static int file_of(const void *header, uint64_t stated, size_t length, size_t data)
+{
     int fd = memfd_create("capture", MFD_CLOEXEC);
     assert_true(fd >= 0);
     assert_int_equal(write(fd, &stated, 8), 8);
@@ -33,7 +34,8 @@ static int file_of(const void *header, uint64_t stated, size_t length, size_t da
     return fd;
 }
 
-static int read_parts(const struct parts *parts, struct capture **capture, struct ctl_fault *fault) {
+static int read_parts(const struct parts *parts, struct capture **capture, struct ctl_fault *fault)
+{
     char header[4096];
     int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s%s}%s", parts->metadata, parts->q, parts->kv,
                           parts->block_table, parts->seqlens, parts->more, parts->tail);
@@ -41,7 +43,8 @@ static int read_parts(const struct parts *parts, struct capture **capture, struc
 }
 
 /* The file is refused and the sentence names `what`. */
-static void refused(const struct parts *parts, const char *what) {
+static void refused(const struct parts *parts, const char *what)
+{
     struct capture *capture = NULL;
     struct ctl_fault fault = {""};
     assert_int_equal(read_parts(parts, &capture, &fault), -1);
@@ -50,7 +53,8 @@ static void refused(const struct parts *parts, const char *what) {
         fail_msg("\"%s\" does not say \"%s\"", fault.text, what);
 }
 
-static struct capture *accepted(const struct parts *parts) {
+static struct capture *accepted(const struct parts *parts)
+{
     struct capture *capture = NULL;
     struct ctl_fault fault = {""};
     if (read_parts(parts, &capture, &fault))
@@ -58,17 +62,20 @@ static struct capture *accepted(const struct parts *parts) {
     return capture;
 }
 
-static struct parts changed(struct parts parts, size_t member, const char *value) {
+static struct parts changed(struct parts parts, size_t member, const char *value)
+{
     memcpy((char *)&parts + member, &value, sizeof value);
     return parts;
 }
-static void refused_with(size_t member, const char *value, const char *what) {
+static void refused_with(size_t member, const char *value, const char *what)
+{
     struct parts parts = changed(good, member, value);
     refused(&parts, what);
 }
 #define IN(member) offsetof(struct parts, member)
 
-static void defaults_are_those_of_the_schema(void **state) {
+static void defaults_are_those_of_the_schema(void **state)
+{
     (void)state;
     struct capture *capture = accepted(&good);
     const mla_batch *batch = &capture->batch;
@@ -91,7 +98,8 @@ static void defaults_are_those_of_the_schema(void **state) {
     capture_free(capture);
 }
 
-static void every_metadata_key_is_honoured(void **state) {
+static void every_metadata_key_is_honoured(void **state)
+{
     (void)state;
     struct parts parts = changed(good, IN(metadata),
                                  "\"softmax_scale\":\"-1.25e-1\",\"mask\":\"none\",\"lse_base\":\"2\",\"dcp_world\":\"4\",\"dcp_rank\":\"3\","
@@ -110,7 +118,8 @@ static void every_metadata_key_is_honoured(void **state) {
     capture_free(capture);
 }
 
-static void unaligned_data_is_read_right(void **state) {
+static void unaligned_data_is_read_right(void **state)
+{
     (void)state;
     char header[4096];
     for (unsigned pad = 0; pad < 8; pad++) {
@@ -129,7 +138,8 @@ static void unaligned_data_is_read_right(void **state) {
     }
 }
 
-static void headers_that_are_no_json_object_are_refused(void **state) {
+static void headers_that_are_no_json_object_are_refused(void **state)
+{
     (void)state;
     static const char *const bad[] = {"", "[]", "null", "{", "{\"q\":}", "{} x", "{}{}", "nonsense"};
     for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -141,7 +151,8 @@ static void headers_that_are_no_json_object_are_refused(void **state) {
     }
 }
 
-static void header_lengths_are_bounded(void **state) {
+static void header_lengths_are_bounded(void **state)
+{
     (void)state;
     struct capture *capture = NULL;
     struct ctl_fault fault;
@@ -156,19 +167,22 @@ static void header_lengths_are_bounded(void **state) {
     assert_non_null(strstr(fault.text, "7 bytes"));
 }
 
-static void repeated_keys_are_refused(void **state) {
+static void repeated_keys_are_refused(void **state)
+{
     (void)state;
     refused_with(IN(seqlens), "\"q\":{}", "twice");
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"softmax_scale\":\"2\"", "twice");
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"dtype\":\"F16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "twice");
 }
 
-static void nul_in_a_name_is_refused(void **state) {
+static void nul_in_a_name_is_refused(void **state)
+{
     (void)state;
     refused_with(IN(metadata), "\"softmax_scale\\u0000x\":\"1\"", "NUL");
 }
 
-static void unknown_names_are_refused_by_name(void **state) {
+static void unknown_names_are_refused_by_name(void **state)
+{
     (void)state;
     refused_with(IN(more), ",\"bias\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "unknown tensor bias");
     refused_with(IN(more), ",\"Q\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "unknown tensor Q");
@@ -177,7 +191,8 @@ static void unknown_names_are_refused_by_name(void **state) {
     refused_with(IN(more), ",\"a\\u001b[2J\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "a\\x1b[2J");
 }
 
-static void missing_parts_are_refused_by_name(void **state) {
+static void missing_parts_are_refused_by_name(void **state)
+{
     (void)state;
     refused_with(IN(metadata), "\"mask\":\"causal\"", "softmax_scale is missing");
     refused_with(IN(q), "\"q\":{\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "required");
@@ -187,7 +202,8 @@ static void missing_parts_are_refused_by_name(void **state) {
     refused(&parts, "tensor seqlens is missing");
 }
 
-static void wrong_types_are_refused(void **state) {
+static void wrong_types_are_refused(void **state)
+{
     (void)state;
     refused_with(IN(q), "\"q\":{\"dtype\":\"F32\",\"shape\":[1,1,576],\"data_offsets\":[0,2304]}", "tensor q: dtype F32");
     refused_with(IN(q), "\"q\":{\"dtype\":\"F64\",\"shape\":[1,1,288],\"data_offsets\":[0,2304]}", "dtype F64");
@@ -197,7 +213,8 @@ static void wrong_types_are_refused(void **state) {
     refused_with(IN(metadata), "\"softmax_scale\":1", "no text");
 }
 
-static void wrong_shapes_are_refused(void **state) {
+static void wrong_shapes_are_refused(void **state)
+{
     (void)state;
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[1,2,576],\"data_offsets\":[0,2300]}", "span 2300");
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,576],\"data_offsets\":[0,2304]}", "must have 3");
@@ -218,7 +235,8 @@ static void wrong_shapes_are_refused(void **state) {
     refused(&parts, "heads, is 0");
 }
 
-static void offsets_must_cover_the_file(void **state) {
+static void offsets_must_cover_the_file(void **state)
+{
     (void)state;
     refused_with(IN(kv), "\"kv\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "overlaps");
     refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4617,4621]}", "do not lie");
@@ -235,7 +253,8 @@ static void offsets_must_cover_the_file(void **state) {
     refused(&parts, "do not lie");
 }
 
-static void metadata_values_are_checked(void **state) {
+static void metadata_values_are_checked(void **state)
+{
     (void)state;
     static const char *const bad[][2] = {
         {"softmax_scale", ""},     {"softmax_scale", "nan"}, {"softmax_scale", "inf"},    {"softmax_scale", "0x1p3"},
@@ -254,7 +273,8 @@ static void metadata_values_are_checked(void **state) {
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"dcp_world\":\"2\",\"dcp_rank\":\"2\"", "below dcp_world");
 }
 
-static void tree_mask_goes_with_the_tree(void **state) {
+static void tree_mask_goes_with_the_tree(void **state)
+{
     (void)state;
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"mask\":\"tree\"", "tree_mask");
     struct parts parts = changed(good, IN(more), ",\"tree_mask\":{\"dtype\":\"U64\",\"shape\":[2],\"data_offsets\":[4620,4636]}");
@@ -264,7 +284,8 @@ static void tree_mask_goes_with_the_tree(void **state) {
     capture_free(accepted(&parts));
 }
 
-static void uneven_q_needs_cu_q(void **state) {
+static void uneven_q_needs_cu_q(void **state)
+{
     (void)state;
     struct parts parts = {
         .metadata = good.metadata, .q = "\"q\":{\"dtype\":\"BF16\",\"shape\":[3,1,576],\"data_offsets\":[0,3456]}",
@@ -277,7 +298,8 @@ static void uneven_q_needs_cu_q(void **state) {
     capture_free(accepted(&parts));
 }
 
-static void what_is_written_reads_back(void **state) {
+static void what_is_written_reads_back(void **state)
+{
     (void)state;
     char path[] = "/tmp/mlactl-test-XXXXXX";
     int fd = mkstemp(path);
@@ -307,7 +329,8 @@ static void what_is_written_reads_back(void **state) {
     capture_free(back);
 }
 
-static void a_file_that_shrinks_is_an_error(void **state) {
+static void a_file_that_shrinks_is_an_error(void **state)
+{
     (void)state;
     char header[4096];
     int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s}", good.metadata, good.q, good.kv, good.block_table,
@@ -323,7 +346,8 @@ static void a_file_that_shrinks_is_an_error(void **state) {
     capture_free(capture);
 }
 
-static void only_regular_files_are_read(void **state) {
+static void only_regular_files_are_read(void **state)
+{
     (void)state;
     struct capture *capture = NULL;
     struct ctl_fault fault;
@@ -332,7 +356,8 @@ static void only_regular_files_are_read(void **state) {
     assert_int_equal(capture_open("/nowhere/at/all", &capture, &fault), -1);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults_are_those_of_the_schema),
         cmocka_unit_test(every_metadata_key_is_honoured),

@@ -12,7 +12,8 @@
 
 #include <cmocka.h>
 
-static void every_value_survives_encoding(void **state) {
+static void every_value_survives_encoding(void **state)
+{
     (void)state;
     static const struct { mla_dtype type; uint32_t count; } formats[] = {{MLA_BF16, 65536}, {MLA_FP16, 65536}, {MLA_E4M3, 256}};
     for (unsigned f = 0; f < 3; f++)
@@ -23,7 +24,8 @@ static void every_value_survives_encoding(void **state) {
         }
 }
 
-static void known_values_decode_right(void **state) {
+static void known_values_decode_right(void **state)
+{
     (void)state;
     assert_true(number_decode(MLA_BF16, 0x3f80) == 1);
     assert_true(number_decode(MLA_BF16, 0xc049) == -3.140625);
@@ -37,7 +39,8 @@ static void known_values_decode_right(void **state) {
     assert_true(isinf(number_decode(MLA_BF16, 0x7f80)));
 }
 
-static void ties_round_to_even(void **state) {
+static void ties_round_to_even(void **state)
+{
     (void)state;
     assert_true(number_round(MLA_BF16, 1 + 0x1p-8) == 1);
     assert_true(number_round(MLA_BF16, 1 + 3 * 0x1p-8) == 1 + 0x1p-6);
@@ -46,7 +49,8 @@ static void ties_round_to_even(void **state) {
 }
 
 /* Sums of what each rank of a context-parallel group holds, for every length up to a few turns. */
-static void ranks_hold_each_key_once(void **state) {
+static void ranks_hold_each_key_once(void **state)
+{
     (void)state;
     mla_batch batch;
     mla_batch_init(&batch);
@@ -69,7 +73,8 @@ static void ranks_hold_each_key_once(void **state) {
 /* A case of one type and mask, with its model's own answer rounded as a perfect device would give it. */
 struct answer { struct capture *capture; struct model *model; void *out; float *lse; };
 
-static void round_model(struct answer *answer, const struct model *model) {
+static void round_model(struct answer *answer, const struct model *model)
+{
     const mla_batch *batch = &answer->capture->batch;
     for (uint64_t i = 0; i < batch->q_rows * batch->heads * 512; i++)
         number_put(capture_out_dtype(batch), answer->out, i, model->out[i]);
@@ -77,7 +82,8 @@ static void round_model(struct answer *answer, const struct model *model) {
         answer->lse[i] = (float)model->lse[i];
 }
 
-static struct answer answer_to(struct capture *capture) {
+static struct answer answer_to(struct capture *capture)
+{
     const mla_batch *batch = &capture->batch;
     uint64_t rows = batch->q_rows * batch->heads;
     struct answer answer = {capture, model_new(capture), calloc(rows * 512 + 1, 2), calloc(rows + 1, 4)};
@@ -86,14 +92,16 @@ static struct answer answer_to(struct capture *capture) {
     return answer;
 }
 
-static void free_answer(struct answer *answer) {
+static void free_answer(struct answer *answer)
+{
     capture_free(answer->capture);
     model_free(answer->model);
     free(answer->out);
     free(answer->lse);
 }
 
-static unsigned count_refused(const struct answer *answer) {
+static unsigned count_refused(const struct answer *answer)
+{
     unsigned refused = 0;
     for (uint32_t b = 0; b < answer->capture->batch.batch; b++) {
         struct model_request request = model_request(answer->capture, b);
@@ -112,7 +120,8 @@ static const struct mlap_capability rows[] = {
 };
 enum { ROWS = sizeof rows / sizeof *rows, SEEDS = 12 };
 
-static struct capture *make_case(uint64_t seed, unsigned row, enum mlap_mask mask) {
+static struct capture *make_case(uint64_t seed, unsigned row, enum mlap_mask mask)
+{
     struct mlap_capability capability = rows[row];
     struct run_layout layout;
     char text[200];
@@ -126,7 +135,8 @@ static struct capture *make_case(uint64_t seed, unsigned row, enum mlap_mask mas
     return capture;
 }
 
-static void a_perfect_answer_passes(void **state) {
+static void a_perfect_answer_passes(void **state)
+{
     (void)state;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
         struct answer answer = answer_to(make_case(seed, (unsigned)seed % ROWS, (enum mlap_mask)(seed % 3)));
@@ -139,7 +149,8 @@ static void a_perfect_answer_passes(void **state) {
  * requests must be refused, in nearly every batch where the change matters: a key may by chance weigh next to nothing. */
 typedef bool breaker(struct capture *capture);
 
-static void must_be_refused(breaker *breaks, enum mlap_mask mask) {
+static void must_be_refused(breaker *breaks, enum mlap_mask mask)
+{
     unsigned asked = 0, refused = 0;
     for (uint64_t seed = 100; seed < 100 + 2 * SEEDS; seed++) {
         struct capture *capture = make_case(seed, (unsigned)seed % ROWS, mask);
@@ -161,7 +172,8 @@ static void must_be_refused(breaker *breaks, enum mlap_mask mask) {
         fail_msg("only %u of %u broken answers were refused", refused, asked);
 }
 
-static uint32_t longest_visible(const struct capture *capture) {
+static uint32_t longest_visible(const struct capture *capture)
+{
     uint32_t most = 0;
     for (uint32_t b = 0; b < capture->batch.batch; b++) {
         struct model_request request = model_request(capture, b);
@@ -174,7 +186,8 @@ static uint32_t longest_visible(const struct capture *capture) {
 }
 
 /* Every token sees what any token's mask names. */
-static bool ignore_tree(struct capture *capture) {
+static bool ignore_tree(struct capture *capture)
+{
     uint64_t *masks = capture->data[CAPTURE_TREE_MASK].memory;
     bool matters = false;
     if (capture->batch.window || longest_visible(capture) < 2)
@@ -193,17 +206,20 @@ static bool ignore_tree(struct capture *capture) {
     return matters;
 }
 
-static bool other_base(struct capture *capture) {
+static bool other_base(struct capture *capture)
+{
     capture->batch.lse_base = capture->batch.lse_base == MLA_LSE_E ? MLA_LSE_2 : MLA_LSE_E;
     return longest_visible(capture) >= 4;
 }
 
-static bool scale_off_by_a_hundredth(struct capture *capture) {
+static bool scale_off_by_a_hundredth(struct capture *capture)
+{
     capture->batch.softmax_scale *= 1.01;
     return longest_visible(capture) >= 16;
 }
 
-static bool bound_one_short(struct capture *capture) {
+static bool bound_one_short(struct capture *capture)
+{
     int32_t *lengths = capture->data[CAPTURE_SEQLENS].memory;
     bool matters = false;
     if (capture->batch.window || capture->batch.dcp_world > 1)
@@ -221,7 +237,8 @@ static void a_wrong_base_is_refused(void **state) { (void)state; must_be_refused
 static void a_wrong_scale_is_refused(void **state) { (void)state; must_be_refused(scale_off_by_a_hundredth, MLAP_mask_NONE); }
 static void a_wrong_bound_is_refused(void **state) { (void)state; must_be_refused(bound_one_short, MLAP_mask_NONE); }
 
-static void one_nan_is_refused(void **state) {
+static void one_nan_is_refused(void **state)
+{
     (void)state;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
         struct answer answer = answer_to(make_case(seed, 0, MLAP_mask_CAUSAL));
@@ -234,7 +251,8 @@ static void one_nan_is_refused(void **state) {
     }
 }
 
-static void the_same_seed_makes_the_same_batch(void **state) {
+static void the_same_seed_makes_the_same_batch(void **state)
+{
     (void)state;
     struct capture *a = make_case(7, 5, MLAP_mask_TREE), *b = make_case(7, 5, MLAP_mask_TREE);
     assert_memory_equal(&a->batch, &b->batch, sizeof a->batch);
@@ -245,7 +263,8 @@ static void the_same_seed_makes_the_same_batch(void **state) {
     capture_free(b);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_value_survives_encoding), cmocka_unit_test(known_values_decode_right),
         cmocka_unit_test(ties_round_to_even),            cmocka_unit_test(ranks_hold_each_key_once),

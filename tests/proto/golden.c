@@ -206,7 +206,8 @@ const struct golden golden[] = {
 };
 const size_t n_golden = sizeof golden / sizeof golden[0];
 
-size_t golden_bytes(const char *notation, unsigned char bytes[MLAP_MAX_MESSAGE]) {
+size_t golden_bytes(const char *notation, unsigned char bytes[MLAP_MAX_MESSAGE])
+{
     size_t length = 0;
     for (const char *at = notation; *at != '\0';) {
         if (*at == '\'') {

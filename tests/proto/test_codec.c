@@ -12,7 +12,8 @@
 static unsigned char bytes[MLAP_MAX_MESSAGE], again[MLAP_MAX_MESSAGE];
 static union mlap_body body, second;
 
-static void golden_has_every_message(void **state) {
+static void golden_has_every_message(void **state)
+{
     (void)state;
     for (uint32_t type = 0; type < 2 * MLAP_TYPES_END; type++) {
         size_t found = 0;
@@ -22,7 +23,8 @@ static void golden_has_every_message(void **state) {
     }
 }
 
-static void encoding_gives_golden_bytes(void **state) {
+static void encoding_gives_golden_bytes(void **state)
+{
     (void)state;
     for (size_t i = 0; i < n_golden; i++) {
         size_t length = golden_bytes(golden[i].notation, bytes);
@@ -31,7 +33,8 @@ static void encoding_gives_golden_bytes(void **state) {
     }
 }
 
-static void golden_bytes_decode_to_every_field(void **state) {
+static void golden_bytes_decode_to_every_field(void **state)
+{
     (void)state;
     for (size_t i = 0; i < n_golden; i++) {
         size_t length = golden_bytes(golden[i].notation, bytes);
@@ -49,12 +52,14 @@ static void golden_bytes_decode_to_every_field(void **state) {
 
 static uint64_t random_state;
 
-static uint64_t random_bits(void) {
+static uint64_t random_bits(void)
+{
     random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
     return random_state >> 33 ^ random_state << 31;
 }
 
-static uint64_t random_within(uint64_t min, uint64_t max) {
+static uint64_t random_within(uint64_t min, uint64_t max)
+{
     switch (random_bits() % 4) {
     case 0: return min;
     case 1: return max;
@@ -62,7 +67,8 @@ static uint64_t random_within(uint64_t min, uint64_t max) {
     }
 }
 
-static void fill_map(const struct mlap_table *table, char *to) {
+static void fill_map(const struct mlap_table *table, char *to)
+{
     uint64_t present = 0;
     for (uint32_t i = 0; i < table->n_fields; i++) {
         const struct mlap_field *field = &table->fields[i];
@@ -108,7 +114,8 @@ static void fill_map(const struct mlap_table *table, char *to) {
     memcpy(to, &present, sizeof present);
 }
 
-static void random_bodies_survive_the_round_trip(void **state) {
+static void random_bodies_survive_the_round_trip(void **state)
+{
     (void)state;
     random_state = 1;
     for (uint32_t type = 0; type < MLAP_TYPES_END; type++) {
@@ -129,7 +136,8 @@ static void random_bodies_survive_the_round_trip(void **state) {
     }
 }
 
-static void absent_fields_are_zero_in_a_used_body(void **state) {
+static void absent_fields_are_zero_in_a_used_body(void **state)
+{
     (void)state;
     struct mlap_header header;
     size_t length = golden_bytes("94 01 01 05 81 a6'client' a1'x'", bytes);
@@ -142,7 +150,8 @@ static void absent_fields_are_zero_in_a_used_body(void **state) {
     assert_int_equal(body.hello_.features, 0);
 }
 
-static void field_order_and_number_width_are_free(void **state) {
+static void field_order_and_number_width_are_free(void **state)
+{
     (void)state;
     struct mlap_header header;
     size_t length = golden_bytes("dc0004 cf0000000000000001 cc04 ce00000009 df00000003 d907'message' da0000 "
@@ -158,7 +167,8 @@ static void field_order_and_number_width_are_free(void **state) {
 static const char tensor[] = "82 a6'buffer' 01 a6'offset' 00";
 
 /* softmax_scale of a DECODE, given as the msgpack value in `notation`. */
-static double decode_scale(const char *notation) {
+static double decode_scale(const char *notation)
+{
     char text[1024];
     snprintf(text, sizeof text, "94 01 09 01 81 a5'batch' 8e a5'batch' 01 a5'heads' 01 a6'q_rows' 01 a7'q_dtype' "
              "a4'bf16' a9'kv_format' a4'bf16' a5'pages' 01 a9'page_size' 01 a9'max_pages' 01 a1'q' %s a2'kv' %s "
@@ -169,7 +179,8 @@ static double decode_scale(const char *notation) {
     return mlap_decode(bytes, length, &header, &body, NULL) == MLAP_code_OK ? body.decode_.batch.softmax_scale : NAN;
 }
 
-static void whole_numbers_and_single_precision_are_floats_too(void **state) {
+static void whole_numbers_and_single_precision_are_floats_too(void **state)
+{
     (void)state;
     assert_true(decode_scale("cb3fe0000000000000") == 0.5);
     assert_true(decode_scale("ca3f000000") == 0.5);
@@ -183,7 +194,8 @@ static void whole_numbers_and_single_precision_are_floats_too(void **state) {
 
 /* ---- damage ---- */
 
-static void every_truncation_is_malformed(void **state) {
+static void every_truncation_is_malformed(void **state)
+{
     (void)state;
     for (size_t i = 0; i < n_golden; i++) {
         size_t length = golden_bytes(golden[i].notation, bytes);
@@ -201,7 +213,8 @@ static void every_truncation_is_malformed(void **state) {
     }
 }
 
-static void damaged_bytes_decode_to_a_legal_message_or_an_error(void **state) {
+static void damaged_bytes_decode_to_a_legal_message_or_an_error(void **state)
+{
     (void)state;
     static const unsigned char damages[] = {0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x55, 0xff};
     size_t accepted = 0, refused = 0;
@@ -231,7 +244,8 @@ static void damaged_bytes_decode_to_a_legal_message_or_an_error(void **state) {
 
 /* ---- the encoder's refusals ---- */
 
-static void encoder_refuses_what_a_decoder_would(void **state) {
+static void encoder_refuses_what_a_decoder_would(void **state)
+{
     (void)state;
     struct mlap_register reg = {.buffer = 0, .bytes = 1};
     errno = 0;
@@ -258,7 +272,8 @@ static void encoder_refuses_what_a_decoder_would(void **state) {
     assert_int_equal(errno, EINVAL);
 }
 
-static void encoder_stays_within_its_buffer(void **state) {
+static void encoder_stays_within_its_buffer(void **state)
+{
     (void)state;
     for (size_t i = 0; i < n_golden; i++) {
         size_t length = golden_bytes(golden[i].notation, bytes);
@@ -275,7 +290,8 @@ static void encoder_stays_within_its_buffer(void **state) {
 
 /* ---- names ---- */
 
-static void enumerators_have_texts_and_back(void **state) {
+static void enumerators_have_texts_and_back(void **state)
+{
     (void)state;
 #define CHECK_ENUM(M, doc) \
     for (int value = 0; value < MLAP_##M##_COUNT; value++) \
@@ -287,7 +303,8 @@ static void enumerators_have_texts_and_back(void **state) {
     assert_int_equal(mlap_dtype_from_text("fp8_e4m3"), MLAP_dtype_E4M3);
 }
 
-static void type_facts(void **state) {
+static void type_facts(void **state)
+{
     (void)state;
     assert_string_equal(mlap_type_name(MLAP_REGISTER), "REGISTER");
     assert_int_equal(mlap_type_fds(MLAP_REGISTER), 1);
@@ -300,7 +317,8 @@ static void type_facts(void **state) {
     assert_int_equal(mlap_type_from(22), -1);
 }
 
-static void a_fault_can_always_be_sent(void **state) {
+static void a_fault_can_always_be_sent(void **state)
+{
     (void)state;
     struct mlap_fault fault;
     char wide[2000] = "";
@@ -313,7 +331,8 @@ static void a_fault_can_always_be_sent(void **state) {
     assert_int_equal(mlap_fail(NULL, MLAP_code_BUSY, "", "%s", ""), MLAP_code_BUSY);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(golden_has_every_message),
         cmocka_unit_test(encoding_gives_golden_bytes),

@@ -15,7 +15,8 @@
 static unsigned char bytes[MLAP_MAX_MESSAGE + 1];
 static union mlap_body body;
 
-static void expect(const void *datagram, size_t length, enum mlap_code code, const char *field) {
+static void expect(const void *datagram, size_t length, enum mlap_code code, const char *field)
+{
     struct mlap_header header;
     struct mlap_fault fault = {.code = MLAP_code_OK, .field = "", .message = ""};
     enum mlap_code got = mlap_decode(datagram, length, &header, &body, &fault);
@@ -86,7 +87,8 @@ static const struct { const char *notation; enum mlap_code code; const char *fie
     {"94 01 04 01 83 a4'code' a4'Busy' a5'field' a0 a7'message' a0", MLAP_code_INVALID, "code"},
 };
 
-static void hand_written_datagrams(void **state) {
+static void hand_written_datagrams(void **state)
+{
     (void)state;
     for (size_t i = 0; i < sizeof datagrams / sizeof datagrams[0]; i++) {
         print_message("%s\n", datagrams[i].notation);
@@ -94,7 +96,8 @@ static void hand_written_datagrams(void **state) {
     }
 }
 
-static void header_is_filled_as_far_as_it_goes(void **state) {
+static void header_is_filled_as_far_as_it_goes(void **state)
+{
     (void)state;
     struct mlap_header header;
     mlap_decode(bytes, golden_bytes("94 01 0a cd012c 80", bytes), &header, &body, NULL);
@@ -105,7 +108,8 @@ static void header_is_filled_as_far_as_it_goes(void **state) {
     assert_int_equal(header.sequence, 0);
 }
 
-static void sentences_say_what_is_allowed(void **state) {
+static void sentences_say_what_is_allowed(void **state)
+{
     (void)state;
     struct mlap_header header;
     struct mlap_fault fault;
@@ -123,7 +127,8 @@ static void sentences_say_what_is_allowed(void **state) {
 
 /* ---- bombs: small datagrams that ask for much, large ones that nest ---- */
 
-static void counts_beyond_the_datagram_are_refused(void **state) {
+static void counts_beyond_the_datagram_are_refused(void **state)
+{
     (void)state;
     static const char *const bombs[] = {
         "ddffffffff", "dfffffffff", "dbffffffff", "c6ffffffff", "c9ffffffff 00", "dcffff", "deffff", "daffff",
@@ -134,7 +139,8 @@ static void counts_beyond_the_datagram_are_refused(void **state) {
         expect(bytes, golden_bytes(bombs[i], bytes), MLAP_code_MALFORMED, "");
 }
 
-static void nesting_is_bounded(void **state) {
+static void nesting_is_bounded(void **state)
+{
     (void)state;
     for (size_t length = 10; length <= MLAP_MAX_MESSAGE; length *= 4) {
         memset(bytes, 0x91, length);   /* arrays of one, each in the other */
@@ -147,7 +153,8 @@ static void nesting_is_bounded(void **state) {
     expect(bytes, MLAP_MAX_MESSAGE, MLAP_code_MALFORMED, "");
 }
 
-static void wide_values_are_refused_with_their_field(void **state) {
+static void wide_values_are_refused_with_their_field(void **state)
+{
     (void)state;
     size_t length = golden_bytes("94 01 0a 01 81 a4'plan' dcff00", bytes);
     memset(bytes + length, 0xc0, 0xff00);
@@ -174,7 +181,8 @@ struct walk {
 };
 
 /* Pack the datagram as it now is, and expect that answer. */
-static void try_it(struct walk *walk, enum mlap_code code, const char *field) {
+static void try_it(struct walk *walk, enum mlap_code code, const char *field)
+{
     msgpack_sbuffer buffer;
     msgpack_sbuffer_init(&buffer);
     msgpack_packer packer;
@@ -185,27 +193,32 @@ static void try_it(struct walk *walk, enum mlap_code code, const char *field) {
     walk->tried++;
 }
 
-static msgpack_object unsigned_object(uint64_t value) {
+static msgpack_object unsigned_object(uint64_t value)
+{
     return (msgpack_object){.type = MSGPACK_OBJECT_POSITIVE_INTEGER, .via.u64 = value};
 }
 
-static msgpack_object text_object(const char *text, size_t length) {
+static msgpack_object text_object(const char *text, size_t length)
+{
     return (msgpack_object){.type = MSGPACK_OBJECT_STR, .via.str = {(uint32_t)length, text}};
 }
 
-static msgpack_object float_object(double value) {
+static msgpack_object float_object(double value)
+{
     return (msgpack_object){.type = MSGPACK_OBJECT_FLOAT64, .via.f64 = value};
 }
 
 static void try_value(struct walk *walk, msgpack_object *place, msgpack_object value, enum mlap_code code,
-                      const char *field) {
+                      const char *field)
+{
     msgpack_object right = *place;
     *place = value;
     try_it(walk, code, code == MLAP_code_OK ? "" : field);
     *place = right;
 }
 
-static void try_text(struct walk *walk, msgpack_object *place, const struct mlap_field *field, const char *path) {
+static void try_text(struct walk *walk, msgpack_object *place, const struct mlap_field *field, const char *path)
+{
     static const char *const bad[] = {"\xff", "\xc0\xaf", "\xed\xbf\xbf", "\xe2\x82", "\xf5\x80\x80\x80"};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
         try_value(walk, place, text_object(bad[i], strlen(bad[i])), MLAP_code_INVALID, path);
@@ -219,7 +232,8 @@ static void try_text(struct walk *walk, msgpack_object *place, const struct mlap
     try_value(walk, place, (msgpack_object){.type = MSGPACK_OBJECT_BIN, .via.bin = {1, "x"}}, MLAP_code_INVALID, path);
 }
 
-static void try_list(struct walk *walk, msgpack_object *place, const struct mlap_field *field, const char *path) {
+static void try_list(struct walk *walk, msgpack_object *place, const struct mlap_field *field, const char *path)
+{
     msgpack_object *many = calloc(field->max + 1, sizeof *many);   /* nil */
     char first[128];
     snprintf(first, sizeof first, "%s[0]", path);
@@ -233,7 +247,8 @@ static void try_list(struct walk *walk, msgpack_object *place, const struct mlap
 }
 
 static void try_wrong_values(struct walk *walk, msgpack_object *place, const struct mlap_field *field,
-                             const char *path) {
+                             const char *path)
+{
     try_value(walk, place, (msgpack_object){.type = MSGPACK_OBJECT_NIL}, MLAP_code_INVALID, path);
     bool integer = field->kind == MLAP_KIND_U32 || field->kind == MLAP_KIND_U64;
     if (integer) {
@@ -270,7 +285,8 @@ static void try_wrong_values(struct walk *walk, msgpack_object *place, const str
 
 /* The key of pair `i` changed, the pair gone, the pair twice. */
 static void try_keys(struct walk *walk, msgpack_object *map, uint32_t i, bool required, const char *path,
-                     const char *prefix) {
+                     const char *prefix)
+{
     msgpack_object_kv *pair = &map->via.map.ptr[i];
     char unknown[128];
     snprintf(unknown, sizeof unknown, "%szzz", prefix);
@@ -294,7 +310,8 @@ static void try_keys(struct walk *walk, msgpack_object *map, uint32_t i, bool re
     *map = whole;
 }
 
-static void walk_map(struct walk *walk, const struct mlap_table *table, msgpack_object *map, const char *prefix) {
+static void walk_map(struct walk *walk, const struct mlap_table *table, msgpack_object *map, const char *prefix)
+{
     assert_int_equal(map->via.map.size, table->n_fields);
     for (uint32_t i = 0; i < table->n_fields; i++) {
         const struct mlap_field *field = &table->fields[i];
@@ -314,7 +331,8 @@ static void walk_map(struct walk *walk, const struct mlap_table *table, msgpack_
     }
 }
 
-static void every_field_refuses_every_wrong_value_by_its_path(void **state) {
+static void every_field_refuses_every_wrong_value_by_its_path(void **state)
+{
     (void)state;
     struct walk walk = {.tried = 0};
     for (size_t i = 0; i < n_golden; i++) {
@@ -330,7 +348,8 @@ static void every_field_refuses_every_wrong_value_by_its_path(void **state) {
     assert_true(walk.tried > 4000);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(hand_written_datagrams),
         cmocka_unit_test(header_is_filled_as_far_as_it_goes),

@@ -10,13 +10,15 @@
 static long allowed;   /* allocations until they fail */
 static bool refused;
 
-static bool refuse(void) {
+static bool refuse(void)
+{
     refused = refused || allowed == 0;
     return allowed-- <= 0;
 }
 
 /* These two are what msgpack-c's unpacker gets its memory from; the program's own stand before the library's. */
-__attribute__((visibility("default"))) msgpack_zone *msgpack_zone_new(size_t chunk_size) {
+__attribute__((visibility("default"))) msgpack_zone *msgpack_zone_new(size_t chunk_size)
+{
     msgpack_zone *zone = refuse() ? NULL : malloc(sizeof *zone);
     if (zone != NULL && (refuse() || !msgpack_zone_init(zone, chunk_size))) {
         free(zone);
@@ -25,7 +27,8 @@ __attribute__((visibility("default"))) msgpack_zone *msgpack_zone_new(size_t chu
     return zone;
 }
 
-__attribute__((visibility("default"))) void *msgpack_zone_malloc_expand(msgpack_zone *zone, size_t size) {
+__attribute__((visibility("default"))) void *msgpack_zone_malloc_expand(msgpack_zone *zone, size_t size)
+{
     msgpack_zone_chunk_list *list = &zone->chunk_list;
     struct msgpack_zone_chunk { struct msgpack_zone_chunk *next; } *chunk;
     if (refuse() || (chunk = malloc(sizeof *chunk + size)) == NULL)
@@ -38,7 +41,8 @@ __attribute__((visibility("default"))) void *msgpack_zone_malloc_expand(msgpack_
     return chunk + 1;
 }
 
-static void each_allocation_may_fail(void **state) {
+static void each_allocation_may_fail(void **state)
+{
     (void)state;
     static char bytes[MLAP_MAX_MESSAGE];
     static union mlap_body body;
@@ -61,7 +65,8 @@ static void each_allocation_may_fail(void **state) {
     assert_int_equal(body.capabilities_reply_.n_rows, MLAP_MAX_CAPABILITIES);
 }
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {cmocka_unit_test(each_allocation_may_fail)};
     return cmocka_run_group_tests_name("memory", tests, NULL, NULL);
 }

@@ -16,7 +16,8 @@ struct fixture {
     struct mlap_ring push, pop, unused;   /* both sides of the submission ring */
 };
 
-static int setup(void **state) {
+static int setup(void **state)
+{
     struct fixture *fixture = calloc(1, sizeof *fixture);
     fixture->bytes = mlap_rings_bytes(ENTRIES);
     fixture->memory = aligned_alloc(64, fixture->bytes);
@@ -27,18 +28,21 @@ static int setup(void **state) {
            mlap_rings_open(fixture->memory, fixture->bytes, &fixture->pop, &fixture->unused) != 0;
 }
 
-static int teardown(void **state) {
+static int teardown(void **state)
+{
     struct fixture *fixture = *state;
     free(fixture->memory);
     free(fixture);
     return 0;
 }
 
-static union mlap_entry numbered(uint32_t number) {
+static union mlap_entry numbered(uint32_t number)
+{
     return (union mlap_entry){.submission = {MLAP_OPERATION_SUBMIT, number, ~number, {0}}};
 }
 
-static void the_layout_is_as_documented(void **state) {
+static void the_layout_is_as_documented(void **state)
+{
     struct fixture *fixture = *state;
     const unsigned char *memory = fixture->memory;
     assert_int_equal(fixture->bytes, 0x200 + 2 * ENTRIES * 64);
@@ -51,7 +55,8 @@ static void the_layout_is_as_documented(void **state) {
     assert_ptr_equal(fixture->unused.entries, memory + 0x200 + ENTRIES * 64);
 }
 
-static void entries_come_out_in_order_through_the_wrap_of_indices(void **state) {
+static void entries_come_out_in_order_through_the_wrap_of_indices(void **state)
+{
     struct fixture *fixture = *state;
     fixture->push.mine = fixture->pop.mine = UINT32_MAX - 2;
     fixture->push.shared->head = fixture->push.shared->tail = UINT32_MAX - 2;
@@ -73,7 +78,8 @@ static void entries_come_out_in_order_through_the_wrap_of_indices(void **state) 
     }
 }
 
-static void a_corrupt_tail_is_an_error_for_the_consumer(void **state) {
+static void a_corrupt_tail_is_an_error_for_the_consumer(void **state)
+{
     struct fixture *fixture = *state;
     const uint32_t lies[] = {ENTRIES + 1, 0x80000000u, UINT32_MAX};
     union mlap_entry entry;
@@ -89,7 +95,8 @@ static void a_corrupt_tail_is_an_error_for_the_consumer(void **state) {
     assert_int_equal(fixture->pop.shared->head, 1);
 }
 
-static void a_corrupt_head_is_an_error_for_the_producer(void **state) {
+static void a_corrupt_head_is_an_error_for_the_producer(void **state)
+{
     struct fixture *fixture = *state;
     const uint32_t lies[] = {1, UINT32_MAX - ENTRIES, 0x80000000u};
     union mlap_entry entry = numbered(1);
@@ -102,7 +109,8 @@ static void a_corrupt_head_is_an_error_for_the_producer(void **state) {
     assert_int_equal(mlap_ring_push(&fixture->push, &entry), 0);
 }
 
-static void a_foreign_or_short_mapping_is_not_opened(void **state) {
+static void a_foreign_or_short_mapping_is_not_opened(void **state)
+{
     struct fixture *fixture = *state;
     struct mlap_rings *rings = fixture->memory;
     struct mlap_ring one, two;
@@ -131,7 +139,8 @@ enum { MESSAGES = 200000 };
 static int bell;
 static unsigned rings_of_bell;
 
-static void *consume(void *argument) {
+static void *consume(void *argument)
+{
     struct mlap_ring *ring = argument;
     uintptr_t wrong = 0;
     for (uint32_t i = 0; i < MESSAGES; i++) {
@@ -152,7 +161,8 @@ static void *consume(void *argument) {
 }
 
 /* A lost wake-up would leave the consumer asleep for ever, and the test would run into its time limit. */
-static void two_threads_lose_nothing_and_wake_each_other(void **state) {
+static void two_threads_lose_nothing_and_wake_each_other(void **state)
+{
     struct fixture *fixture = *state;
     bell = eventfd(0, EFD_CLOEXEC);
     pthread_t consumer;
@@ -178,7 +188,8 @@ static void two_threads_lose_nothing_and_wake_each_other(void **state) {
 
 #define RING_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         RING_TEST(the_layout_is_as_documented),
         RING_TEST(entries_come_out_in_order_through_the_wrap_of_indices),

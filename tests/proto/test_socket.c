@@ -15,7 +15,8 @@
 static int ends[2];
 static unsigned open_before;
 
-static unsigned open_descriptors(void) {
+static unsigned open_descriptors(void)
+{
     unsigned count = 0;
     DIR *folder = opendir("/proc/self/fd");
     assert_non_null(folder);
@@ -25,13 +26,15 @@ static unsigned open_descriptors(void) {
     return count;
 }
 
-static int setup(void **state) {
+static int setup(void **state)
+{
     (void)state;
     open_before = open_descriptors();
     return socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends);
 }
 
-static int teardown(void **state) {
+static int teardown(void **state)
+{
     (void)state;
     close(ends[0]);
     if (ends[1] != -1)
@@ -40,7 +43,8 @@ static int teardown(void **state) {
 }
 
 /* Send a datagram with any number of copies of a descriptor, as a client that does not use mlap_send would. */
-static void send_with_descriptors(const void *bytes, size_t length, int fd, unsigned count) {
+static void send_with_descriptors(const void *bytes, size_t length, int fd, unsigned count)
+{
     struct iovec part = {(void *)(uintptr_t)bytes, length};
     union { struct cmsghdr align; char bytes[CMSG_SPACE(16 * sizeof(int))]; } control = {0};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
@@ -53,13 +57,15 @@ static void send_with_descriptors(const void *bytes, size_t length, int fd, unsi
     assert_int_equal(sendmsg(ends[0], &datagram, 0), length);
 }
 
-static long receive(void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds) {
+static long receive(void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds)
+{
     errno = 0;
     *n_fds = 99;
     return mlap_receive(ends[1], buffer, capacity, fds, n_fds, MSG_DONTWAIT);
 }
 
-static void datagrams_keep_their_bounds(void **state) {
+static void datagrams_keep_their_bounds(void **state)
+{
     (void)state;
     char buffer[64];
     int fds[MLAP_MAX_FDS];
@@ -75,7 +81,8 @@ static void datagrams_keep_their_bounds(void **state) {
     assert_int_equal(n_fds, 0);
 }
 
-static void a_descriptor_arrives_close_on_exec(void **state) {
+static void a_descriptor_arrives_close_on_exec(void **state)
+{
     (void)state;
     int memfd = memfd_create("test", MFD_CLOEXEC);
     assert_int_equal(ftruncate(memfd, 12345), 0);
@@ -101,7 +108,8 @@ static void a_descriptor_arrives_close_on_exec(void **state) {
     assert_int_equal(body.register_.bytes, 4096);
 }
 
-static void surplus_descriptors_are_refused_and_closed(void **state) {
+static void surplus_descriptors_are_refused_and_closed(void **state)
+{
     (void)state;
     unsigned before = open_descriptors();
     for (unsigned count = 2; count <= 16; count++) {
@@ -116,7 +124,8 @@ static void surplus_descriptors_are_refused_and_closed(void **state) {
     }
 }
 
-static void a_long_datagram_is_refused_with_its_descriptor(void **state) {
+static void a_long_datagram_is_refused_with_its_descriptor(void **state)
+{
     (void)state;
     unsigned before = open_descriptors();
     static char text[2 * MLAP_MAX_MESSAGE], buffer[MLAP_MAX_MESSAGE];
@@ -134,7 +143,8 @@ static void a_long_datagram_is_refused_with_its_descriptor(void **state) {
     close(fds[0]);
 }
 
-static void an_empty_datagram_is_the_end_even_with_a_descriptor(void **state) {
+static void an_empty_datagram_is_the_end_even_with_a_descriptor(void **state)
+{
     (void)state;
     unsigned before = open_descriptors();
     char buffer[64];
@@ -146,7 +156,8 @@ static void an_empty_datagram_is_the_end_even_with_a_descriptor(void **state) {
     assert_int_equal(open_descriptors(), before);
 }
 
-static void end_of_file_comes_after_what_was_sent(void **state) {
+static void end_of_file_comes_after_what_was_sent(void **state)
+{
     (void)state;
     char buffer[64];
     int fds[MLAP_MAX_FDS];
@@ -158,7 +169,8 @@ static void end_of_file_comes_after_what_was_sent(void **state) {
     assert_int_equal(receive(buffer, sizeof buffer, fds, &n_fds), 0);
 }
 
-static void a_peer_that_has_gone_is_an_error_and_no_signal(void **state) {
+static void a_peer_that_has_gone_is_an_error_and_no_signal(void **state)
+{
     (void)state;
     close(ends[1]);
     ends[1] = -1;
@@ -166,7 +178,8 @@ static void a_peer_that_has_gone_is_an_error_and_no_signal(void **state) {
     assert_true(errno == EPIPE || errno == ECONNRESET);
 }
 
-static void a_full_socket_does_not_block(void **state) {
+static void a_full_socket_does_not_block(void **state)
+{
     (void)state;
     char text[1024] = "";
     unsigned sent = 0;
@@ -176,7 +189,8 @@ static void a_full_socket_does_not_block(void **state) {
     assert_int_equal(errno, EAGAIN);
 }
 
-static void an_illegal_message_is_not_sent(void **state) {
+static void an_illegal_message_is_not_sent(void **state)
+{
     (void)state;
     struct mlap_submit request = {.plan = 0};
     char buffer[64];
@@ -190,7 +204,8 @@ static void an_illegal_message_is_not_sent(void **state) {
 
 #define SOCKET_TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
 
-int main(void) {
+int main(void)
+{
     const struct CMUnitTest tests[] = {
         SOCKET_TEST(datagrams_keep_their_bounds),
         SOCKET_TEST(a_descriptor_arrives_close_on_exec),
