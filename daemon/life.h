@@ -1,7 +1,8 @@
 /* life.h - one page shared by the supervisor and one worker: the worker's signs of life.
  *
  * The supervisor creates it as a memfd, one per worker process, and passes it as a descriptor. The worker writes, the
- * supervisor only reads, so a worker that crashes or hangs leaves it as it was. Every member is accessed with relaxed atomics. */
+ * supervisor only reads, so a worker that crashes or hangs leaves it as it was. Every member is accessed with relaxed
+ * atomics. */
 #ifndef MLAD_LIFE_H
 #define MLAD_LIFE_H
 

@@ -17,15 +17,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MLAK_D = 576, MLAK_V = 512, MLAK_ROPE = 64, MLAK_MAX_HEADS = 128, MLAK_MAX_Q = 64, MLAK_MAX_PAGE = 256, MLAK_MAX_BATCH = 65536 };
+enum {
+    MLAK_D = 576,
+    MLAK_V = 512,
+    MLAK_ROPE = 64,
+    MLAK_MAX_HEADS = 128,
+    MLAK_MAX_Q = 64,
+    MLAK_MAX_PAGE = 256,
+    MLAK_MAX_BATCH = 65536
+};
 
 enum mlak_dtype { MLAK_BF16, MLAK_FP16, MLAK_E4M3, MLAK_DTYPE_COUNT };
 enum mlak_kv_format { MLAK_KV_BF16, MLAK_KV_FP16, MLAK_KV_E4M3, MLAK_KV_E4M3_656, MLAK_KV_FORMAT_COUNT };
 enum mlak_mask { MLAK_MASK_NONE, MLAK_MASK_CAUSAL, MLAK_MASK_TREE, MLAK_MASK_COUNT };
 enum mlak_lse_base { MLAK_LSE_E, MLAK_LSE_2 };
 
-/* A scale: `tensor` (one fp32, may change between launches) if not NULL, else `value`. `has_tensor`: the descriptor names
- * a tensor, resolved or not. */
+/* A scale: `tensor` (one fp32, may change between launches) if not NULL, else `value`. `has_tensor`: the descriptor
+ * names a tensor, resolved or not. */
 struct mlak_scale { float value; const float *tensor; bool present, has_tensor; };
 
 /* The descriptor of one decode. Strides in bytes; `deterministic` etc. as in the contract. Zero is not a default:
@@ -86,8 +94,17 @@ void mlak_batch_defaults(struct mlak_batch *batch);
 
 /* ---- capabilities ---- */
 
-enum { MLAK_CAN_RAGGED = 1, MLAK_CAN_DCP = 2, MLAK_CAN_WINDOW = 4, MLAK_CAN_SINK = 8, MLAK_CAN_LSE_E = 16, MLAK_CAN_LSE_2 = 32,
-       MLAK_CAN_DETERMINISTIC = 64, MLAK_CAN_STRIDED = 128, MLAK_CAN_ALL = 255 };
+enum {
+    MLAK_CAN_RAGGED = 1,
+    MLAK_CAN_DCP = 2,
+    MLAK_CAN_WINDOW = 4,
+    MLAK_CAN_SINK = 8,
+    MLAK_CAN_LSE_E = 16,
+    MLAK_CAN_LSE_2 = 32,
+    MLAK_CAN_DETERMINISTIC = 64,
+    MLAK_CAN_STRIDED = 128,
+    MLAK_CAN_ALL = 255
+};
 struct mlak_capability {
     const char *variant;             /* "avx512", "reference" */
     enum mlak_dtype q_dtype, out_dtype;
@@ -125,12 +142,13 @@ struct mlak_row {
     float v_scale;
     uint32_t request;                /* index in its batch */
     uint32_t owner;                  /* the caller's tag */
-    int code;                        /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row */
-    int64_t detail[2];               /* PAGE_RANGE: column, page; TOO_LONG: local keys, room; by __atomic_*, before code */
+    int code;          /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row */
+    int64_t detail[2]; /* PAGE_RANGE: column, page; TOO_LONG: local keys, room; by __atomic_*, before code */
 };
 enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE };
 
-/* Fail a row from a kernel: its block_table[column] holds `page`, outside 0..pages-1. From any thread; the first one counts. */
+/* Fail a row from a kernel: its block_table[column] holds `page`, outside 0..pages-1. From any thread; the first one
+ * counts. */
 void mlak_row_page_fault(struct mlak_row *row, uint32_t column, int32_t page);
 
 /* The field ("seqlens[3]", "block_table[3][7]") and sentence of a failed row. */
@@ -151,7 +169,7 @@ int64_t mlak_local_count(const struct mlak_row *row, int64_t g);
 struct mlak_device;
 struct mlak_options {
     uint32_t threads;                /* 0: one per processor this process may run on */
-    const char *variant;             /* NULL: the best here; else "generic", "avx2", "avx512", "amx": refused if absent */
+    const char *variant; /* NULL: the best here; else "generic", "avx2", "avx512", "amx": refused if absent */
     uint64_t *progress;              /* NULL, or __atomic_fetch_add'ed after each work item: a sign of life */
 };
 
@@ -163,8 +181,8 @@ struct mlak_backend {
     const char *(*variant)(const struct mlak_device *device);
     uint32_t (*threads)(const struct mlak_device *device);
     const struct mlak_capability *(*capabilities)(const struct mlak_device *device, size_t *count);
-    /* Run rows[0..count) to completion and return; 0, or MLAK_MEMORY with no row's output specified. One launch at a time per
-     * device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
+    /* Run rows[0..count) to completion and return; 0, or MLAK_MEMORY with no row's output specified. One launch at a
+     * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
     /* Estimated nanoseconds that the rows take (for small-work decisions only). */
@@ -179,9 +197,9 @@ const struct mlak_backend *mlak_backend(const char *name);
 enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capability *capabilities, size_t count,
                           struct mlak_fault *fault);
 
-/* Copy requests [first, first + count) of a checked batch with resolved pointers into rows. cu_q is validated and copied whole
- * into `cu_q_copy` ([batch + 1], caller's) when first == 0 and read from there afterwards; may be NULL without cu_q.
- * Rows with a bad length get their code set. MLAK_OK or MLAK_BATCH (`fault` names the entry). */
+/* Copy requests [first, first + count) of a checked batch with resolved pointers into rows. cu_q is validated and
+ * copied whole into `cu_q_copy` ([batch + 1], caller's) when first == 0 and read from there afterwards; may be NULL
+ * without cu_q. Rows with a bad length get their code set. MLAK_OK or MLAK_BATCH (`fault` names the entry). */
 enum mlak_code mlak_prepare(const struct mlak_batch *batch, int32_t *cu_q_copy, uint32_t first, uint32_t count,
                             struct mlak_row *rows, struct mlak_fault *fault);
 

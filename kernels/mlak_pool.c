@@ -5,12 +5,13 @@
  * one nor run them with the old function. The runner returns when every item is done, not when every thread has looked
  * in: threads that were still asleep cost nothing.
  *
- * The runner itself only waits, unless there is nothing to share. A pool with a thread for each processor binds each thread to
- * its own: left alone, a scheduler may wake two on one processor and leave the other idle, for milliseconds, above all in a
- * virtual machine, where an idle processor looks like one that the host has taken away.
+ * The runner itself only waits, unless there is nothing to share. A pool with a thread for each processor binds each
+ * thread to its own: left alone, a scheduler may wake two on one processor and leave the other idle, for milliseconds,
+ * above all in a virtual machine, where an idle processor looks like one that the host has taken away.
  *
- * Threads with nothing to do look out for more for about 100 microseconds, the distance between two launches under load,
- * giving way to whoever else can run; then they sleep on a futex. The pool owns its threads; they block all signals. */
+ * Threads with nothing to do look out for more for about 100 microseconds, the distance between two launches under
+ * load, giving way to whoever else can run; then they sleep on a futex. The pool owns its threads; they block all
+ * signals. */
 #include "mlak_pool.h"
 
 #include <linux/futex.h>
@@ -177,7 +178,8 @@ struct processors { cpu_set_t *set; size_t size; int limit; uint32_t count; };
 static struct processors usable_processors(void)
 {
     for (int limit = 1024; limit <= 1 << 20; limit *= 4) {
-        struct processors usable = {.set = CPU_ALLOC((size_t)limit), .size = CPU_ALLOC_SIZE((size_t)limit), .limit = limit};
+        struct processors usable = {
+            .set = CPU_ALLOC((size_t)limit), .size = CPU_ALLOC_SIZE((size_t)limit), .limit = limit};
         if (usable.set == NULL)
             break;
         if (sched_getaffinity(0, usable.size, usable.set) == 0) {

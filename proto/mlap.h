@@ -67,13 +67,15 @@ MLAP_ENUMS(MLAP_DECLARE_TEXT)
 /* ---- datagrams ---- */
 
 /* Send one datagram, with `fd` unless it is -1. Never blocks when `flags` has MSG_DONTWAIT; MSG_NOSIGNAL is
- * always added. Returns 0, or -1 with errno (EAGAIN: full, or the kernel lacks memory; EPIPE, ECONNRESET: the peer has gone). */
+ * always added. Returns 0, or -1 with errno (EAGAIN: full, or the kernel lacks memory; EPIPE, ECONNRESET: the peer has
+ * gone). */
 int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags);
 
 /* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set.
  * `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message. Returns its length; 0 at end of file;
- * -1 with errno: EAGAIN (nothing there, or the kernel lacks memory), EMSGSIZE (too long, or too many descriptors: MSG_TRUNC or MSG_CTRUNC; the
- * datagram is consumed, every descriptor closed, and the session must end), or the socket's error. */
+ * -1 with errno: EAGAIN (nothing there, or the kernel lacks memory), EMSGSIZE (too long, or too many descriptors:
+ * MSG_TRUNC or MSG_CTRUNC; the datagram is consumed, every descriptor closed, and the session must end), or the
+ * socket's error. */
 long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags);
 
 /* mlap_encode into a stack buffer + mlap_send. -1 with errno as both. */

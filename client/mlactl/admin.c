@@ -92,11 +92,12 @@ static int receive(struct admin *admin, struct mlap_header *header, struct ctl_f
     }
 }
 
-int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected, const union mlap_body **reply,
-              struct ctl_fault *fault)
+int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected,
+              const union mlap_body **reply, struct ctl_fault *fault)
 {
     uint32_t sequence = ++admin->sequence;
-    if (mlap_send_message(admin->socket, type, sequence, body, -1, MSG_DONTWAIT) < 0 && errno != EPIPE && errno != ECONNRESET)
+    if (mlap_send_message(admin->socket, type, sequence, body, -1, MSG_DONTWAIT) < 0 && errno != EPIPE &&
+        errno != ECONNRESET)
         return socket_failed(admin, fault); /* a closed peer may have left the reason to read */
     struct mlap_header header;
     do {
@@ -105,7 +106,8 @@ int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum m
             return code;
         if (header.type == MLAP_ERROR && (header.sequence == sequence || header.sequence == 0)) {
             const struct mlap_error *error = &admin->body.error_;
-            ctl_fail(fault, "%s (%s%s%s)", error->message, mlap_code_text(error->code), *error->field ? ", " : "", error->field);
+            ctl_fail(fault, "%s (%s%s%s)", error->message, mlap_code_text(error->code), *error->field ? ", " : "",
+                     error->field);
             return error->code == MLAP_code_TIMEOUT ? CTL_TIMED_OUT : CTL_FAILED;
         }
     } while (header.sequence != sequence);

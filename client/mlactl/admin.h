@@ -10,15 +10,15 @@
 
 struct admin;
 
-/* Connect and say HELLO. CTL_OK with *admin the caller's until admin_free, else CTL_NOT_RUNNING, CTL_TIMED_OUT or CTL_FAILED
- * with the reason in `fault`. */
+/* Connect and say HELLO. CTL_OK with *admin the caller's until admin_free, else CTL_NOT_RUNNING, CTL_TIMED_OUT or
+ * CTL_FAILED with the reason in `fault`. */
 int admin_new(const struct ctl *ctl, struct admin **admin, struct ctl_fault *fault);
 void admin_free(struct admin *admin);
 
-/* Send `type` with `body` and wait for its answer, which must be of type `expected`. *reply stays valid until the next call.
- * An ERROR of the daemon is CTL_FAILED, its sentence in `fault`. */
-int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected, const union mlap_body **reply,
-              struct ctl_fault *fault);
+/* Send `type` with `body` and wait for its answer, which must be of type `expected`. *reply stays valid until the next
+ * call. An ERROR of the daemon is CTL_FAILED, its sentence in `fault`. */
+int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected,
+              const union mlap_body **reply, struct ctl_fault *fault);
 
 /* What the daemon called itself in WELCOME: "mlad 0.1.0". */
 const char *admin_daemon(const struct admin *admin);

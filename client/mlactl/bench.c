@@ -2,7 +2,7 @@
  *
  *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
  *   what does the daemon cost a large decode?                   daemon : direct, slice by slice
- *   what does it cost a tiny one?                               one-key decode : raw socket ping-pong, hundred by hundred */
+ *   what does it cost a tiny one?                               one-key decode : raw ping-pong, hundred by hundred */
 #include "bench.h"
 #include "admin.h"
 #include "output.h"
@@ -14,7 +14,16 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { D = 576, V = 512, MIN_ROUNDS = 5, MAX_ROUNDS = 1000, MAX_LAUNCHES = 4096, MAX_COPIES = 64, ROUND_TRIPS = 20000, BURST = 100 };
+enum {
+    D = 576,
+    V = 512,
+    MIN_ROUNDS = 5,
+    MAX_ROUNDS = 1000,
+    MAX_LAUNCHES = 4096,
+    MAX_COPIES = 64,
+    ROUND_TRIPS = 20000,
+    BURST = 100
+};
 static const unsigned q_lens[] = {1, 4};
 enum { SHAPES = sizeof q_lens / sizeof *q_lens };
 static const double target_ceiling = 0.5, target_daemon = 0.97, target_round_trip = 2.0;
@@ -74,7 +83,8 @@ static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_
     return made;
 }
 
-static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys, struct run **run)
+static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys,
+                      struct run **run)
 {
     capture_auto struct capture *capture = make_batch(requests, heads, q_len, keys);
     mla_error error = {.message = "out of memory"};
@@ -123,8 +133,8 @@ static double percentile(double *values, unsigned count, double share)
     return values[index < count ? index : count - 1];
 }
 
-/* As many copies of the batch as exceed the last-level cache twice, used in turn, because a model's layers do not find their KV in
- * a cache either; mlad-kernel-bench does the same. */
+/* As many copies of the batch as exceed the last-level cache twice, used in turn, because a model's layers do not find
+ * their KV in a cache either; mlad-kernel-bench does the same. */
 struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
 
 static unsigned copies_needed(void)
@@ -142,8 +152,8 @@ static bool slice_goes_on(unsigned count, double end)
     return count < MAX_LAUNCHES && (count < 3 || (double)bench_now_ns() < end);
 }
 
-/* Throughput: two decodes in flight for a slice, so that the daemon always has the next one, as the direct backend has. The median
- * time from completion to completion. */
+/* Throughput: two decodes in flight for a slice, so that the daemon always has the next one, as the direct backend has.
+ * The median time from completion to completion. */
 static int run_in_flight(struct bench *bench, struct copies *copies, double *samples, double *median_ns)
 {
     mla_ticket running, waiting;
@@ -177,7 +187,8 @@ static int run_alone(struct bench *bench, struct copies *copies, double *samples
 }
 
 /* Direct and daemon in turn until the time is over. */
-static int run_rounds(struct bench *bench, struct direct *direct, struct copies *copies, double seconds, struct shape_result *result)
+static int run_rounds(struct bench *bench, struct direct *direct, struct copies *copies, double seconds,
+                      struct shape_result *result)
 {
     ctl_autofree double *samples = calloc(MAX_LAUNCHES + 4 * MAX_ROUNDS, sizeof *samples);
     if (!samples)
@@ -256,8 +267,8 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     }
     if (code)
         return code;
-    *result = (struct round_trip_result){percentile(decode, count, 0.5), percentile(decode, count, 0.99), percentile(raw, count, 0.5),
-                                         percentile(raw, count, 0.99), count};
+    *result = (struct round_trip_result){percentile(decode, count, 0.5), percentile(decode, count, 0.99),
+                                         percentile(raw, count, 0.5), percentile(raw, count, 0.99), count};
     return CTL_OK;
 }
 
@@ -267,8 +278,9 @@ static int start_pingpong(struct bench *bench)
     uint8_t bytes[512];
     struct ctl_fault fault;
     long request = mlap_encode(bytes, sizeof bytes, MLAP_SUBMIT, 1000, &(struct mlap_submit){.plan = 1});
-    long reply = mlap_encode(bytes, sizeof bytes, MLAP_DONE, 1000,
-                             &(struct mlap_done){.receive_ns = 5000, .queue_ns = 1000, .kernel_ns = 5000, .kv_tokens = 1});
+    long reply =
+        mlap_encode(bytes, sizeof bytes, MLAP_DONE, 1000,
+                    &(struct mlap_done){.receive_ns = 5000, .queue_ns = 1000, .kernel_ns = 5000, .kv_tokens = 1});
     if (pingpong_new((size_t)request, (size_t)reply, &bench->pingpong, &fault))
         return ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
     return CTL_OK;
@@ -279,7 +291,8 @@ static int start_pingpong(struct bench *bench)
 static double round_trip_ratio(const struct round_trip_result *r) { return r->decode_p50 / r->raw_p50; }
 static double kv_gb_s(double ns) { return (double)BENCH_BATCH * BENCH_KEYS * D * 2 / ns; }
 
-/* The share of the ceiling that binds: the larger of the times that reading the KV and that the arithmetic take at best. */
+/* The share of the ceiling that binds: the larger of the times that reading the KV and that the arithmetic take at
+ * best. */
 static double of_ceiling(const struct bench *bench, unsigned i, const char **ceiling)
 {
     const double keys = (double)BENCH_BATCH * BENCH_KEYS, rows = (double)BENCH_HEADS * q_lens[i];
@@ -298,14 +311,15 @@ static void mark(struct table *table, bool good, const char *format, double valu
 
 static void report_text(const struct bench *bench)
 {
-    printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads, BENCH_HEADS,
-           BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
+    printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads,
+           BENCH_HEADS, BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
     if (bench->load >= 1)
         output_print(WARN, "  the machine was busy (load %.1f): these figures mean little\n\n", bench->load);
     printf("  ceilings: read %.1f GB/s, %s %.0f GFLOP/s\n\n", bench->rates.read_gb_s, bench->rates.matmul,
            bench->rates.matmul_gflop_s);
-    struct table *table = table_new(">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>ONE AT A TIME|>DIRECT KV GB/S|>DAEMON KV GB/S|BINDS|>OF CEILING, >= 0.5|"
-                                    ">DAEMON/DIRECT, >= 0.97");
+    struct table *table = table_new(
+        ">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>ONE AT A TIME|>DIRECT KV GB/S|>DAEMON KV GB/S|BINDS|>OF CEILING, >= 0.5|"
+        ">DAEMON/DIRECT, >= 0.97");
     for (unsigned i = 0; i < SHAPES; i++) {
         const struct shape_result *shape = &bench->shapes[i];
         const char *ceiling;

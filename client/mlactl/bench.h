@@ -14,10 +14,13 @@ uint64_t bench_now_ns(void);
 /* ---- bench_direct.c: a child process, mlad-kernel-bench --serve, that runs the cpu backend without a daemon ---- */
 
 struct direct;
-struct direct_rates { double read_gb_s, matmul_gflop_s; char matmul[32]; };   /* what this machine can do; the fastest instruction */
+struct direct_rates {
+    double read_gb_s, matmul_gflop_s;
+    char matmul[32];
+}; /* what this machine can do; the fastest instruction */
 
-/* Start it for one q_len with the worker's threads and variant, and let it measure the ceilings, which takes a second or
- * two. 0 with *direct the caller's until direct_free. */
+/* Start it for one q_len with the worker's threads and variant, and let it measure the ceilings, which takes a second
+ * or two. 0 with *direct the caller's until direct_free. */
 int direct_new(unsigned threads, const char *variant, unsigned q_len, struct direct **direct, struct ctl_fault *fault);
 void direct_free(struct direct *direct);
 const struct direct_rates *direct_rates(const struct direct *direct);

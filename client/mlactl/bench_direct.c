@@ -1,5 +1,5 @@
-/* bench_direct.c - mlad-kernel-bench as a child: a line with seconds in, a line of JSON out. It ends when its input does,
- * so it never outlives us. */
+/* bench_direct.c - mlad-kernel-bench as a child: a line with seconds in, a line of JSON out. It ends when its input
+ * does, so it never outlives us. */
 #include "bench.h"
 
 #include <cjson/cJSON.h>
@@ -102,8 +102,10 @@ int direct_new(unsigned threads, const char *variant, unsigned q_len, struct dir
     snprintf(n_batch, sizeof n_batch, "%d", BENCH_BATCH);
     snprintf(n_keys, sizeof n_keys, "%d", BENCH_KEYS);
     snprintf(n_page, sizeof n_page, "%d", BENCH_PAGE);
-    char *const argv[] = {path, "--serve", "--dtype", "bf16", "--threads", n_threads, "--variant", (char *)variant, "--q-len", n_q,
-                          "--heads", n_heads, "--batch", n_batch, "--kv-len", n_keys, "--page-size", n_page, NULL};
+    char *const argv[] = {path,      "--serve",     "--dtype",       "bf16",    "--threads",
+                          n_threads, "--variant",   (char *)variant, "--q-len", n_q,
+                          "--heads", n_heads,       "--batch",       n_batch,   "--kv-len",
+                          n_keys,    "--page-size", n_page,          NULL};
     cJSON *line = NULL;
     if (find_program(path, fault) || spawn(direct, argv, fault) || !(line = read_line(direct, "ceilings", fault))) {
         direct_free(direct);

@@ -95,8 +95,8 @@ static int dimension(const struct st_tensor *tensor, unsigned d, uint64_t min, u
                      uint64_t *value, struct ctl_fault *fault)
 {
     if (tensor->shape[d] < min || tensor->shape[d] > max)
-        return ctl_fail(fault, "tensor %s: shape[%u], %s, is %" PRIu64 "; it must be %" PRIu64 "..%" PRIu64, tensor->name, d, meaning,
-                        tensor->shape[d], min, max);
+        return ctl_fail(fault, "tensor %s: shape[%u], %s, is %" PRIu64 "; it must be %" PRIu64 "..%" PRIu64,
+                        tensor->name, d, meaning, tensor->shape[d], min, max);
     *value = tensor->shape[d];
     return 0;
 }
@@ -106,7 +106,8 @@ static int derive_batch(mla_batch *batch, const struct st_tensor *const found[],
     static const unsigned ranks[] = {[CAPTURE_Q] = 3, [CAPTURE_KV] = 3, [CAPTURE_BLOCK_TABLE] = 2};
     for (unsigned i = CAPTURE_Q; i <= CAPTURE_BLOCK_TABLE; i++)
         if (found[i]->rank != ranks[i])
-            return ctl_fail(fault, "tensor %s: %u dimensions; it must have %u", found[i]->name, found[i]->rank, ranks[i]);
+            return ctl_fail(fault, "tensor %s: %u dimensions; it must have %u", found[i]->name, found[i]->rank,
+                            ranks[i]);
     for (unsigned i = 0; i < sizeof q_types / sizeof *q_types; i++)
         if (q_types[i] == found[CAPTURE_Q]->dtype)
             batch->q_dtype = (mla_dtype)i;
@@ -140,7 +141,8 @@ static int read_tensors(struct capture *capture, const struct st_file *file, str
         if (which == CAPTURE_TENSORS)
             return ctl_fail(fault, "unknown tensor %s", printable(tensor->name).s);
         if (!(schema[which].dtypes >> tensor->dtype & 1))
-            return ctl_fail(fault, "tensor %s: dtype %s is not allowed for it", tensor->name, st_dtype_name(tensor->dtype));
+            return ctl_fail(fault, "tensor %s: dtype %s is not allowed for it", tensor->name,
+                            st_dtype_name(tensor->dtype));
         found[which] = tensor;
     }
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++)
@@ -156,7 +158,8 @@ static int read_tensors(struct capture *capture, const struct st_file *file, str
             char is[96], must[96];
             shape_text(found[i], is);
             shape_text(&expected, must);
-            return ctl_fail(fault, "tensor %s: its shape is %s; with the other tensors it must be %s", expected.name, is, must);
+            return ctl_fail(fault, "tensor %s: its shape is %s; with the other tensors it must be %s", expected.name,
+                            is, must);
         }
         capture->data[i] = (struct capture_data){true, found[i]->bytes, found[i]->offset, NULL};
     }
@@ -222,7 +225,10 @@ static int parse_out_dtype(mla_batch *batch, const char *text)
 
 static int parse_dcp_world(mla_batch *batch, const char *text) { return decimal(text, 1, 4096, &batch->dcp_world); }
 static int parse_dcp_rank(mla_batch *batch, const char *text) { return decimal(text, 0, 4095, &batch->dcp_rank); }
-static int parse_dcp_interleave(mla_batch *batch, const char *text) { return decimal(text, 1, 1048576, &batch->dcp_interleave); }
+static int parse_dcp_interleave(mla_batch *batch, const char *text)
+{
+    return decimal(text, 1, 1048576, &batch->dcp_interleave);
+}
 
 static int parse_window(mla_batch *batch, const char *text)
 {
@@ -238,7 +244,11 @@ static int parse_deterministic(mla_batch *batch, const char *text)
     return bad;
 }
 
-static const struct { const char *key; int (*parse)(mla_batch *batch, const char *text); const char *allowed; } metadata[] = {
+static const struct {
+    const char *key;
+    int (*parse)(mla_batch *batch, const char *text);
+    const char *allowed;
+} metadata[] = {
     {"softmax_scale", parse_softmax_scale, "a finite decimal number"},
     {"mask", parse_mask, "none, causal or tree"},
     {"lse_base", parse_lse_base, "e or 2"},
@@ -312,7 +322,8 @@ int capture_read(int fd, struct capture **out, struct ctl_fault *fault)
     }
     capture->fd = fd;
     struct st_file *file = NULL;
-    int bad = st_read(fd, &file, fault) || read_metadata(&capture->batch, file, fault) || read_tensors(capture, file, fault);
+    int bad =
+        st_read(fd, &file, fault) || read_metadata(&capture->batch, file, fault) || read_tensors(capture, file, fault);
     st_free(file);
     if (bad)
         return -1;
@@ -323,7 +334,8 @@ int capture_read(int fd, struct capture **out, struct ctl_fault *fault)
 
 int capture_open(const char *path, struct capture **capture, struct ctl_fault *fault)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not hang us; it is refused below */
+    int fd =
+        open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK); /* a FIFO must not hang us; it is refused below */
     if (fd < 0)
         return ctl_fail(fault, "%s", strerror(errno));
     return capture_read(fd, capture, fault);
@@ -369,7 +381,8 @@ int capture_write(const struct capture *capture, const char *path, struct ctl_fa
     return st_write(path, tensors, count, pairs, sizeof pairs / sizeof *pairs, fault);
 }
 
-int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path, struct ctl_fault *fault)
+int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path,
+                         struct ctl_fault *fault)
 {
     uint64_t rows = batch->q_rows * batch->heads;
     const struct st_tensor tensors[] = {

@@ -1,8 +1,8 @@
 /* capture.h - a batch on disk, or made up in memory: the capture schema of the decode contract.
  *
- * A capture is a mla_batch without buffers, plus where the bytes of each tensor are: in its open file or in memory that it
- * owns. Everything about names, types, shapes and metadata has been checked once it exists; what remains (cu_q, lengths,
- * page ids, combinations the device lacks) is the daemon's to judge. */
+ * A capture is a mla_batch without buffers, plus where the bytes of each tensor are: in its open file or in memory that
+ * it owns. Everything about names, types, shapes and metadata has been checked once it exists; what remains (cu_q,
+ * lengths, page ids, combinations the device lacks) is the daemon's to judge. */
 #ifndef MLACTL_CAPTURE_H
 #define MLACTL_CAPTURE_H
 
@@ -33,8 +33,8 @@ struct capture {
 int capture_open(const char *path, struct capture **capture, struct ctl_fault *fault);
 int capture_read(int fd, struct capture **capture, struct ctl_fault *fault);
 
-/* An empty capture in memory with the defaults of the schema; capture_add gives it a tensor, zeroed, of the bytes that follow from
- * `batch`. NULL: no memory. */
+/* An empty capture in memory with the defaults of the schema; capture_add gives it a tensor, zeroed, of the bytes that
+ * follow from `batch`. NULL: no memory. */
 struct capture *capture_new(void);
 void *capture_add(struct capture *capture, enum capture_tensor tensor);
 void capture_free(struct capture *capture);
@@ -46,7 +46,8 @@ int capture_load(const struct capture *capture, enum capture_tensor tensor, void
 int capture_write(const struct capture *capture, const char *path, struct ctl_fault *fault);
 
 /* Write the result file: `out` as the batch's output type, and `lse`. */
-int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path, struct ctl_fault *fault);
+int capture_write_result(const mla_batch *batch, const void *out, const float *lse, const char *path,
+                         struct ctl_fault *fault);
 
 const char *capture_name(enum capture_tensor tensor);       /* "block_table" */
 mla_dtype capture_out_dtype(const mla_batch *batch);        /* defaults resolved */

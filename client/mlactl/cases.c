@@ -59,7 +59,8 @@ static uint32_t pick_q_len(struct random *random, uint32_t heads, uint32_t max)
 
 static int32_t pick_length(struct random *random, uint32_t heads, uint32_t q_len)
 {
-    static const int32_t edges[] = {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 255, 256, 257};
+    static const int32_t edges[] = {0,  1,  2,   3,   15,  16,  17,  31,  32,  33, 63,
+                                    64, 65, 127, 128, 129, 191, 192, 255, 256, 257};
     int64_t most = WORK / (heads * (q_len ? q_len : 1));
     most = most < 600 ? most : 600;
     int64_t length = PICK(random, edges);
@@ -95,7 +96,8 @@ static int fill_scales(struct random *random, struct capture *capture)
         *scale = (float)exp2(uniform(random, -3, 3));
         product *= i < 2 ? (double)*scale : 1;
     }
-    batch->softmax_scale = uniform(random, 0.2, 2.5) / 24 / product; /* scores of N(0,1) inputs then deviate by 0.2 to 2.5 */
+    batch->softmax_scale =
+        uniform(random, 0.2, 2.5) / 24 / product; /* scores of N(0,1) inputs then deviate by 0.2 to 2.5 */
     return 0;
 }
 
@@ -184,7 +186,8 @@ static int fill_keys(struct random *random, struct capture *capture)
         struct model_request request = model_request(capture, b);
         for (int64_t c = 0; c < request.local_len; c++)
             if (model_seen(&request, c)) {
-                uint64_t row = (uint64_t)request.block_table[c / batch->page_size] * batch->page_size + (uint64_t)c % batch->page_size;
+                uint64_t row = (uint64_t)request.block_table[c / batch->page_size] * batch->page_size +
+                               (uint64_t)c % batch->page_size;
                 fill_key(random, batch, kv + row * capture_row_bytes(batch));
             }
     }
@@ -194,7 +197,8 @@ static int fill_keys(struct random *random, struct capture *capture)
 static int fill_lengths(struct random *random, struct capture *capture, const uint32_t q_lens[], bool ragged)
 {
     mla_batch *batch = &capture->batch;
-    int32_t *seqlens = capture_add(capture, CAPTURE_SEQLENS), *cu_q = ragged ? capture_add(capture, CAPTURE_CU_Q) : NULL;
+    int32_t *seqlens = capture_add(capture, CAPTURE_SEQLENS),
+            *cu_q = ragged ? capture_add(capture, CAPTURE_CU_Q) : NULL;
     if (!seqlens || (ragged && !cu_q))
         return -1;
     for (uint32_t b = 0; b < batch->batch; b++) {
@@ -222,11 +226,12 @@ static int fill_sink(struct random *random, struct capture *capture)
 static void describe(const struct capture *capture, const struct run_layout *layout, char text[200])
 {
     const mla_batch *batch = &capture->batch;
-    snprintf(text, 200, "B=%u H=%u q rows %llu%s, page %u, DCP %u/%u x%u, window %u, lse %s%s%s%s%s", batch->batch, batch->heads,
-             (unsigned long long)batch->q_rows, capture->data[CAPTURE_CU_Q].present ? " ragged" : "", batch->page_size,
-             batch->dcp_rank, batch->dcp_world, batch->dcp_interleave, batch->window, batch->lse_base == MLA_LSE_2 ? "2" : "e",
-             capture->data[CAPTURE_SINK].present ? ", sink" : "", batch->deterministic ? ", deterministic" : "",
-             layout->row_gap || layout->page_gap ? ", strided KV" : "", layout->host_scales ? ", host scales" : "");
+    snprintf(text, 200, "B=%u H=%u q rows %llu%s, page %u, DCP %u/%u x%u, window %u, lse %s%s%s%s%s", batch->batch,
+             batch->heads, (unsigned long long)batch->q_rows, capture->data[CAPTURE_CU_Q].present ? " ragged" : "",
+             batch->page_size, batch->dcp_rank, batch->dcp_world, batch->dcp_interleave, batch->window,
+             batch->lse_base == MLA_LSE_2 ? "2" : "e", capture->data[CAPTURE_SINK].present ? ", sink" : "",
+             batch->deterministic ? ", deterministic" : "", layout->row_gap || layout->page_gap ? ", strided KV" : "",
+             layout->host_scales ? ", host scales" : "");
 }
 
 static bool can(const struct mlap_capability *row, const char *feature)
@@ -273,8 +278,9 @@ struct capture *case_new(uint64_t seed, const struct mlap_capability *row, struc
         layout->row_gap = 16 * (uint32_t)between(&random, 0, 8);
         layout->page_gap = 16 * (uint32_t)between(&random, 0, 64);
     }
-    if (fill_scales(&random, capture) || fill_lengths(&random, capture, q_lens, ragged) || fill_queries(&random, capture) ||
-        (sink && fill_sink(&random, capture)) || fill_block_table(&random, capture) || fill_keys(&random, capture))
+    if (fill_scales(&random, capture) || fill_lengths(&random, capture, q_lens, ragged) ||
+        fill_queries(&random, capture) || (sink && fill_sink(&random, capture)) || fill_block_table(&random, capture) ||
+        fill_keys(&random, capture))
         return NULL;
     describe(capture, layout, text);
     struct capture *made = capture;

@@ -7,9 +7,9 @@
 
 #include "mlap.h"
 
-/* A batch that one capability row covers, the same for the same seed. Edges are frequent: no keys, fewer keys than query tokens,
- * tile and page edges, NaN in every key that nothing sees, nonsense in every table entry that nothing needs.
- * `text` says what it is. NULL: no memory. */
+/* A batch that one capability row covers, the same for the same seed. Edges are frequent: no keys, fewer keys than
+ * query tokens, tile and page edges, NaN in every key that nothing sees, nonsense in every table entry that nothing
+ * needs. `text` says what it is. NULL: no memory. */
 struct capture *case_new(uint64_t seed, const struct mlap_capability *row, struct run_layout *layout, char text[200]);
 
 #endif

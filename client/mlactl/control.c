@@ -45,7 +45,8 @@ int ctl_drain(const struct ctl *ctl)
         code = admin_ask(admin, MLAP_DRAIN, &ask, MLAP_OK, NULL, &fault);
     if (code)
         return ctl_error(ctl, code, "%s", fault.text);
-    return done(ctl, ask.resume ? "serving again" : "drained: nothing is in flight and nothing new is taken", ask.device);
+    return done(ctl, ask.resume ? "serving again" : "drained: nothing is in flight and nothing new is taken",
+                ask.device);
 }
 
 int ctl_evict(const struct ctl *ctl)
@@ -58,7 +59,8 @@ int ctl_evict(const struct ctl *ctl)
     errno = 0;
     ask.session = strtoull(ctl->arguments[1], &end, 10);
     if (*ctl->arguments[1] < '0' || *ctl->arguments[1] > '9' || *end || errno || !ask.session)
-        return ctl_error(ctl, CTL_USAGE, "evict: session %s is no id; `mlactl status --sessions` shows them", ctl->arguments[1]);
+        return ctl_error(ctl, CTL_USAGE, "evict: session %s is no id; `mlactl status --sessions` shows them",
+                         ctl->arguments[1]);
     admin_auto struct admin *admin = NULL;
     struct ctl_fault fault;
     progress("evicting session %s", ctl->arguments[1]);

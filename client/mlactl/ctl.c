@@ -56,8 +56,8 @@ int ctl_number(const struct ctl *ctl, const char *name, uint64_t min, uint64_t m
     errno = 0;
     unsigned long long number = strtoull(text, &end, 10);
     if (*text < '0' || *text > '9' || *end || errno || number < min || number > max)
-        return ctl_error(ctl, CTL_USAGE, "%s %s: give a whole number from %llu to %llu", name, text, (unsigned long long)min,
-                         (unsigned long long)max);
+        return ctl_error(ctl, CTL_USAGE, "%s %s: give a whole number from %llu to %llu", name, text,
+                         (unsigned long long)min, (unsigned long long)max);
     *value = number;
     return CTL_OK;
 }

@@ -8,7 +8,8 @@
 #include <string.h>
 #include <time.h>
 
-static void report_json(const mla_result *result, double wall_ns, double kv_bytes, const char *device, const char *output)
+static void report_json(const mla_result *result, double wall_ns, double kv_bytes, const char *device,
+                        const char *output)
 {
     cJSON *root = cJSON_CreateObject();
     cJSON_AddStringToObject(root, "output", output);
@@ -32,28 +33,31 @@ static void report_json(const mla_result *result, double wall_ns, double kv_byte
     output_json(root);
 }
 
-static void report_text(const mla_batch *batch, const mla_result *result, double wall_ns, double kv_bytes, const char *device,
-                        const char *output)
+static void report_text(const mla_batch *batch, const mla_result *result, double wall_ns, double kv_bytes,
+                        const char *device, const char *output)
 {
     printf("%s: %u requests, %llu query tokens, %u heads, %s KV tokens on %s\n", output, batch->batch,
            (unsigned long long)batch->q_rows, batch->heads, human_count(result->kv_tokens).s, device);
-    printf("%s (kernel %s, queue %s, receive %s), KV %.2f GB/s\n", human_ns(wall_ns).s, human_ns((double)result->kernel_ns).s,
-           human_ns((double)result->queue_ns).s, human_ns((double)result->receive_ns).s, kv_bytes / wall_ns);
+    printf("%s (kernel %s, queue %s, receive %s), KV %.2f GB/s\n", human_ns(wall_ns).s,
+           human_ns((double)result->kernel_ns).s, human_ns((double)result->queue_ns).s,
+           human_ns((double)result->receive_ns).s, kv_bytes / wall_ns);
     if (result->replays)
         printf("submitted again %u times after the worker died\n", result->replays);
     if (!result->failed)
         return;
-    output_print(BAD, "%u of %u requests failed; their rows are unspecified, the others are complete\n", result->failed, batch->batch);
+    output_print(BAD, "%u of %u requests failed; their rows are unspecified, the others are complete\n", result->failed,
+                 batch->batch);
     for (uint32_t i = 0; i < result->listed; i++)
-        printf("  request %u: %s: %s\n", result->failures[i].request, result->failures[i].field, result->failures[i].message);
+        printf("  request %u: %s: %s\n", result->failures[i].request, result->failures[i].field,
+               result->failures[i].message);
     if (result->listed < result->failed)
         printf("  and %u more\n", result->failed - result->listed);
 }
 
 static int error_of(const struct ctl *ctl, const char *path, const mla_error *error)
 {
-    return ctl_error(ctl, run_exit_code(error->code), "%s: %s (%s%s%s)", path, error->message, mla_status_text(error->code),
-                     *error->field ? ", " : "", error->field);
+    return ctl_error(ctl, run_exit_code(error->code), "%s: %s (%s%s%s)", path, error->message,
+                     mla_status_text(error->code), *error->field ? ", " : "", error->field);
 }
 
 int ctl_decode(const struct ctl *ctl)

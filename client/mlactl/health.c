@@ -1,9 +1,9 @@
 /* health.c - `mlactl health`: one line, one exit code: 0 ok, 1 degraded, 2 failed, 3 not running, 4 timed out.
  *
- * The daemon judges itself (HEALTH). --deep trusts nothing: it decodes a batch whose answer is known in closed form on every
- * device but the reference. The batch: key j carries e(j) = j % 3 + (j & 1), head h asks for h times that, and softmax_scale is ln 2,
- * so that a key weighs 2^(h e(j)): O and LSE are ratios and logarithms of whole numbers. Two requests of two query tokens,
- * causal, over shuffled pages. */
+ * The daemon judges itself (HEALTH). --deep trusts nothing: it decodes a batch whose answer is known in closed form on
+ * every device but the reference. The batch: key j carries e(j) = j % 3 + (j & 1), head h asks for h times that, and
+ * softmax_scale is ln 2, so that a key weighs 2^(h e(j)): O and LSE are ratios and logarithms of whole numbers. Two
+ * requests of two query tokens, causal, over shuffled pages. */
 #include "admin.h"
 #include "output.h"
 #include "progress.h"
@@ -118,7 +118,9 @@ static int decode_known(const struct ctl *ctl, const char *device, uint64_t *ker
         run_new(client, capture, &(struct run_layout){0}, &run, &error) ||
         mla_decode(client, run->plan, ctl->timeout_ms, &result, &error) != MLA_OK) {
         ctl_fail(fault, "%s", error.message);
-        return error.code == MLA_TIMEOUT || error.code == MLA_NOT_CONNECTED || error.code == MLA_UNAVAILABLE ? CTL_TIMED_OUT : CTL_PARTLY;
+        return error.code == MLA_TIMEOUT || error.code == MLA_NOT_CONNECTED || error.code == MLA_UNAVAILABLE
+                   ? CTL_TIMED_OUT
+                   : CTL_PARTLY;
     }
     *kernel_ns = result.kernel_ns;
     if (check_known(run, fault))
@@ -152,7 +154,11 @@ static void check_deep(const struct ctl *ctl, const struct mlap_status_reply *st
         int code = skip ? CTL_OK : decode_known(ctl, device->name, &kernel_ns, &fault);
         cJSON *entry = cJSON_CreateObject();
         cJSON_AddStringToObject(entry, "device", device->name);
-        cJSON_AddStringToObject(entry, "result", skip ? "skipped" : code == CTL_OK ? "ok" : code == CTL_TIMED_OUT ? "timed out" : "failed");
+        cJSON_AddStringToObject(entry, "result",
+                                skip                    ? "skipped"
+                                : code == CTL_OK        ? "ok"
+                                : code == CTL_TIMED_OUT ? "timed out"
+                                                        : "failed");
         cJSON_AddStringToObject(entry, "reason", skip ? mlap_device_state_text(device->state) : fault.text);
         wire_json_add(entry, "kernel_ns", kernel_ns);
         cJSON_AddItemToArray(verdict->deep, entry);
@@ -194,7 +200,8 @@ static void judge(const struct ctl *ctl, struct verdict *verdict)
 
 int ctl_health(const struct ctl *ctl)
 {
-    _Static_assert((int)MLAP_health_state_OK == 0 && (int)MLAP_health_state_DEGRADED == 1 && (int)MLAP_health_state_FAILED == 2,
+    _Static_assert((int)MLAP_health_state_OK == 0 && (int)MLAP_health_state_DEGRADED == 1 &&
+                       (int)MLAP_health_state_FAILED == 2,
                    "health states are exit codes");
     static const char *const words[] = {"ok", "degraded", "failed", "not running", "timed out"};
     static const enum output_style styles[] = {GOOD, WARN, BAD, BAD, BAD};
@@ -215,7 +222,8 @@ int ctl_health(const struct ctl *ctl)
     if (*verdict.reason)
         printf(": %s", verdict.reason);
     else if (verdict.deep)
-        printf(": %d device%s decoded a known batch", cJSON_GetArraySize(verdict.deep), cJSON_GetArraySize(verdict.deep) == 1 ? "" : "s");
+        printf(": %d device%s decoded a known batch", cJSON_GetArraySize(verdict.deep),
+               cJSON_GetArraySize(verdict.deep) == 1 ? "" : "s");
     putchar('\n');
     cJSON_Delete(verdict.deep);
     return verdict.code;

@@ -74,32 +74,37 @@ static struct number whole(uint64_t value)
 static struct number seconds(uint64_t value, uint64_t per_second)
 {
     struct number text;
-    snprintf(text.s, sizeof text.s, "%" PRIu64 ".%0*" PRIu64, value / per_second, per_second == 1000 ? 3 : 9, value % per_second);
+    snprintf(text.s, sizeof text.s, "%" PRIu64 ".%0*" PRIu64, value / per_second, per_second == 1000 ? 3 : 9,
+             value % per_second);
     return text;
 }
 
 /* X(name, type, sample suffix, unit, help, number) */
-#define DEVICE_FAMILIES(X) \
-    X("mlad_device_responding", "gauge", "", "", "Whether the worker answered this query in time", whole(d->responding)) \
-    X("mlad_device_threads", "gauge", "", "", "Compute threads of the worker", whole(d->threads)) \
-    X("mlad_device_uptime_seconds", "gauge", "", "seconds", "Time since the worker became ready", seconds(d->uptime_ms, 1000)) \
-    X("mlad_worker_restarts", "counter", "_total", "", "Times the worker was started again", whole(d->restarts)) \
-    X("mlad_sessions", "gauge", "", "", "Open sessions", whole(d->sessions)) \
-    X("mlad_sessions_draining", "gauge", "", "", "Closed sessions that wait for a launch to end", whole(d->sessions_draining)) \
-    X("mlad_buffers", "gauge", "", "", "Registered buffers", whole(d->buffers)) \
-    X("mlad_plans", "gauge", "", "", "Plans", whole(d->plans)) \
-    X("mlad_held_bytes", "gauge", "", "bytes", "Bytes mapped for open sessions", whole(d->held_bytes)) \
+#define DEVICE_FAMILIES(X)                                                                                             \
+    X("mlad_device_responding", "gauge", "", "", "Whether the worker answered this query in time",                     \
+      whole(d->responding))                                                                                            \
+    X("mlad_device_threads", "gauge", "", "", "Compute threads of the worker", whole(d->threads))                      \
+    X("mlad_device_uptime_seconds", "gauge", "", "seconds", "Time since the worker became ready",                      \
+      seconds(d->uptime_ms, 1000))                                                                                     \
+    X("mlad_worker_restarts", "counter", "_total", "", "Times the worker was started again", whole(d->restarts))       \
+    X("mlad_sessions", "gauge", "", "", "Open sessions", whole(d->sessions))                                           \
+    X("mlad_sessions_draining", "gauge", "", "", "Closed sessions that wait for a launch to end",                      \
+      whole(d->sessions_draining))                                                                                     \
+    X("mlad_buffers", "gauge", "", "", "Registered buffers", whole(d->buffers))                                        \
+    X("mlad_plans", "gauge", "", "", "Plans", whole(d->plans))                                                         \
+    X("mlad_held_bytes", "gauge", "", "bytes", "Bytes mapped for open sessions", whole(d->held_bytes))                 \
     X("mlad_orphaned_bytes", "gauge", "", "bytes", "Bytes mapped that belong to no session", whole(d->orphaned_bytes)) \
-    X("mlad_decodes_queued", "gauge", "", "", "Decodes waiting", whole(d->queued)) \
-    X("mlad_decodes_running", "gauge", "", "", "Decodes running", whole(d->running)) \
-    X("mlad_queue_limit", "gauge", "", "", "Decodes that may wait", whole(d->queue_limit)) \
-    X("mlad_progress", "counter", "_total", "", "Work items done by the backend", whole(d->progress)) \
-    X("mlad_decodes", "counter", "_total", "", "Decodes completed", whole(d->decodes)) \
-    X("mlad_decodes_failed", "counter", "_total", "", "Decodes that ended in an error wholly or in part", whole(d->decodes_failed)) \
-    X("mlad_messages_refused", "counter", "_total", "", "Messages answered with an error", whole(d->refused)) \
-    X("mlad_decodes_busy", "counter", "_total", "", "Decodes answered with busy", whole(d->busy)) \
-    X("mlad_sessions_dropped", "counter", "_total", "", "Sessions dropped for misbehaviour", whole(d->dropped)) \
-    X("mlad_kv_tokens", "counter", "_total", "", "KV tokens of completed decodes", whole(d->kv_tokens)) \
+    X("mlad_decodes_queued", "gauge", "", "", "Decodes waiting", whole(d->queued))                                     \
+    X("mlad_decodes_running", "gauge", "", "", "Decodes running", whole(d->running))                                   \
+    X("mlad_queue_limit", "gauge", "", "", "Decodes that may wait", whole(d->queue_limit))                             \
+    X("mlad_progress", "counter", "_total", "", "Work items done by the backend", whole(d->progress))                  \
+    X("mlad_decodes", "counter", "_total", "", "Decodes completed", whole(d->decodes))                                 \
+    X("mlad_decodes_failed", "counter", "_total", "", "Decodes that ended in an error wholly or in part",              \
+      whole(d->decodes_failed))                                                                                        \
+    X("mlad_messages_refused", "counter", "_total", "", "Messages answered with an error", whole(d->refused))          \
+    X("mlad_decodes_busy", "counter", "_total", "", "Decodes answered with busy", whole(d->busy))                      \
+    X("mlad_sessions_dropped", "counter", "_total", "", "Sessions dropped for misbehaviour", whole(d->dropped))        \
+    X("mlad_kv_tokens", "counter", "_total", "", "KV tokens of completed decodes", whole(d->kv_tokens))                \
     X("mlad_kv_bytes", "counter", "_total", "bytes", "KV bytes of completed decodes", whole(d->kv_bytes))
 
 static void device_families(struct sink *sink, const struct mlap_status_reply *status)
@@ -119,8 +124,9 @@ static void state_family(struct sink *sink, const struct mlap_status_reply *stat
     family(sink, "mlad_device_state", "stateset", "", "What the device is doing");
     for (unsigned i = 0; i < status->n_devices; i++)
         for (int state = 0; state < MLAP_device_state_COUNT; state++) {
-            const struct label labels[] = {{"device", status->devices[i].name},
-                                           {"mlad_device_state", mlap_device_state_text((enum mlap_device_state)state)}};
+            const struct label labels[] = {
+                {"device", status->devices[i].name},
+                {"mlad_device_state", mlap_device_state_text((enum mlap_device_state)state)}};
             sample(sink, "mlad_device_state", labels, 2, (int)status->devices[i].state == state ? "1" : "0");
         }
 }
@@ -131,7 +137,8 @@ static void latency_families(struct sink *sink, const struct mlap_status_reply *
     for (unsigned i = 0; i < status->n_devices; i++)
         for (unsigned j = 0; j < status->devices[i].n_latency; j++) {
             const struct mlap_latency *l = &status->devices[i].latency[j];
-            struct label labels[] = {{"device", status->devices[i].name}, {"phase", mlap_phase_text(l->phase)}, {"quantile", "0.5"}};
+            struct label labels[] = {
+                {"device", status->devices[i].name}, {"phase", mlap_phase_text(l->phase)}, {"quantile", "0.5"}};
             sample(sink, "mlad_decode_phase_seconds", labels, 3, seconds(l->p50_ns, 1000000000).s);
             labels[2].value = "0.9";
             sample(sink, "mlad_decode_phase_seconds", labels, 3, seconds(l->p90_ns, 1000000000).s);

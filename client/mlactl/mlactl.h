@@ -1,8 +1,8 @@
 /* mlactl.h - what the rooms of mlactl share: options, exit codes, faults, one entry point per command.
  *
  * main.c owns the command table and parses the command line into `struct ctl`, which every command is handed and none
- * changes. A command prints its result on stdout (tables, or JSON with --json), its complaint through ctl_error, and returns
- * an exit code; it never exits by itself. */
+ * changes. A command prints its result on stdout (tables, or JSON with --json), its complaint through ctl_error, and
+ * returns an exit code; it never exits by itself. */
 #ifndef MLACTL_H
 #define MLACTL_H
 
@@ -52,7 +52,8 @@ struct ctl_command {
 
 /* The value of the command's option `name` ("--seconds"): NULL if not given. */
 const char *ctl_value(const struct ctl *ctl, const char *name);
-/* A whole number within [min, max] from option `name` into *value, untouched if not given; CTL_USAGE after complaining. */
+/* A whole number within [min, max] from option `name` into *value, untouched if not given; CTL_USAGE after complaining.
+ */
 int ctl_number(const struct ctl *ctl, const char *name, uint64_t min, uint64_t max, uint64_t *value);
 
 /* A sentence about what went wrong, on its way to whoever prints it. */

@@ -1,9 +1,10 @@
 /* model.c - exact results and the bar.
  *
- * The contract's bar is the error of exact arithmetic in which only P (relative to its row's maximum) and out are rounded, less
- * 1 dB (fp8 q: 2 dB). That error is one draw of a random variable: with very few keys or rows it may be nought. So the bar takes the
- * larger of the draw and its expectation (every rounding uniform within half a unit: unit^2 / 12), the latter raised by four
- * standard deviations of a sum of that many roundings, at most threefold, which is the worst a single rounding can do. */
+ * The contract's bar is the error of exact arithmetic in which only P (relative to its row's maximum) and out are
+ * rounded, less 1 dB (fp8 q: 2 dB). That error is one draw of a random variable: with very few keys or rows it may be
+ * nought. So the bar takes the larger of the draw and its expectation (every rounding uniform within half a unit:
+ * unit^2 / 12), the latter raised by four standard deviations of a sum of that many roundings, at most threefold, which
+ * is the worst a single rounding can do. */
 #include "model.h"
 #include "numbers.h"
 
@@ -38,7 +39,8 @@ struct model_request model_request(const struct capture *capture, uint32_t index
     request.q_len = (uint32_t)(cu_q ? (uint64_t)(cu_q[index + 1] - cu_q[index]) : uniform);
     request.global_len = seqlens[index];
     request.local_len = model_local_len(batch, seqlens[index]);
-    request.block_table = (const int32_t *)capture->data[CAPTURE_BLOCK_TABLE].memory + (uint64_t)index * batch->max_pages;
+    request.block_table =
+        (const int32_t *)capture->data[CAPTURE_BLOCK_TABLE].memory + (uint64_t)index * batch->max_pages;
     return request;
 }
 
@@ -79,7 +81,8 @@ static double scale_of(const struct capture *capture, enum capture_tensor tensor
 static void read_key(const struct model_request *request, int64_t c, double key_scale, double key[D])
 {
     const mla_batch *batch = &request->capture->batch;
-    uint64_t row = (uint64_t)request->block_table[c / batch->page_size] * batch->page_size + (uint64_t)c % batch->page_size;
+    uint64_t row =
+        (uint64_t)request->block_table[c / batch->page_size] * batch->page_size + (uint64_t)c % batch->page_size;
     const uint8_t *from = (const uint8_t *)request->capture->data[CAPTURE_KV].memory + row * capture_row_bytes(batch);
     if (batch->kv_format == MLA_KV_E4M3_656) {
         float scales[4];
@@ -104,9 +107,11 @@ static void add_expected(struct noise *noise, double variance)
     noise->expected_squares += variance * variance;
 }
 
-/* One row: token t, head h. `keys` [local_len][576] and `norms` [local_len] (sum of value^2) are those of the request. */
-static void decode_row(const struct model_request *request, uint32_t t, uint32_t h, const double *keys, const double *norms,
-                       double value_ratio, double *scores, struct model *model, struct noise *noise)
+/* One row: token t, head h. `keys` [local_len][576] and `norms` [local_len] (sum of value^2) are those of the request.
+ */
+static void decode_row(const struct model_request *request, uint32_t t, uint32_t h, const double *keys,
+                       const double *norms, double value_ratio, double *scores, struct model *model,
+                       struct noise *noise)
 {
     const struct capture *capture = request->capture;
     const mla_batch *batch = &capture->batch;
@@ -166,7 +171,8 @@ static int decode_request(struct model *model, const struct model_request *reque
 {
     const struct capture *capture = request->capture;
     uint64_t count = (uint64_t)request->local_len + 1;
-    double key_scale = scale_of(capture, CAPTURE_K_SCALE, 1), value_ratio = scale_of(capture, CAPTURE_V_SCALE, key_scale) / key_scale;
+    double key_scale = scale_of(capture, CAPTURE_K_SCALE, 1),
+           value_ratio = scale_of(capture, CAPTURE_V_SCALE, key_scale) / key_scale;
     ctl_autofree double *keys = calloc(count, D * sizeof *keys), *norms = calloc(count, sizeof *norms);
     ctl_autofree double *scores = calloc(count, sizeof *scores);
     if (!keys || !norms || !scores)
@@ -229,17 +235,20 @@ static bool judge_lse(const struct model *model, uint64_t row, double lse, struc
         return true;
     }
     judgement->lse_share = isnan(share) ? INFINITY : share;
-    snprintf(judgement->why, sizeof judgement->why, "lse of row %llu is %.9g; it must be %.9g", (unsigned long long)row, lse, must);
+    snprintf(judgement->why, sizeof judgement->why, "lse of row %llu is %.9g; it must be %.9g", (unsigned long long)row,
+             lse, must);
     return false;
 }
 
-struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out, const float *lse)
+struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out,
+                             const float *lse)
 {
     const mla_batch *batch = &request->capture->batch;
     const struct model_bar *bar = &model->bars[request->index];
     struct judgement judgement = {.good = true};
     double noise = 0;
-    for (uint64_t row = request->first_row * batch->heads; row < (request->first_row + request->q_len) * batch->heads; row++) {
+    for (uint64_t row = request->first_row * batch->heads; row < (request->first_row + request->q_len) * batch->heads;
+         row++) {
         if (judgement.good)
             judgement.good = judge_lse(model, row, (double)lse[row], &judgement);
         for (unsigned d = 0; d < V; d++) {
@@ -253,7 +262,8 @@ struct judgement model_judge(const struct model *model, const struct model_reque
         judgement.bar_db = judgement.snr_db = noise == 0 ? INFINITY : -INFINITY;
     if (judgement.good && !(noise <= bar->noise)) {
         judgement.good = false;
-        snprintf(judgement.why, sizeof judgement.why, "SNR %.2f dB; it must be %.2f dB or more", judgement.snr_db, judgement.bar_db);
+        snprintf(judgement.why, sizeof judgement.why, "SNR %.2f dB; it must be %.2f dB or more", judgement.snr_db,
+                 judgement.bar_db);
     }
     return judgement;
 }

@@ -42,6 +42,7 @@ struct judgement {
     char why[160];                  /* of what is not good */
 };
 /* Judge what a device made of one request. */
-struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out, const float *lse);
+struct judgement model_judge(const struct model *model, const struct model_request *request, const void *out,
+                             const float *lse);
 
 #endif

@@ -39,7 +39,8 @@ uint16_t number_encode(mla_dtype type, double x)
 double number_decode(mla_dtype type, uint16_t bits)
 {
     int mantissa = formats[type].mantissa, min = formats[type].min_exponent;
-    uint32_t sign = (uint32_t)bits >> (formats[type].bits - 1), magnitude = bits & ((1u << (formats[type].bits - 1)) - 1);
+    uint32_t sign = (uint32_t)bits >> (formats[type].bits - 1),
+             magnitude = bits & ((1u << (formats[type].bits - 1)) - 1);
     uint32_t biased = magnitude >> mantissa, fraction = magnitude & ((1u << mantissa) - 1);
     uint32_t largest = (1u << (formats[type].bits - 1 - mantissa)) - 1;
     double value;

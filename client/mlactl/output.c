@@ -103,8 +103,8 @@ void table_print(struct table *table)
         size_t column = i % table->columns;
         bool last = column + 1 == table->columns;
         int pad = width[column] - (int)strlen(cell->text);
-        printf("  %*s%s%s%s%*s%s", table->right[column] ? pad : 0, "", style_on(cell->style), cell->text, style_off(cell->style),
-               table->right[column] || last ? 0 : pad, "", last ? "\n" : "");
+        printf("  %*s%s%s%s%*s%s", table->right[column] ? pad : 0, "", style_on(cell->style), cell->text,
+               style_off(cell->style), table->right[column] || last ? 0 : pad, "", last ? "\n" : "");
     }
     table_free(table);
 }

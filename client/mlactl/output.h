@@ -22,7 +22,8 @@ void output_json(cJSON *root);
  * right, top to bottom; table_print prints with two spaces of indent and frees it. */
 struct table;
 struct table *table_new(const char *headings);
-void table_cell(struct table *table, enum output_style style, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void table_cell(struct table *table, enum output_style style, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 void table_print(struct table *table);
 void table_free(struct table *table);
 

@@ -60,7 +60,8 @@ static void *ticker(void *unused)
     return NULL;
 }
 
-/* Only async-signal-safe calls. SA_RESETHAND has restored the default, so raising again ends the process as its parent expects. */
+/* Only async-signal-safe calls. SA_RESETHAND has restored the default, so raising again ends the process as its parent
+ * expects. */
 static void on_signal(int number)
 {
     wipe();

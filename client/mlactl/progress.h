@@ -7,7 +7,8 @@
 
 #include <stdbool.h>
 
-/* Before anything else here. Also makes SIGINT, SIGTERM and SIGHUP wipe the line and remove the file that progress_guard names. */
+/* Before anything else here. Also makes SIGINT, SIGTERM and SIGHUP wipe the line and remove the file that
+ * progress_guard names. */
 void progress_init(bool quiet);
 
 /* What is being done now: "verifying 12 of 36". The time since the last progress_stop is added by the printer. */

@@ -1,5 +1,5 @@
-/* run.c - binds captures to libmla. Two buffers: inputs, each tensor at a multiple of 64 bytes; outputs, with a guard of known
- * bytes before, between and after them. */
+/* run.c - binds captures to libmla. Two buffers: inputs, each tensor at a multiple of 64 bytes; outputs, with a guard
+ * of known bytes before, between and after them. */
 #include "run.h"
 #include "admin.h"
 #include "progress.h"
@@ -143,7 +143,8 @@ static int bind_outputs(struct run *run, mla_error *error)
     return 0;
 }
 
-int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **out, mla_error *error)
+int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **out,
+            mla_error *error)
 {
     run_auto struct run *run = calloc(1, sizeof *run);
     if (!run) {

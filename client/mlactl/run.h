@@ -23,11 +23,13 @@ struct run {
     int32_t *seqlens;               /* in `inputs` */
 };
 
-/* Connect to `device` (NULL: libmla's choice) after making sure that a daemon answers. CTL_OK, or the exit code after complaining. */
+/* Connect to `device` (NULL: libmla's choice) after making sure that a daemon answers. CTL_OK, or the exit code after
+ * complaining. */
 int run_connect(const struct ctl *ctl, const char *device, mla_client **client);
 
 /* Bind, register and plan. 0 with *run the caller's until run_free; -1 with `error`. */
-int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **run, mla_error *error);
+int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **run,
+            mla_error *error);
 void run_free(struct run *run);
 
 /* Fill out and lse with 0xff bytes (NaN), so that what a decode leaves unwritten shows. */

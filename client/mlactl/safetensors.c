@@ -1,5 +1,5 @@
-/* safetensors.c - see the header. cJSON parses the header and owns its strings; numbers are checked to be whole and exact
- * (below 2^53) before they are believed. */
+/* safetensors.c - see the header. cJSON parses the header and owns its strings; numbers are checked to be whole and
+ * exact (below 2^53) before they are believed. */
 #include "safetensors.h"
 #include "output.h"
 #include "progress.h"
@@ -74,7 +74,8 @@ static int parse_tensor(struct st_tensor *tensor, const cJSON *item, uint64_t da
                               : strcmp(field->string, "data_offsets") == 0 ? &offsets
                                                                          : NULL;
         if (!known)
-            return ctl_fail(fault, "tensor %s: unknown field %s", printable(tensor->name).s, printable(field->string).s);
+            return ctl_fail(fault, "tensor %s: unknown field %s", printable(tensor->name).s,
+                            printable(field->string).s);
         *known = field;
     }
     if (!dtype || !shape || !offsets)
@@ -84,7 +85,8 @@ static int parse_tensor(struct st_tensor *tensor, const cJSON *item, uint64_t da
         if (strcmp(type, dtypes[tensor->dtype].name) == 0)
             break;
     if (tensor->dtype == ST_DTYPES)
-        return ctl_fail(fault, "tensor %s: dtype %s has no place in a capture", printable(tensor->name).s, printable(type).s);
+        return ctl_fail(fault, "tensor %s: dtype %s has no place in a capture", printable(tensor->name).s,
+                        printable(type).s);
     if (parse_shape(tensor, shape, fault))
         return -1;
     uint64_t begin, end;
@@ -96,8 +98,9 @@ static int parse_tensor(struct st_tensor *tensor, const cJSON *item, uint64_t da
                         printable(tensor->name).s, (unsigned long long)begin, (unsigned long long)end,
                         (unsigned long long)data_bytes);
     if (end - begin != tensor->bytes)
-        return ctl_fail(fault, "tensor %s: data_offsets span %llu bytes, its shape needs %llu", printable(tensor->name).s,
-                        (unsigned long long)(end - begin), (unsigned long long)tensor->bytes);
+        return ctl_fail(fault, "tensor %s: data_offsets span %llu bytes, its shape needs %llu",
+                        printable(tensor->name).s, (unsigned long long)(end - begin),
+                        (unsigned long long)tensor->bytes);
     tensor->offset = data_start + begin;
     return 0;
 }
@@ -121,7 +124,8 @@ static int check_cover(const struct st_file *file, uint64_t data_start, uint64_t
         at += tensor->bytes;
     }
     if (at != data_start + data_bytes)
-        return ctl_fail(fault, "the file has %llu bytes that belong to no tensor", (unsigned long long)(data_start + data_bytes - at));
+        return ctl_fail(fault, "the file has %llu bytes that belong to no tensor",
+                        (unsigned long long)(data_start + data_bytes - at));
     return 0;
 }
 
@@ -142,7 +146,8 @@ static int parse_metadata(struct st_file *file, const cJSON *metadata, struct ct
     return 0;
 }
 
-static int parse_header(struct st_file *file, const char *text, size_t length, uint64_t data_bytes, struct ctl_fault *fault)
+static int parse_header(struct st_file *file, const char *text, size_t length, uint64_t data_bytes,
+                        struct ctl_fault *fault)
 {
     /* A NUL, spelled either way, would end a name early here and not elsewhere. */
     if (memchr(text, 0, length) || memmem(text, length, "\\u0000", 6))
@@ -162,8 +167,9 @@ static int parse_header(struct st_file *file, const char *text, size_t length, u
         return ctl_fail(fault, "out of memory");
     uint64_t data_start = 8 + length;
     for (const cJSON *item = file->header->child; item; item = item->next)
-        if (strcmp(item->string, "__metadata__") == 0 ? parse_metadata(file, item, fault)
-                                                      : parse_tensor(&file->tensors[file->n_tensors++], item, data_start, data_bytes, fault))
+        if (strcmp(item->string, "__metadata__") == 0
+                ? parse_metadata(file, item, fault)
+                : parse_tensor(&file->tensors[file->n_tensors++], item, data_start, data_bytes, fault))
             return -1;
     qsort(file->tensors, file->n_tensors, sizeof *file->tensors, by_offset);
     return check_cover(file, data_start, data_bytes, fault);
@@ -201,7 +207,8 @@ int st_read(int fd, struct st_file **out, struct ctl_fault *fault)
                         length > ST_MAX_HEADER ? "the limit of 65536" : "the end of the file");
     ctl_autofree char *text = malloc(length + 1);
     struct st_file *file = calloc(1, sizeof *file);
-    if (!text || !file || st_load(fd, 8, length, text, fault) || parse_header(file, text, length, size - 8 - length, fault)) {
+    if (!text || !file || st_load(fd, 8, length, text, fault) ||
+        parse_header(file, text, length, size - 8 - length, fault)) {
         if (!text || !file)
             ctl_fail(fault, "out of memory");
         st_free(file);
@@ -221,8 +228,10 @@ void st_free(struct st_file *file)
     free(file);
 }
 
-/* The header for tensors laid out one after the other, padded so that data starts at a multiple of 64. NULL: no memory. */
-static char *format_header(const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs)
+/* The header for tensors laid out one after the other, padded so that data starts at a multiple of 64. NULL: no memory.
+ */
+static char *format_header(const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs,
+                           unsigned n_pairs)
 {
     cJSON *root = cJSON_CreateObject();
     if (n_pairs) {
@@ -265,8 +274,8 @@ static int write_all(FILE *to, const char *header, const struct st_tensor *tenso
     return fflush(to) ? -1 : 0;
 }
 
-int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs,
-             struct ctl_fault *fault)
+int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs,
+             unsigned n_pairs, struct ctl_fault *fault)
 {
     ctl_autofree char *header = format_header(tensors, n_tensors, pairs, n_pairs);
     ctl_autofree char *temporary = NULL;

@@ -1,8 +1,8 @@
 /* safetensors.h - the .safetensors container: 8 bytes of header length, a JSON header, tensor data.
  *
- * Reading checks everything before any tensor is touched: a bounded header, no repeated keys, known element types, sizes that
- * match shapes, and data ranges that cover the file without overlap or hole. Nothing is read beyond what was checked, and
- * a file that shrinks meanwhile gives an error. */
+ * Reading checks everything before any tensor is touched: a bounded header, no repeated keys, known element types,
+ * sizes that match shapes, and data ranges that cover the file without overlap or hole. Nothing is read beyond what was
+ * checked, and a file that shrinks meanwhile gives an error. */
 #ifndef MLACTL_SAFETENSORS_H
 #define MLACTL_SAFETENSORS_H
 
@@ -43,7 +43,7 @@ void st_free(struct st_file *file);
 int st_load(int fd, uint64_t offset, uint64_t bytes, void *to, struct ctl_fault *fault);
 
 /* Write a file whole or not at all: to a temporary beside it, then renamed. Offsets are chosen here. */
-int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs, unsigned n_pairs,
-             struct ctl_fault *fault);
+int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs,
+             unsigned n_pairs, struct ctl_fault *fault);
 
 #endif

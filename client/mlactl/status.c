@@ -34,7 +34,8 @@ static enum output_style state_style(enum mlap_device_state state)
 
 static void print_devices(const struct view *view)
 {
-    struct table *table = table_new("DEVICE|STATE|VARIANT|>THREADS|>PID|>RESTARTS|UPTIME|>SESSIONS|>BUFFERS|>HELD|>ORPHANED");
+    struct table *table =
+        table_new("DEVICE|STATE|VARIANT|>THREADS|>PID|>RESTARTS|UPTIME|>SESSIONS|>BUFFERS|>HELD|>ORPHANED");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         const struct mlap_device *d = &view->status->devices[i];
         if (!shown(view, d))
@@ -67,13 +68,15 @@ static void print_devices(const struct view *view)
 
 static void print_work(const struct view *view)
 {
-    struct table *table = table_new("WORK|>QUEUED|>RUNNING|>DECODES|>FAILED|>REFUSED|>BUSY|>DROPPED|>KV TOKENS|>KV BYTES");
+    struct table *table =
+        table_new("WORK|>QUEUED|>RUNNING|>DECODES|>FAILED|>REFUSED|>BUSY|>DROPPED|>KV TOKENS|>KV BYTES");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         const struct mlap_device *d = &view->status->devices[i];
         if (!shown(view, d))
             continue;
         table_cell(table, BOLD, "%s", d->name);
-        table_cell(table, d->queued && d->queued >= d->queue_limit ? WARN : PLAIN, "%u of %u", d->queued, d->queue_limit);
+        table_cell(table, d->queued && d->queued >= d->queue_limit ? WARN : PLAIN, "%u of %u", d->queued,
+                   d->queue_limit);
         table_cell(table, PLAIN, "%u", d->running);
         table_cell(table, PLAIN, "%s", human_count(d->decodes).s);
         table_cell(table, PLAIN, "%s", human_count(d->decodes_failed).s);
@@ -99,8 +102,8 @@ static void print_latency(const struct view *view)
             table_cell(table, BOLD, "%s", any && j ? "" : d->name);
             table_cell(table, PLAIN, "%s", mlap_phase_text(l->phase));
             table_cell(table, PLAIN, "%s", human_count(l->count).s);
-            const double values[] = {(double)l->sum_ns / (double)l->count, (double)l->p50_ns, (double)l->p90_ns, (double)l->p99_ns,
-                                     (double)l->max_ns};
+            const double values[] = {(double)l->sum_ns / (double)l->count, (double)l->p50_ns, (double)l->p90_ns,
+                                     (double)l->p99_ns, (double)l->max_ns};
             for (unsigned k = 0; k < sizeof values / sizeof *values; k++)
                 table_cell(table, PLAIN, "%s", human_ns(values[k]).s);
             any = true;
@@ -125,7 +128,8 @@ static bool same_but_mask(const struct mlap_capability *a, const struct mlap_cap
            a->max_page_size == b->max_page_size && strcmp(a->features, b->features) == 0;
 }
 
-static void capability_cells(struct table *table, const char *device, const struct mlap_capability *row, const char *masks)
+static void capability_cells(struct table *table, const char *device, const struct mlap_capability *row,
+                             const char *masks)
 {
     table_cell(table, BOLD, "%s", device);
     table_cell(table, PLAIN, "%s", mlap_dtype_text(row->q_dtype));
@@ -140,7 +144,8 @@ static void capability_cells(struct table *table, const char *device, const stru
 }
 
 /* Rows that differ in the mask alone become one line, unless every row is wanted. */
-static void group_capabilities(struct table *table, const struct mlap_capabilities_reply *reply, bool every_row, bool *all)
+static void group_capabilities(struct table *table, const struct mlap_capabilities_reply *reply, bool every_row,
+                               bool *all)
 {
     bool done[MLAP_MAX_CAPABILITIES] = {0};
     const char *device = reply->device;
@@ -160,7 +165,8 @@ static void group_capabilities(struct table *table, const struct mlap_capabiliti
     }
 }
 
-static int ask_capabilities(const struct view *view, const char *device, const union mlap_body **reply, struct ctl_fault *fault)
+static int ask_capabilities(const struct view *view, const char *device, const union mlap_body **reply,
+                            struct ctl_fault *fault)
 {
     struct mlap_capabilities ask = {0};
     snprintf(ask.device, sizeof ask.device, "%s", device);
@@ -181,7 +187,8 @@ static void print_capabilities(const struct view *view)
         if (ask_capabilities(view, d->name, &reply, &fault) == CTL_OK)
             group_capabilities(table, &reply->capabilities_reply_, every_row, &all);
         else
-            snprintf(missing + strlen(missing), sizeof missing - strlen(missing), "  %s: %.200s\n", d->name, fault.text);
+            snprintf(missing + strlen(missing), sizeof missing - strlen(missing), "  %s: %.200s\n", d->name,
+                     fault.text);
     }
     putchar('\n');
     table_print(table);
@@ -194,7 +201,8 @@ static void print_capabilities(const struct view *view)
 
 typedef void session_sink(void *to, const char *device, const struct mlap_session *session);
 
-static int for_each_session(const struct view *view, const char *device, session_sink *sink, void *to, struct ctl_fault *fault)
+static int for_each_session(const struct view *view, const char *device, session_sink *sink, void *to,
+                            struct ctl_fault *fault)
 {
     struct mlap_sessions ask = {0};
     snprintf(ask.device, sizeof ask.device, "%s", device);
@@ -233,7 +241,8 @@ static void session_cells(void *to, const char *device, const struct mlap_sessio
 
 static void print_sessions(const struct view *view)
 {
-    struct table *table = table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
+    struct table *table =
+        table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         struct ctl_fault fault;
         const struct mlap_device *d = &view->status->devices[i];
@@ -271,8 +280,8 @@ static void print_json(const struct view *view)
             for (unsigned j = 0; j < reply->capabilities_reply_.n_rows; j++)
                 cJSON_AddItemToArray(rows, wire_json_capability(&reply->capabilities_reply_.rows[j]));
         }
-        if (ctl_value(view->ctl, "--sessions") && for_each_session(view, d->name, session_to_json,
-                                                                   cJSON_AddArrayToObject(object, "session_list"), &fault))
+        if (ctl_value(view->ctl, "--sessions") &&
+            for_each_session(view, d->name, session_to_json, cJSON_AddArrayToObject(object, "session_list"), &fault))
             cJSON_AddStringToObject(object, "session_error", fault.text);
     }
     output_json(root);
@@ -296,8 +305,9 @@ int ctl_status(const struct ctl *ctl)
         return CTL_OK;
     }
     output_print(BOLD, "%s", status->daemon);
-    printf("   pid %u   up %s   %u connection%s to the supervisor   %s denied\n\n", status->pid, human_age(status->uptime_ms).s,
-           status->connections, status->connections == 1 ? "" : "s", human_count(status->denied).s);
+    printf("   pid %u   up %s   %u connection%s to the supervisor   %s denied\n\n", status->pid,
+           human_age(status->uptime_ms).s, status->connections, status->connections == 1 ? "" : "s",
+           human_count(status->denied).s);
     print_devices(&view);
     putchar('\n');
     print_work(&view);

@@ -1,6 +1,7 @@
 /* verify.c - `mlactl verify`: random batches on a device and on `reference`, both held to the contract's bar.
  *
- * Case i draws from seed + i and takes capability row i modulo the rows, so that a seed and a count repeat a run exactly. */
+ * Case i draws from seed + i and takes capability row i modulo the rows, so that a seed and a count repeat a run
+ * exactly. */
 #include "admin.h"
 #include "cases.h"
 #include "model.h"
@@ -39,8 +40,9 @@ static bool ends_the_run(mla_status status)
 }
 
 /* Decode on one device and judge every request. 0; 1 with what is wrong in `why`; -1 with `why`: it cannot go on. */
-static int run_case(struct verify *verify, mla_client *client, const struct capture *capture, const struct run_layout *layout,
-                    const struct model *model, struct tally *tally, struct ctl_fault *why)
+static int run_case(struct verify *verify, mla_client *client, const struct capture *capture,
+                    const struct run_layout *layout, const struct model *model, struct tally *tally,
+                    struct ctl_fault *why)
 {
     run_auto struct run *run = NULL;
     mla_error error;
@@ -49,7 +51,9 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
         return ctl_fail(why, "refused: %s (%s)", error.message, error.field), ends_the_run(error.code) ? -1 : 1;
     mla_status status = mla_decode(client, run->plan, verify->ctl->timeout_ms, &result, &error);
     if (status == MLA_REQUESTS)
-        return ctl_fail(why, "request %u failed: %s: %s", result.failures[0].request, result.failures[0].field, result.failures[0].message), 1;
+        return ctl_fail(why, "request %u failed: %s: %s", result.failures[0].request, result.failures[0].field,
+                        result.failures[0].message),
+               1;
     if (status != MLA_OK)
         return ctl_fail(why, "%s", error.message), ends_the_run(status) ? -1 : 1;
     if (!run_surroundings_intact(run))
@@ -58,7 +62,9 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
         struct model_request request = model_request(capture, b);
         struct judgement judgement = model_judge(model, &request, run->out, run->lse);
         if (!judgement.good)
-            return ctl_fail(why, "request %u (q_len %u, K %" PRId64 "): %s", b, request.q_len, request.global_len, judgement.why), 1;
+            return ctl_fail(why, "request %u (q_len %u, K %" PRId64 "): %s", b, request.q_len, request.global_len,
+                            judgement.why),
+                   1;
         if (tally) {
             if (isfinite(judgement.snr_db))
                 tally->margin_db = fmin(tally->margin_db, judgement.snr_db - judgement.bar_db);
@@ -68,14 +74,15 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
     return 0;
 }
 
-static void record_failure(struct verify *verify, uint64_t index, const struct capture *capture, const struct run_layout *layout,
-                           const char *device, const char *text, const char *why)
+static void record_failure(struct verify *verify, uint64_t index, const struct capture *capture,
+                           const struct run_layout *layout, const char *device, const char *text, const char *why)
 {
     ctl_autofree char *path = NULL;
     struct ctl_fault fault = {""};
-    bool saved = verify->failed < MAX_SAVED &&
-                 asprintf(&path, "%s/verify-%" PRIu64 "-%" PRIu64 ".safetensors", verify->directory, verify->seed, index) >= 0 &&
-                 capture_write(capture, path, &fault) == 0;
+    bool saved =
+        verify->failed < MAX_SAVED &&
+        asprintf(&path, "%s/verify-%" PRIu64 "-%" PRIu64 ".safetensors", verify->directory, verify->seed, index) >= 0 &&
+        capture_write(capture, path, &fault) == 0;
     verify->failed++;
     progress_stop();
     if (verify->ctl->json) {
@@ -117,7 +124,8 @@ static int verify_case(struct verify *verify, uint64_t index)
         struct ctl_fault why;
         int outcome = run_case(verify, clients[i], capture, &layout, model, i == 0 ? tally : NULL, &why);
         if (outcome < 0)
-            code = ctl_error(verify->ctl, CTL_FAILED, "case %" PRIu64 " on %s: %s", index, mla_device(clients[i]), why.text);
+            code = ctl_error(verify->ctl, CTL_FAILED, "case %" PRIu64 " on %s: %s", index, mla_device(clients[i]),
+                             why.text);
         if (outcome <= 0)
             continue;
         record_failure(verify, index, capture, &layout, mla_device(clients[i]), text, why.text);
@@ -189,8 +197,8 @@ static int report(struct verify *verify)
         report_row(table, &capabilities->rows[i], &verify->tallies[i]);
     table_print(table);
     output_print(code ? BAD : GOOD, "%s", code ? "failed" : "ok");
-    printf(": %" PRIu64 " of %" PRIu64 " batches on %s meet the contract's bar; seed %" PRIu64 "\n", verify->done - verify->failed,
-           verify->done, capabilities->device, verify->seed);
+    printf(": %" PRIu64 " of %" PRIu64 " batches on %s meet the contract's bar; seed %" PRIu64 "\n",
+           verify->done - verify->failed, verify->done, capabilities->device, verify->seed);
     return code;
 }
 
@@ -211,7 +219,8 @@ static int load_capabilities(struct verify *verify)
     if (!code && strcmp(ask.device, "reference") == 0)
         return ctl_error(ctl, CTL_USAGE, "verify: reference is what others are compared with; name another --device");
     if (!code && !admin_find(status, "reference"))
-        return ctl_error(ctl, CTL_FAILED, "device reference is not served; start mlad with --devices %s,reference", ask.device);
+        return ctl_error(ctl, CTL_FAILED, "device reference is not served; start mlad with --devices %s,reference",
+                         ask.device);
     if (!code)
         code = admin_ask(admin, MLAP_CAPABILITIES, &ask, MLAP_CAPABILITIES_REPLY, &reply, &fault);
     if (code)
@@ -248,7 +257,8 @@ static int verify_all(struct verify *verify)
         verify->cases = 2 * rows;
     double end = now_s() + (double)verify->seconds;
     for (uint64_t i = 0; !code && (verify->seconds ? i < rows || now_s() < end : i < verify->cases); i++) {
-        progress("verifying %s: case %" PRIu64 "%s", mla_device(verify->device), i + 1, verify->failed ? ", some failed" : "");
+        progress("verifying %s: case %" PRIu64 "%s", mla_device(verify->device), i + 1,
+                 verify->failed ? ", some failed" : "");
         code = verify_case(verify, i);
         verify->done += !code;
     }
@@ -262,7 +272,8 @@ int ctl_verify(const struct ctl *ctl)
     struct verify verify = {.ctl = ctl, .seed = (uint64_t)now.tv_sec, .directory = ctl_value(ctl, "--save")};
     if (ctl_value(ctl, "--cases") && ctl_value(ctl, "--seconds"))
         return ctl_error(ctl, CTL_USAGE, "verify: give --cases or --seconds, not both");
-    if (ctl_number(ctl, "--cases", 1, 1000000000, &verify.cases) || ctl_number(ctl, "--seconds", 1, 1000000, &verify.seconds) ||
+    if (ctl_number(ctl, "--cases", 1, 1000000000, &verify.cases) ||
+        ctl_number(ctl, "--seconds", 1, 1000000, &verify.seconds) ||
         ctl_number(ctl, "--seed", 0, UINT64_MAX, &verify.seed))
         return CTL_USAGE;
     if (!verify.directory)

@@ -279,8 +279,8 @@ static void end_of_file(struct mla_client *client, int64_t now)
 }
 
 /* One datagram, waited for until `until`. As mlap_receive; runs without the lock. A small decode is answered within
- * microseconds, which waking an idle processor can cost as well: look out for it for a moment before sleeping, giving way to
- * whoever else can run. */
+ * microseconds, which waking an idle processor can cost as well: look out for it for a moment before sleeping, giving
+ * way to whoever else can run. */
 static long receive(struct mla_client *client, int fd, int64_t until, struct mlap_header *header,
                     struct mlap_fault *fault)
 {

@@ -6,8 +6,8 @@
 #include <sched.h>
 #include <signal.h>
 
-/* The next slice often comes within microseconds of the last one's end, and waking a processor that went idle can cost more
- * than that: look out for it before sleeping, giving way to whoever else can run. */
+/* The next slice often comes within microseconds of the last one's end, and waking a processor that went idle can cost
+ * more than that: look out for it before sleeping, giving way to whoever else can run. */
 static void look_out(const struct mlad_launcher *launcher)
 {
     uint64_t until = mlad_now_ns() + MLAD_LINGER_NS;

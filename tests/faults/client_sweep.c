@@ -2,9 +2,9 @@
  *
  *     client_sweep memory|socket      preloaded with inject.c, INJECT_PROGRAM=client_sweep
  *
- * One scenario (connect, buffers, plan, decode, submit, wait, close) runs with the n-th call failing, n = 1, 2, ... until
- * a run in which nothing failed. Each run must end in success with the right output or in an error that says something, and
- * must leave as many allocations and descriptors as before. */
+ * One scenario (connect, buffers, plan, decode, submit, wait, close) runs with the n-th call failing, n = 1, 2, ...
+ * until a run in which nothing failed. Each run must end in success with the right output or in an error that says
+ * something, and must leave as many allocations and descriptors as before. */
 #include "mla.h"
 
 #include <dirent.h>
@@ -42,9 +42,11 @@ static mla_status scenario(int *right, mla_error *error)
         *(int32_t *)(data + AT_LENS) = KEYS;
         mla_batch batch;
         mla_batch_init(&batch);
-        batch.batch = 1, batch.heads = HEADS, batch.q_rows = 1, batch.pages = 1, batch.page_size = KEYS, batch.max_pages = 1;
+        batch.batch = 1, batch.heads = HEADS, batch.q_rows = 1, batch.pages = 1, batch.page_size = KEYS,
+        batch.max_pages = 1;
         batch.softmax_scale = 1;
-        batch.q = (mla_tensor){buffer, 0}, batch.kv = (mla_tensor){buffer, AT_KV}, batch.out = (mla_tensor){buffer, AT_OUT};
+        batch.q = (mla_tensor){buffer, 0}, batch.kv = (mla_tensor){buffer, AT_KV},
+        batch.out = (mla_tensor){buffer, AT_OUT};
         batch.block_table = (mla_tensor){buffer, AT_TABLE}, batch.seqlens = (mla_tensor){buffer, AT_LENS};
         status = mla_plan_create(client, &batch, &plan, error);
         if (!status) status = mla_decode(client, plan, 5000, NULL, error);
@@ -75,11 +77,17 @@ int main(int argc, char **argv)
     const char *path = getenv("INJECT_PAGE");
     const int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     struct page *page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (argc != 2 || fd < 0 || page == MAP_FAILED) { fprintf(stderr, "client_sweep: run it by test_sweep.py\n"); return 2; }
+    if (argc != 2 || fd < 0 || page == MAP_FAILED) {
+        fprintf(stderr, "client_sweep: run it by test_sweep.py\n");
+        return 2;
+    }
     page->kind = strcmp(argv[1], "memory") ? 2 : 1;
     mla_error error;
     int right, failures = 0;
-    if (scenario(&right, &error) || !right) { fprintf(stderr, "client_sweep: without injection: %s\n", error.message); return 1; }
+    if (scenario(&right, &error) || !right) {
+        fprintf(stderr, "client_sweep: without injection: %s\n", error.message);
+        return 1;
+    }
 
     uint64_t nth = 1, handled = 0;
     for (;; nth++) {
@@ -97,14 +105,14 @@ int main(int argc, char **argv)
                             : count_fds() != fds             ? "a descriptor leaked"
                                                              : NULL;
         if (wrong) {
-            fprintf(stderr, "client_sweep: %s call %lu: %s (status %s, %s; %+ld allocations)\n", argv[1], (unsigned long)nth, wrong,
-                    mla_status_text(status), error.message, (long)(page->live - live));
+            fprintf(stderr, "client_sweep: %s call %lu: %s (status %s, %s; %+ld allocations)\n", argv[1],
+                    (unsigned long)nth, wrong, mla_status_text(status), error.message, (long)(page->live - live));
             failures++;
         }
         if (!page->fired) break;
         handled += status != MLA_OK;
     }
-    printf("libmla, %s calls: %lu failed one by one, %lu of them reported, the others recovered from, %d wrong\n", argv[1],
-           (unsigned long)nth - 1, (unsigned long)handled, failures);
+    printf("libmla, %s calls: %lu failed one by one, %lu of them reported, the others recovered from, %d wrong\n",
+           argv[1], (unsigned long)nth - 1, (unsigned long)handled, failures);
     return failures || nth < 5;
 }

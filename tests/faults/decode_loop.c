@@ -14,11 +14,26 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BATCH = 6, HEADS = 16, PAGES = 96, PAGE = 64, ROWS_MAX = BATCH * 8, MAX_PAGES = 16, OUT_BYTES = ROWS_MAX * HEADS * 512 * 2 };
+enum {
+    BATCH = 6,
+    HEADS = 16,
+    PAGES = 96,
+    PAGE = 64,
+    ROWS_MAX = BATCH * 8,
+    MAX_PAGES = 16,
+    OUT_BYTES = ROWS_MAX * HEADS * 512 * 2
+};
 
 /* One buffer holds everything of a batch; the offsets are those of its tensors. */
-enum { AT_Q = 0, AT_TABLE = ROWS_MAX * HEADS * 576 * 2, AT_LENS = AT_TABLE + BATCH * MAX_PAGES * 4, AT_CU_Q = AT_LENS + 64,
-       AT_OUT = AT_CU_Q + 64, AT_KV = AT_OUT + OUT_BYTES, BUFFER_BYTES = AT_KV + PAGES * PAGE * 576 * 2 };
+enum {
+    AT_Q = 0,
+    AT_TABLE = ROWS_MAX * HEADS * 576 * 2,
+    AT_LENS = AT_TABLE + BATCH * MAX_PAGES * 4,
+    AT_CU_Q = AT_LENS + 64,
+    AT_OUT = AT_CU_Q + 64,
+    AT_KV = AT_OUT + OUT_BYTES,
+    BUFFER_BYTES = AT_KV + PAGES * PAGE * 576 * 2
+};
 
 struct job {
     mla_buffer *buffer;
@@ -94,7 +109,8 @@ static void decode_on_reference(const struct job *job, uint64_t rows, int ragged
     mla_client *client;
     mla_buffer *buffer;
     mla_error error;
-    if (mla_connect(&client, &options, &error) || mla_buffer_alloc(client, BUFFER_BYTES, &buffer, &error)) give_up("reference", &error);
+    if (mla_connect(&client, &options, &error) || mla_buffer_alloc(client, BUFFER_BYTES, &buffer, &error))
+        give_up("reference", &error);
     memcpy(mla_buffer_data(buffer), mla_buffer_data(job->buffer), BUFFER_BYTES);
     mla_batch batch = describe(buffer, rows, ragged);
     if (mla_decode_batch(client, &batch, 120000, NULL, &error)) give_up("reference decode", &error);
@@ -174,8 +190,9 @@ int main(int argc, char **argv)
             if (errors > 100) break;
         }
     }
-    printf("{\"decodes\": %lu, \"hit\": %lu, \"replays\": %lu, \"wrong\": %lu, \"errors\": %lu, \"last_error\": \"%s\"}\n", decodes,
-           hit, replays, wrong, errors, last_error);
+    printf(
+        "{\"decodes\": %lu, \"hit\": %lu, \"replays\": %lu, \"wrong\": %lu, \"errors\": %lu, \"last_error\": \"%s\"}\n",
+        decodes, hit, replays, wrong, errors, last_error);
     mla_close(client);
     for (int i = 0; i < 2; i++) free(jobs[i].expected);
     return wrong || errors;

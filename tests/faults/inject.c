@@ -1,8 +1,8 @@
 /* inject - a preloaded library that makes the n-th call of a kind fail, once, in one program.
  *
- * A page in the file $INJECT_PAGE is shared with the test, which sets kind and nth, then armed; the library counts matching calls
- * while armed, fails the nth and sets fired. `live` is the number of allocations not freed yet. Only the program
- * whose name is $INJECT_PROGRAM is touched, so one daemon's supervisor and worker can be told apart. */
+ * A page in the file $INJECT_PAGE is shared with the test, which sets kind and nth, then armed; the library counts
+ * matching calls while armed, fails the nth and sets fired. `live` is the number of allocations not freed yet. Only the
+ * program whose name is $INJECT_PROGRAM is touched, so one daemon's supervisor and worker can be told apart. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -67,7 +67,10 @@ static int no_memory(void)
 void *malloc(size_t size) { return no_memory() ? NULL : counted(__libc_malloc(size), 1); }
 void *calloc(size_t count, size_t size) { return no_memory() ? NULL : counted(__libc_calloc(count, size), 1); }
 void *realloc(void *old, size_t size) { return no_memory() ? NULL : counted(__libc_realloc(old, size), old ? 0 : 1); }
-void *aligned_alloc(size_t alignment, size_t size) { return no_memory() ? NULL : counted(__libc_memalign(alignment, size), 1); }
+void *aligned_alloc(size_t alignment, size_t size)
+{
+    return no_memory() ? NULL : counted(__libc_memalign(alignment, size), 1);
+}
 int posix_memalign(void **memory, size_t alignment, size_t size)
 {
     void *at = aligned_alloc(alignment, size);
@@ -93,7 +96,8 @@ void free(void *memory)
 
 FAILING(int, socket, EMFILE, (int domain, int type, int protocol), (domain, type, protocol))
 FAILING(int, connect, ENOBUFS, (int fd, const struct sockaddr *address, socklen_t length), (fd, address, length))
-FAILING(int, accept4, ENFILE, (int fd, struct sockaddr *address, socklen_t *length, int flags), (fd, address, length, flags))
+FAILING(int, accept4, ENFILE, (int fd, struct sockaddr *address, socklen_t *length, int flags),
+        (fd, address, length, flags))
 FAILING(ssize_t, sendmsg, ENOBUFS, (int fd, const struct msghdr *message, int flags), (fd, message, flags))
 FAILING(ssize_t, recvmsg, ENOMEM, (int fd, struct msghdr *message, int flags), (fd, message, flags))
 FAILING(ssize_t, send, ENOBUFS, (int fd, const void *bytes, size_t length, int flags), (fd, bytes, length, flags))

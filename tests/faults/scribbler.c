@@ -2,8 +2,8 @@
  *
  *     scribbler MUTATIONS SEED
  *
- * Each output lies between canaries. Any answer is fine (success, failed requests, a batch error) as long as it comes, the
- * canaries and the inputs stay as they are, and the session lives. Prints one line of JSON. */
+ * Each output lies between canaries. Any answer is fine (success, failed requests, a batch error) as long as it comes,
+ * the canaries and the inputs stay as they are, and the session lives. Prints one line of JSON. */
 #include "mla.h"
 
 #include <math.h>
@@ -14,10 +14,19 @@
 #include <time.h>
 
 enum { BATCH = 8, HEADS = 4, PAGE = 16, PAGES = 40, MAX_PAGES = 12, ROWS = BATCH * 6, CANARY = 4096 };
-enum { OUT_BYTES = ROWS * HEADS * 512 * 2, LSE_BYTES = ROWS * HEADS * 4,
-       AT_Q = 0, AT_KV = AT_Q + ROWS * HEADS * 576 * 2, AT_TABLE = AT_KV + PAGES * PAGE * 576 * 2, AT_LENS = AT_TABLE + BATCH * MAX_PAGES * 4,
-       AT_CU_Q = AT_LENS + BATCH * 4, AT_MASK = AT_CU_Q + 64, AT_OUT = AT_MASK + ROWS * 8 + CANARY, AT_LSE = AT_OUT + OUT_BYTES + CANARY,
-       BYTES = AT_LSE + LSE_BYTES + CANARY };
+enum {
+    OUT_BYTES = ROWS * HEADS * 512 * 2,
+    LSE_BYTES = ROWS * HEADS * 4,
+    AT_Q = 0,
+    AT_KV = AT_Q + ROWS * HEADS * 576 * 2,
+    AT_TABLE = AT_KV + PAGES * PAGE * 576 * 2,
+    AT_LENS = AT_TABLE + BATCH * MAX_PAGES * 4,
+    AT_CU_Q = AT_LENS + BATCH * 4,
+    AT_MASK = AT_CU_Q + 64,
+    AT_OUT = AT_MASK + ROWS * 8 + CANARY,
+    AT_LSE = AT_OUT + OUT_BYTES + CANARY,
+    BYTES = AT_LSE + LSE_BYTES + CANARY
+};
 
 static unsigned char *data;
 static unsigned long mutations_wanted, mutations;
@@ -43,17 +52,25 @@ static void scribble_once(uint64_t *state)
 {
     const uint32_t r = next_random(state) >> 8;
     const uint32_t what = r % 16, at = r / 16;
-    if (what < 7) __atomic_store_n((int32_t *)(data + AT_TABLE) + at % (BATCH * MAX_PAGES), nasty(state, PAGES), __ATOMIC_RELAXED);
-    else if (what < 12) __atomic_store_n((int32_t *)(data + AT_LENS) + at % BATCH, nasty(state, PAGE * MAX_PAGES), __ATOMIC_RELAXED);
-    else if (what < 15) __atomic_store_n((uint64_t *)(data + AT_MASK) + at % ROWS, (uint64_t)next_random(state) << 32 | r, __ATOMIC_RELAXED);
+    if (what < 7)
+        __atomic_store_n((int32_t *)(data + AT_TABLE) + at % (BATCH * MAX_PAGES), nasty(state, PAGES),
+                         __ATOMIC_RELAXED);
+    else if (what < 12)
+        __atomic_store_n((int32_t *)(data + AT_LENS) + at % BATCH, nasty(state, PAGE * MAX_PAGES), __ATOMIC_RELAXED);
+    else if (what < 15)
+        __atomic_store_n((uint64_t *)(data + AT_MASK) + at % ROWS, (uint64_t)next_random(state) << 32 | r,
+                         __ATOMIC_RELAXED);
     else __atomic_store_n((int32_t *)(data + AT_CU_Q) + at % (BATCH + 1), nasty(state, ROWS), __ATOMIC_RELAXED);
 }
 
 static void make_legal(uint64_t *state)
 {
     for (int b = 0; b <= BATCH; b++) __atomic_store_n((int32_t *)(data + AT_CU_Q) + b, b * 6, __ATOMIC_RELAXED);
-    for (int b = 0; b < BATCH; b++) __atomic_store_n((int32_t *)(data + AT_LENS) + b, (int32_t)(next_random(state) % (PAGE * MAX_PAGES)), __ATOMIC_RELAXED);
-    for (int i = 0; i < BATCH * MAX_PAGES; i++) __atomic_store_n((int32_t *)(data + AT_TABLE) + i, (int32_t)(next_random(state) % PAGES), __ATOMIC_RELAXED);
+    for (int b = 0; b < BATCH; b++)
+        __atomic_store_n((int32_t *)(data + AT_LENS) + b, (int32_t)(next_random(state) % (PAGE * MAX_PAGES)),
+                         __ATOMIC_RELAXED);
+    for (int i = 0; i < BATCH * MAX_PAGES; i++)
+        __atomic_store_n((int32_t *)(data + AT_TABLE) + i, (int32_t)(next_random(state) % PAGES), __ATOMIC_RELAXED);
 }
 
 /* Runs beside the decodes: a few mutations at any moment of each. */
@@ -97,7 +114,8 @@ int main(int argc, char **argv)
     if (mla_buffer_alloc(client, BYTES, &buffer, &error)) give_up("alloc", &error);
     data = mla_buffer_data(buffer);
     uint64_t state = seed;
-    for (size_t i = AT_Q; i < AT_TABLE; i += 2) *(uint16_t *)(data + i) = (uint16_t)(0x3e00 | next_random(&state) % 0x1ff);
+    for (size_t i = AT_Q; i < AT_TABLE; i += 2)
+        *(uint16_t *)(data + i) = (uint16_t)(0x3e00 | next_random(&state) % 0x1ff);
     make_legal(&state);
     memset(data + AT_OUT - CANARY, 0xa5, (size_t)(BYTES - AT_OUT + CANARY));
     unsigned char *inputs = malloc(AT_TABLE);
@@ -108,11 +126,13 @@ int main(int argc, char **argv)
     for (int mask = 0; mask < 3; mask++) {
         mla_batch batch;
         mla_batch_init(&batch);
-        batch.batch = BATCH, batch.heads = HEADS, batch.q_rows = ROWS, batch.pages = PAGES, batch.page_size = PAGE, batch.max_pages = MAX_PAGES;
+        batch.batch = BATCH, batch.heads = HEADS, batch.q_rows = ROWS, batch.pages = PAGES, batch.page_size = PAGE,
+        batch.max_pages = MAX_PAGES;
         batch.softmax_scale = 1 / sqrt(576), batch.mask = (mla_mask)mask;
         batch.q = (mla_tensor){buffer, AT_Q}, batch.kv = (mla_tensor){buffer, AT_KV};
         batch.block_table = (mla_tensor){buffer, AT_TABLE}, batch.seqlens = (mla_tensor){buffer, AT_LENS};
-        batch.cu_q = (mla_tensor){buffer, AT_CU_Q}, batch.out = (mla_tensor){buffer, AT_OUT}, batch.lse = (mla_tensor){buffer, AT_LSE};
+        batch.cu_q = (mla_tensor){buffer, AT_CU_Q}, batch.out = (mla_tensor){buffer, AT_OUT},
+        batch.lse = (mla_tensor){buffer, AT_LSE};
         if (mask == MLA_MASK_TREE) batch.tree_mask = (mla_tensor){buffer, AT_MASK};
         if (mla_plan_create(client, &batch, &plans[mask], &error)) give_up("plan", &error);
     }
@@ -122,7 +142,8 @@ int main(int argc, char **argv)
     unsigned long ok = 0, requests = 0, batches = 0;
     for (unsigned turn = 0; __atomic_load_n(&mutations, __ATOMIC_RELAXED) < mutations_wanted; turn++) {
         make_legal(&state); /* else nearly every batch fails before it starts; mutations before each start, too */
-        for (unsigned i = 0; i < 16 * (turn % 4); i++, __atomic_add_fetch(&mutations, 1, __ATOMIC_RELAXED)) scribble_once(&state);
+        for (unsigned i = 0; i < 16 * (turn % 4); i++, __atomic_add_fetch(&mutations, 1, __ATOMIC_RELAXED))
+            scribble_once(&state);
         const mla_status status = mla_decode(client, plans[turn % 3], 30000, NULL, &error);
         if (status == MLA_OK) ok++;
         else if (status == MLA_REQUESTS) requests++;

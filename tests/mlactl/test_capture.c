@@ -1,4 +1,5 @@
-/* The capture reader: what it accepts, and one test for each thing it refuses. Files are made in memory, field by field. */
+/* The capture reader: what it accepts, and one test for each thing it refuses. Files are made in memory, field by
+ * field. */
 #include "capture.h"
 
 #include <setjmp.h>
@@ -37,8 +38,8 @@ static int file_of(const void *header, uint64_t stated, size_t length, size_t da
 static int read_parts(const struct parts *parts, struct capture **capture, struct ctl_fault *fault)
 {
     char header[4096];
-    int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s%s}%s", parts->metadata, parts->q, parts->kv,
-                          parts->block_table, parts->seqlens, parts->more, parts->tail);
+    int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s%s}%s", parts->metadata, parts->q,
+                          parts->kv, parts->block_table, parts->seqlens, parts->more, parts->tail);
     return capture_read(file_of(header, (uint64_t)length, (size_t)length, parts->data), capture, fault);
 }
 
@@ -101,9 +102,10 @@ static void defaults_are_those_of_the_schema(void **state)
 static void every_metadata_key_is_honoured(void **state)
 {
     (void)state;
-    struct parts parts = changed(good, IN(metadata),
-                                 "\"softmax_scale\":\"-1.25e-1\",\"mask\":\"none\",\"lse_base\":\"2\",\"dcp_world\":\"4\",\"dcp_rank\":\"3\","
-                                 "\"dcp_interleave\":\"16\",\"window\":\"7\",\"deterministic\":\"1\",\"out_dtype\":\"fp16\"");
+    struct parts parts = changed(
+        good, IN(metadata),
+        "\"softmax_scale\":\"-1.25e-1\",\"mask\":\"none\",\"lse_base\":\"2\",\"dcp_world\":\"4\",\"dcp_rank\":\"3\","
+        "\"dcp_interleave\":\"16\",\"window\":\"7\",\"deterministic\":\"1\",\"out_dtype\":\"fp16\"");
     struct capture *capture = accepted(&parts);
     const mla_batch *batch = &capture->batch;
     assert_true(batch->softmax_scale == -0.125);
@@ -123,8 +125,8 @@ static void unaligned_data_is_read_right(void **state)
     (void)state;
     char header[4096];
     for (unsigned pad = 0; pad < 8; pad++) {
-        int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s}%*s", good.metadata, good.q, good.kv,
-                              good.block_table, good.seqlens, (int)pad, "");
+        int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s}%*s", good.metadata, good.q,
+                              good.kv, good.block_table, good.seqlens, (int)pad, "");
         int fd = file_of(header, (uint64_t)length, (size_t)length, good.data);
         const int32_t value = 0x01020304;
         assert_int_equal(pwrite(fd, &value, 4, 8 + length + 4616), 4);
@@ -172,7 +174,8 @@ static void repeated_keys_are_refused(void **state)
     (void)state;
     refused_with(IN(seqlens), "\"q\":{}", "twice");
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"softmax_scale\":\"2\"", "twice");
-    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"dtype\":\"F16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "twice");
+    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"dtype\":\"F16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}",
+                 "twice");
 }
 
 static void nul_in_a_name_is_refused(void **state)
@@ -184,11 +187,14 @@ static void nul_in_a_name_is_refused(void **state)
 static void unknown_names_are_refused_by_name(void **state)
 {
     (void)state;
-    refused_with(IN(more), ",\"bias\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "unknown tensor bias");
+    refused_with(IN(more), ",\"bias\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}",
+                 "unknown tensor bias");
     refused_with(IN(more), ",\"Q\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "unknown tensor Q");
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"scale\":\"1\"", "unknown metadata scale");
-    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304],\"stride\":1}", "unknown field stride");
-    refused_with(IN(more), ",\"a\\u001b[2J\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}", "a\\x1b[2J");
+    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304],\"stride\":1}",
+                 "unknown field stride");
+    refused_with(IN(more), ",\"a\\u001b[2J\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[4620,4620]}",
+                 "a\\x1b[2J");
 }
 
 static void missing_parts_are_refused_by_name(void **state)
@@ -205,11 +211,13 @@ static void missing_parts_are_refused_by_name(void **state)
 static void wrong_types_are_refused(void **state)
 {
     (void)state;
-    refused_with(IN(q), "\"q\":{\"dtype\":\"F32\",\"shape\":[1,1,576],\"data_offsets\":[0,2304]}", "tensor q: dtype F32");
+    refused_with(IN(q), "\"q\":{\"dtype\":\"F32\",\"shape\":[1,1,576],\"data_offsets\":[0,2304]}",
+                 "tensor q: dtype F32");
     refused_with(IN(q), "\"q\":{\"dtype\":\"F64\",\"shape\":[1,1,288],\"data_offsets\":[0,2304]}", "dtype F64");
     refused_with(IN(q), "\"q\":{\"dtype\":7,\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "dtype");
     refused_with(IN(q), "\"q\":[]", "no object");
-    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4616,4620]}", "tensor seqlens: dtype F32");
+    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4616,4620]}",
+                 "tensor seqlens: dtype F32");
     refused_with(IN(metadata), "\"softmax_scale\":1", "no text");
 }
 
@@ -222,16 +230,23 @@ static void wrong_shapes_are_refused(void **state)
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,2,288],\"data_offsets\":[0,2304]}", "[2, 2, 576]");
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[-2,1,576],\"data_offsets\":[0,2304]}", "whole number");
     refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[2.5,1,576],\"data_offsets\":[0,2304]}", "whole number");
-    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[4294967296,4294967296,1],\"data_offsets\":[0,2304]}", "2^64");
-    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[9007199254740992,1024,1],\"data_offsets\":[0,2304]}", "2^64 bytes");
+    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[4294967296,4294967296,1],\"data_offsets\":[0,2304]}",
+                 "2^64");
+    refused_with(IN(q), "\"q\":{\"dtype\":\"BF16\",\"shape\":[9007199254740992,1024,1],\"data_offsets\":[0,2304]}",
+                 "2^64 bytes");
     refused_with(IN(kv), "\"kv\":{\"dtype\":\"BF16\",\"shape\":[0,1,576],\"data_offsets\":[2304,4608]}", "span 2304");
-    refused_with(IN(block_table), "\"block_table\":{\"dtype\":\"I32\",\"shape\":[2,1],\"data_offsets\":[4608,4616]}", "tensor seqlens");
+    refused_with(IN(block_table), "\"block_table\":{\"dtype\":\"I32\",\"shape\":[2,1],\"data_offsets\":[4608,4616]}",
+                 "tensor seqlens");
     refused_with(IN(kv), "\"kv\":{\"dtype\":\"U8\",\"shape\":[4,1,576],\"data_offsets\":[2304,4608]}", "[4, 1, 656]");
-    struct parts parts = {
-        .metadata = good.metadata, .q = "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,0,576],\"data_offsets\":[0,0]}",
-        .kv = "\"kv\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}",
-        .block_table = "\"block_table\":{\"dtype\":\"I32\",\"shape\":[1,2],\"data_offsets\":[2304,2312]}",
-        .seqlens = "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[2312,2316]}", .more = "", .tail = "", .data = 2316};
+    struct parts parts = {.metadata = good.metadata,
+                          .q = "\"q\":{\"dtype\":\"BF16\",\"shape\":[2,0,576],\"data_offsets\":[0,0]}",
+                          .kv = "\"kv\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}",
+                          .block_table =
+                              "\"block_table\":{\"dtype\":\"I32\",\"shape\":[1,2],\"data_offsets\":[2304,2312]}",
+                          .seqlens = "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[2312,2316]}",
+                          .more = "",
+                          .tail = "",
+                          .data = 2316};
     refused(&parts, "heads, is 0");
 }
 
@@ -239,10 +254,14 @@ static void offsets_must_cover_the_file(void **state)
 {
     (void)state;
     refused_with(IN(kv), "\"kv\":{\"dtype\":\"BF16\",\"shape\":[2,1,576],\"data_offsets\":[0,2304]}", "overlaps");
-    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4617,4621]}", "do not lie");
-    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4620,4616]}", "do not lie");
-    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4616]}", "two whole numbers");
-    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[-4,0]}", "two whole numbers");
+    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4617,4621]}",
+                 "do not lie");
+    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4620,4616]}",
+                 "do not lie");
+    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[4616]}",
+                 "two whole numbers");
+    refused_with(IN(seqlens), "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[-4,0]}",
+                 "two whole numbers");
     struct parts parts = good;
     parts.data = 4624;
     refused(&parts, "belong to no tensor");
@@ -266,7 +285,8 @@ static void metadata_values_are_checked(void **state)
     };
     for (unsigned i = 0; i < sizeof bad / sizeof *bad; i++) {
         char metadata[200], what[80];
-        snprintf(metadata, sizeof metadata, "%s\"%s\":\"%s\"", i < 7 ? "" : "\"softmax_scale\":\"1\",", bad[i][0], bad[i][1]);
+        snprintf(metadata, sizeof metadata, "%s\"%s\":\"%s\"", i < 7 ? "" : "\"softmax_scale\":\"1\",", bad[i][0],
+                 bad[i][1]);
         snprintf(what, sizeof what, "metadata %s: it is", bad[i][0]);
         refused_with(IN(metadata), metadata, what);
     }
@@ -277,7 +297,8 @@ static void tree_mask_goes_with_the_tree(void **state)
 {
     (void)state;
     refused_with(IN(metadata), "\"softmax_scale\":\"1\",\"mask\":\"tree\"", "tree_mask");
-    struct parts parts = changed(good, IN(more), ",\"tree_mask\":{\"dtype\":\"U64\",\"shape\":[2],\"data_offsets\":[4620,4636]}");
+    struct parts parts =
+        changed(good, IN(more), ",\"tree_mask\":{\"dtype\":\"U64\",\"shape\":[2],\"data_offsets\":[4620,4636]}");
     parts.data = 4636;
     refused(&parts, "tree_mask");
     parts.metadata = "\"softmax_scale\":\"1\",\"mask\":\"tree\"";
@@ -287,11 +308,15 @@ static void tree_mask_goes_with_the_tree(void **state)
 static void uneven_q_needs_cu_q(void **state)
 {
     (void)state;
-    struct parts parts = {
-        .metadata = good.metadata, .q = "\"q\":{\"dtype\":\"BF16\",\"shape\":[3,1,576],\"data_offsets\":[0,3456]}",
-        .kv = "\"kv\":{\"dtype\":\"BF16\",\"shape\":[0,1,576],\"data_offsets\":[3456,3456]}",
-        .block_table = "\"block_table\":{\"dtype\":\"I32\",\"shape\":[2,0],\"data_offsets\":[3456,3456]}",
-        .seqlens = "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[2],\"data_offsets\":[3456,3464]}", .more = "", .tail = "", .data = 3464};
+    struct parts parts = {.metadata = good.metadata,
+                          .q = "\"q\":{\"dtype\":\"BF16\",\"shape\":[3,1,576],\"data_offsets\":[0,3456]}",
+                          .kv = "\"kv\":{\"dtype\":\"BF16\",\"shape\":[0,1,576],\"data_offsets\":[3456,3456]}",
+                          .block_table =
+                              "\"block_table\":{\"dtype\":\"I32\",\"shape\":[2,0],\"data_offsets\":[3456,3456]}",
+                          .seqlens = "\"seqlens\":{\"dtype\":\"I32\",\"shape\":[2],\"data_offsets\":[3456,3464]}",
+                          .more = "",
+                          .tail = "",
+                          .data = 3464};
     refused(&parts, "do not divide");
     parts.more = ",\"cu_q\":{\"dtype\":\"I32\",\"shape\":[3],\"data_offsets\":[3464,3476]}";
     parts.data = 3476;
@@ -308,7 +333,8 @@ static void what_is_written_reads_back(void **state)
     struct capture *capture = capture_new(), *back = NULL;
     mla_batch *batch = &capture->batch;
     batch->q_dtype = MLA_E4M3, batch->kv_format = MLA_KV_E4M3, batch->out_dtype = MLA_FP16, batch->mask = MLA_MASK_TREE;
-    batch->lse_base = MLA_LSE_2, batch->batch = 2, batch->heads = 3, batch->q_rows = 5, batch->pages = 4, batch->page_size = 7;
+    batch->lse_base = MLA_LSE_2, batch->batch = 2, batch->heads = 3, batch->q_rows = 5, batch->pages = 4,
+    batch->page_size = 7;
     batch->max_pages = 2, batch->softmax_scale = 0.1, batch->dcp_world = 2, batch->dcp_rank = 1, batch->window = 9;
     batch->deterministic = 1;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++)
@@ -333,8 +359,8 @@ static void a_file_that_shrinks_is_an_error(void **state)
 {
     (void)state;
     char header[4096];
-    int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s}", good.metadata, good.q, good.kv, good.block_table,
-                          good.seqlens);
+    int length = snprintf(header, sizeof header, "{\"__metadata__\":{%s},%s,%s,%s,%s}", good.metadata, good.q, good.kv,
+                          good.block_table, good.seqlens);
     int fd = file_of(header, (uint64_t)length, (size_t)length, good.data);
     struct capture *capture;
     struct ctl_fault fault;

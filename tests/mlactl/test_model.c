@@ -15,7 +15,10 @@
 static void every_value_survives_encoding(void **state)
 {
     (void)state;
-    static const struct { mla_dtype type; uint32_t count; } formats[] = {{MLA_BF16, 65536}, {MLA_FP16, 65536}, {MLA_E4M3, 256}};
+    static const struct {
+        mla_dtype type;
+        uint32_t count;
+    } formats[] = {{MLA_BF16, 65536}, {MLA_FP16, 65536}, {MLA_E4M3, 256}};
     for (unsigned f = 0; f < 3; f++)
         for (uint32_t bits = 0; bits < formats[f].count; bits++) {
             double value = number_decode(formats[f].type, (uint16_t)bits);
@@ -35,7 +38,8 @@ static void known_values_decode_right(void **state)
     assert_true(number_decode(MLA_E4M3, 0x38) == 1);
     assert_true(number_decode(MLA_E4M3, 0x7e) == 448);
     assert_true(number_decode(MLA_E4M3, 0x01) == 0x1p-9);
-    assert_true(isnan(number_decode(MLA_E4M3, 0xff)) && isnan(number_decode(MLA_BF16, 0xffff)) && isnan(number_decode(MLA_FP16, 0xffff)));
+    assert_true(isnan(number_decode(MLA_E4M3, 0xff)) && isnan(number_decode(MLA_BF16, 0xffff)) &&
+                isnan(number_decode(MLA_FP16, 0xffff)));
     assert_true(isinf(number_decode(MLA_BF16, 0x7f80)));
 }
 
@@ -145,8 +149,9 @@ static void a_perfect_answer_passes(void **state)
     }
 }
 
-/* Change the capture's batch, let the model answer that other question, and judge it by the bar of the right one. Some of the
- * requests must be refused, in nearly every batch where the change matters: a key may by chance weigh next to nothing. */
+/* Change the capture's batch, let the model answer that other question, and judge it by the bar of the right one. Some
+ * of the requests must be refused, in nearly every batch where the change matters: a key may by chance weigh next to
+ * nothing. */
 typedef bool breaker(struct capture *capture);
 
 static void must_be_refused(breaker *breaks, enum mlap_mask mask)
@@ -198,8 +203,8 @@ static bool ignore_tree(struct capture *capture)
         for (uint32_t t = 0; t < request.q_len; t++)
             all |= masks[request.first_row + t];
         for (uint32_t t = 0; t < request.q_len; t++) {
-            matters |= request.local_len > 0 && capture->batch.dcp_world == 1 && (masks[request.first_row + t] & used) != (all & used) &&
-                       request.global_len >= request.q_len;
+            matters |= request.local_len > 0 && capture->batch.dcp_world == 1 &&
+                       (masks[request.first_row + t] & used) != (all & used) && request.global_len >= request.q_len;
             masks[request.first_row + t] |= all;
         }
     }
@@ -234,7 +239,11 @@ static bool bound_one_short(struct capture *capture)
 
 static void a_wrong_mask_is_refused(void **state) { (void)state; must_be_refused(ignore_tree, MLAP_mask_TREE); }
 static void a_wrong_base_is_refused(void **state) { (void)state; must_be_refused(other_base, MLAP_mask_CAUSAL); }
-static void a_wrong_scale_is_refused(void **state) { (void)state; must_be_refused(scale_off_by_a_hundredth, MLAP_mask_NONE); }
+static void a_wrong_scale_is_refused(void **state)
+{
+    (void)state;
+    must_be_refused(scale_off_by_a_hundredth, MLAP_mask_NONE);
+}
 static void a_wrong_bound_is_refused(void **state) { (void)state; must_be_refused(bound_one_short, MLAP_mask_NONE); }
 
 static void one_nan_is_refused(void **state)
