@@ -284,7 +284,7 @@ static inline void lanes_finish(const struct cpu_result *result)
             float sink = row->sink[index % row->heads] * 1.44269504088896341f, top = sink > m ? sink : m;
             float anchor = top == -INFINITY ? 0 : top;
             shrink = exp2f(m - anchor);
-            float sum = l * shrink + exp2f(sink - anchor);
+            float sum = l * shrink + (sink == anchor ? 1 : exp2f(sink - anchor)); /* inf - inf is NaN */
             lse = top + log2f(sum);
             shrink /= sum;
         } else {

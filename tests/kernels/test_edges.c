@@ -112,6 +112,28 @@ static void only_the_sink(void **state)
     }
 }
 
+static void an_infinite_sink_takes_all_or_nothing(void **state)
+{
+    (void)state;
+    struct mlak_batch shape = plain_shape();
+    struct mlak_row rows[B];
+    shape.has_sink = true;
+    struct made *made = made_with(&shape, (int32_t[B]){0, 12, 64, 100});
+    float *sink = (float *)(void *)made->tensor[MLAK_T_SINK].data;
+    for (uint32_t h = 0; h < H; h++)
+        sink[h] = h % 2 ? INFINITY : -INFINITY;
+    test_device_run(made, rows);
+    for (size_t row = 0; row < B * Q * H; row++) {
+        if (row % H % 2)
+            assert_row_is(made, row, INFINITY);
+        else if (row < Q * H)
+            assert_row_is(made, row, -INFINITY);
+        else
+            assert_true(isfinite(made->batch.lse[row]));
+    }
+    made_free(made);
+}
+
 static void only_rank_0_adds_the_sink(void **state)
 {
     (void)state;
@@ -388,6 +410,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(fewer_keys_than_tokens),
         cmocka_unit_test(a_tree_without_bits),
         cmocka_unit_test(only_the_sink),
+        cmocka_unit_test(an_infinite_sink_takes_all_or_nothing),
         cmocka_unit_test(only_rank_0_adds_the_sink),
         cmocka_unit_test(a_batch_without_queries),
         cmocka_unit_test(nan_beyond_the_keys),
