@@ -27,6 +27,12 @@ static int64_t now_ms(void)
     return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
 }
 
+int admin_left_ms(const struct admin *admin)
+{
+    int64_t left = admin->deadline_ms - now_ms();
+    return left > 1 ? (int)left : 1;
+}
+
 static int timed_out(const struct admin *admin, struct ctl_fault *fault)
 {
     ctl_fail(fault, "mlad at %s did not answer in %g s", admin->path, admin->timeout_ms / 1000.0);

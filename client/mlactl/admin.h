@@ -15,6 +15,9 @@ struct admin;
 int admin_new(const struct ctl *ctl, struct admin **admin, struct ctl_fault *fault);
 void admin_free(struct admin *admin);
 
+/* Milliseconds until the connection's --timeout runs out, 1 at least. */
+int admin_left_ms(const struct admin *admin);
+
 /* Send `type` with `body` and wait for its answer, which must be of type `expected`. *reply stays valid until the next
  * call. An ERROR of the daemon is CTL_FAILED, its sentence in `fault`. */
 int admin_ask(struct admin *admin, enum mlap_type type, const void *body, enum mlap_type expected,

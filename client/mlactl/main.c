@@ -21,7 +21,7 @@ static const struct ctl_command commands[] = {
       {"--device", "NAME", "this device only", 0}}},
     {"health", "", 0, 0, 5, ctl_health, "Say in one line whether the daemon is well",
      "Exits with 0 ok, 1 degraded, 2 failed, 3 not running, 4 timed out.",
-     {{"--deep", NULL, "decode a batch with a known answer on every device but reference", 0}}},
+     {{"--deep", NULL, "decode a batch with a known answer on every device; on reference only if it is alone", 0}}},
     {"decode", "IN.safetensors", 1, 1, 600, ctl_decode, "Decode a capture file",
      "Reads a batch from a capture file, decodes it and writes `out` and `lse`. Requests that fail are listed, the others are "
      "written; the exit status is then 2.",
