@@ -33,7 +33,8 @@ enum {
  *   member    fp32 path                  bf16 paths
  *   q         [block][576][16] fp32      [block][288][16] pairs of bf16
  *   scores    [block][tile][16] fp32, S then P; bf16: then [block][tile / 2][16] pairs, in place
- *   operand   [64][592] fp32 keys        [32][65][16] pairs: values of keys 2j and 2j + 1, chunks of 16 columns
+ *   operand   [64][592] fp32 keys        [32][65][16] pairs: values of keys 2j and 2j + 1, chunks of 16 columns;
+ *                                        amx: two slabs of [2 or 4 chunks][64 pairs][16]
  *   rows      [16][576] fp32, in pack    [128][576] bf16: keys converted from fp8, or made contiguous for AMX
  *   o         [64][528] fp32, unless the item writes a partial */
 struct cpu_scratch {

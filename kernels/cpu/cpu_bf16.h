@@ -103,17 +103,24 @@ static inline void bf16_keys(struct cpu_scratch *scratch, const struct cpu_tile 
     }
 }
 
-static inline void bf16_interleave(struct cpu_scratch *scratch, uint32_t padded, const uint8_t *const *keys)
+/* A line of two keys, 32 columns, to a line of pairs for each of its chunks. */
+LANES_INLINE void bf16_interleave_line(const uint8_t *even_key, const uint8_t *odd_key, uint8_t *low, uint8_t *high)
 {
     /* unpack works within 128 bits: put columns 0..15 in the low halves, 16..31 in the high ones */
     const __m512i spread = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    __m512i even = _mm512_permutexvar_epi64(spread, _mm512_loadu_si512(even_key));
+    __m512i odd = _mm512_permutexvar_epi64(spread, _mm512_loadu_si512(odd_key));
+    _mm512_store_si512(low, _mm512_unpacklo_epi16(even, odd));
+    _mm512_store_si512(high, _mm512_unpackhi_epi16(even, odd));
+}
+
+static inline void bf16_interleave(struct cpu_scratch *scratch, uint32_t padded, const uint8_t *const *keys)
+{
     for (uint32_t j = 0; j < padded / 2; j++)
         for (uint32_t chunk = 0; chunk < CHUNKS; chunk += 2) {
-            __m512i even = _mm512_permutexvar_epi64(spread, _mm512_loadu_si512(keys[2 * j] + chunk * 32));
-            __m512i odd = _mm512_permutexvar_epi64(spread, _mm512_loadu_si512(keys[2 * j + 1] + chunk * 32));
             uint8_t *line = scratch->operand + ((size_t)chunk * CPU_PAIR_STRIDE + j) * LINE;
-            _mm512_store_si512(line, _mm512_unpacklo_epi16(even, odd));
-            _mm512_store_si512(line + CPU_PAIR_STRIDE * LINE, _mm512_unpackhi_epi16(even, odd));
+            bf16_interleave_line(keys[2 * j] + chunk * 32, keys[2 * j + 1] + chunk * 32, line,
+                                 line + CPU_PAIR_STRIDE * LINE);
         }
 }
 
