@@ -265,8 +265,11 @@ static void serve_capabilities(struct mlad_peer *peer, uint32_t sequence, const 
 
 static void on_drained(void *context, const struct mlap_header *header, const union mlap_body *body)
 {
+    const struct mlad_request *request = context;
     if (header && header->type == MLAP_ERROR)
         request_answer(context, MLAP_ERROR, body);
+    else if (!header && mlad_device_is_ready(request->device)) /* it could not be asked */
+        request_unanswered(context);
     else /* or no worker is left, and nothing in flight with it */
         request_answer(context, MLAP_OK, &(struct mlap_ok){0});
 }

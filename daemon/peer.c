@@ -225,8 +225,8 @@ static void handle(struct mlad_peer *peer, const char *datagram, long length, un
     else if (code != MLAP_code_OK)
         mlad_peer_refuse(peer, header.sequence, code, fault.field, fault.message);
     else if ((int)n_fds != mlap_type_fds(header.type)) {
-        snprintf(why, sizeof why, "%s carries %d file descriptors, not %u", mlap_type_name(header.type),
-                 mlap_type_fds(header.type), n_fds);
+        snprintf(why, sizeof why, "%s carries %s file descriptor", mlap_type_name(header.type),
+                 mlap_type_fds(header.type) ? "one" : "no");
         mlad_peer_refuse(peer, header.sequence, MLAP_code_FDS, "", why);
     } else
         serve(peer, &header, &body);
@@ -236,18 +236,14 @@ static void handle(struct mlad_peer *peer, const char *datagram, long length, un
 static bool receive_one(struct mlad_peer *peer)
 {
     static char datagram[MLAP_MAX_MESSAGE];
-    int fds[MLAP_MAX_FDS];
     unsigned n_fds;
-    long length = mlap_receive(peer->fd, datagram, sizeof datagram, fds, &n_fds, MSG_DONTWAIT);
+    long length = mlap_receive(peer->fd, datagram, sizeof datagram, NULL, &n_fds, MSG_DONTWAIT);
     if (length < 0 && errno == EAGAIN)
         return false;
-    if (length > 0) {
-        for (unsigned i = 0; i < n_fds; i++) /* nothing that is served here takes one */
-            close(fds[i]);
+    if (length > 0)
         handle(peer, datagram, length, n_fds);
-    } else if (length < 0 && errno == EMSGSIZE)
-        mlad_peer_end(peer, 0, MLAP_code_MALFORMED, "",
-                      "the datagram is longer than 65536 bytes, or carries more than one file descriptor");
+    else if (length < 0 && errno == EMSGSIZE)
+        mlad_peer_end(peer, 0, MLAP_code_MALFORMED, "", "the datagram is longer than 65536 bytes");
     else
         leave(peer);
     return true;

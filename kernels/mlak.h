@@ -142,10 +142,11 @@ struct mlak_row {
     float v_scale;
     uint32_t request;                /* index in its batch */
     uint32_t owner;                  /* the caller's tag */
-    int code;          /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row */
+    int code;          /* enum mlak_row_code, by __atomic_*; not 0: the kernel skips or abandons the row; a caller may
+                        * set MLAK_ROW_CANCELLED while it runs */
     int64_t detail[2]; /* PAGE_RANGE: column, page; TOO_LONG: local keys, room; by __atomic_*, before code */
 };
-enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE };
+enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE, MLAK_ROW_CANCELLED };
 
 /* Fail a row from a kernel: its block_table[column] holds `page`, outside 0..pages-1. From any thread; the first one
  * counts. */

@@ -108,6 +108,9 @@ void mlak_row_fault(const struct mlak_row *row, struct mlak_fault *fault)
         mlak_fail(fault, MLAK_REQUESTS, field, "page %" PRId64 " is needed but the pool has %u pages; give 0..pages-1",
                   second, row->pages);
         break;
+    case MLAK_ROW_CANCELLED:
+        mlak_fail(fault, MLAK_REQUESTS, "", "the request was cancelled while it ran");
+        break;
     default:
         mlak_fail(fault, MLAK_OK, "", "%s", "");
     }

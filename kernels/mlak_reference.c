@@ -215,11 +215,12 @@ static enum mlak_code reference_launch(struct mlak_device *device, struct mlak_r
 /* About 1 ns for each multiplication of 576 scores and 512 values, at 2 a nanosecond and thread. */
 static uint64_t reference_estimate(const struct mlak_device *device, const struct mlak_row *rows, uint32_t count)
 {
-    uint64_t pairs = 0;
+    double pairs = 0; /* wide enough: 1024 of the largest requests pass 64 bits */
     for (uint32_t i = 0; i < count; i++)
         if (rows[i].code == MLAK_ROW_OK)
-            pairs += (uint64_t)(rows[i].local_len + 1) * rows[i].q_len * rows[i].heads;
-    return pairs * (MLAK_D + MLAK_V) / 2 / mlak_pool_threads(device->pool);
+            pairs += (double)(rows[i].local_len + 1) * rows[i].q_len * rows[i].heads;
+    double ns = pairs * (MLAK_D + MLAK_V) / 2 / mlak_pool_threads(device->pool);
+    return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
 
 static void reference_close(struct mlak_device *device)

@@ -72,7 +72,8 @@ MLAP_ENUMS(MLAP_DECLARE_TEXT)
 int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags);
 
 /* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set.
- * `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message. Returns its length; 0 at end of file;
+ * With fds NULL descriptors are not taken at all, and *n_fds says 1 if any came: closing a stranger's descriptor can block,
+ * for as long as a file system of theirs likes. `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message. Returns its length; 0 at end of file;
  * -1 with errno: EAGAIN (nothing there, or the kernel lacks memory), EMSGSIZE (too long, or too many descriptors:
  * MSG_TRUNC or MSG_CTRUNC; the datagram is consumed, every descriptor closed, and the session must end), or the
  * socket's error. */

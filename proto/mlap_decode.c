@@ -11,8 +11,9 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Containers in each other; the deepest message, STATUS_REPLY, has 6: array, body, devices, device, latency, phase. */
-enum { MAX_DEPTH = 8 };
+/* Containers in each other; the deepest message, STATUS_REPLY, has 6: array, body, devices, device, latency, phase.
+ * Values in all: every value costs time, the largest message has fewer than half as many. */
+enum { MAX_DEPTH = 8, MAX_VALUES = 8192 };
 
 /* ---- the scan ---- */
 
@@ -52,13 +53,15 @@ static const char *scan(const unsigned char *bytes, size_t length)
     uint64_t wanted[MAX_DEPTH + 1] = {1};   /* values still to come at each depth */
     unsigned depth = 0;
     size_t at = 0;
-    for (;;) {
+    for (unsigned seen = 0;; seen++) {
         while (wanted[depth] == 0) {
             if (depth == 0)
                 return at == length ? NULL : "has bytes after its end";
             depth--;
         }
         wanted[depth]--;
+        if (seen == MAX_VALUES)
+            return "holds too many values";
         if (at == length)
             return "ends too early";
         unsigned first = bytes[at++];

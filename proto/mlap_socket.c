@@ -45,8 +45,11 @@ long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FD
 {
     struct iovec part = {buffer, capacity};
     union control control;
-    struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
-                              .msg_controllen = sizeof control.bytes};
+    struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1};
+    if (fds != NULL) {
+        datagram.msg_control = control.bytes;
+        datagram.msg_controllen = sizeof control.bytes;
+    }
     *n_fds = 0;
     ssize_t length;
     do
@@ -55,6 +58,10 @@ long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FD
     if (length < 0)
         return not_now();
 
+    if (fds == NULL && (datagram.msg_flags & MSG_CTRUNC) != 0) {
+        datagram.msg_flags &= ~MSG_CTRUNC;
+        *n_fds = 1;
+    }
     int got[sizeof control.bytes / sizeof(int)];
     unsigned n_got = 0;
     for (struct cmsghdr *item = CMSG_FIRSTHDR(&datagram); item != NULL; item = CMSG_NXTHDR(&datagram, item)) {
@@ -72,8 +79,10 @@ long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FD
             errno = EMSGSIZE;
         return cut ? -1 : 0;
     }
-    memcpy(fds, got, n_got * sizeof(int));
-    *n_fds = n_got;
+    if (fds != NULL) {
+        memcpy(fds, got, n_got * sizeof(int));
+        *n_fds = n_got;
+    }
     return (long)length;
 }
 

@@ -26,6 +26,12 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     bool writes = request->access == MLAP_access_READWRITE;
     struct statfs fs;
+    /* First what never asks a file system: one of the peer's own may not answer. Only memory files have seals. */
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0)
+        return mlap_fail(fault, bad, "fd",
+                         "the file descriptor is no open memory file (a pipe, socket, device or disk file?): %s; send a memfd",
+                         strerror(errno));
     if (fstat(fd, st) != 0 || fstatfs(fd, &fs) != 0)
         return mlap_fail(fault, bad, "fd", "the file descriptor cannot be examined: %s; send a memfd", strerror(errno));
     if (!S_ISREG(st->st_mode))
@@ -36,10 +42,6 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
                          "the memfd was made with MFD_HUGETLB, which cannot be served; make it without");
     if (fs.f_type != TMPFS_MAGIC)
         return mlap_fail(fault, bad, "fd", "the file lies on a disk or other file system; send a memfd");
-    int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0)
-        return mlap_fail(fault, bad, "fd", "the file has no seals (%s); send a memfd, opened for reading and writing",
-                         strerror(errno));
     if (!(seals & F_SEAL_SHRINK))
         return mlap_fail(
             fault, bad, "fd",

@@ -168,7 +168,7 @@ void mlad_session_receive(struct mlad_session *session, struct mlad_message *mes
     mlad_session_refuse(session, message->header.sequence, fault);
     if (ends_session(message)) {
         session->sessions->stats->dropped++;
-        mlad_log(LOG_WARNING, "session dropped", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
+        mlad_log_provoked(LOG_WARNING, "session dropped", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
                  MLAD_KV("client", session->client), MLAD_KV("why", fault->message));
         mlad_session_end(session, "its message broke the protocol");
     }

@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLICE_OVERHEAD_NS = 2000 }; /* prepare, reply: what an empty slice takes */
 
 /* ---- decodes ---- */
 
@@ -138,7 +137,7 @@ static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
     struct mlad_queue *queue = decode->queue;
     scheduler->launching = NULL;
     bool noted = true;
-    for (uint32_t i = 0; i < scheduler->slice && code == MLAK_OK; i++) {
+    for (uint32_t i = 0; i < scheduler->slice && code == MLAK_OK && !decode->cancelled; i++) {
         const struct mlak_row *row = &scheduler->rows[i];
         if (__atomic_load_n(&row->code, __ATOMIC_RELAXED) == MLAK_ROW_OK)
             decode->kv_tokens += (uint64_t)row->local_len;
@@ -167,7 +166,7 @@ static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
 /* Run what can be run: small slices here while they fit in MLAD_INLINE_NS together, else one on the launch thread. */
 static void kick(struct mlad_scheduler *scheduler)
 {
-    uint64_t spent = 0;
+    uint64_t begun = mlad_now_ns();
     struct mlad_queue *queue;
     while (!scheduler->launching && (queue = TAILQ_FIRST(&scheduler->turns))) {
         TAILQ_REMOVE(&scheduler->turns, queue, turn);
@@ -179,8 +178,7 @@ static void kick(struct mlad_scheduler *scheduler)
         if (prepare(scheduler, decode, &estimate, &fault) != MLAP_code_OK) {
             finish(scheduler, decode, &fault);
             line_up(scheduler, queue);
-        } else if (spent + estimate < MLAD_INLINE_NS) {
-            spent += estimate + SLICE_OVERHEAD_NS;
+        } else if (estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + estimate < MLAD_INLINE_NS) {
             slice_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, scheduler->slice));
         } else {
             mlad_launcher_run(&scheduler->launcher, scheduler->rows, scheduler->slice);
@@ -267,13 +265,21 @@ bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler)
     return !scheduler->launching && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
 }
 
+/* Nobody waits for the slice that is running: let the backend abandon it. */
+static void cancel_slice(struct mlad_scheduler *scheduler)
+{
+    scheduler->launching->cancelled = true;
+    for (uint32_t i = 0; i < scheduler->slice; i++)
+        __atomic_store_n(&scheduler->rows[i].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
+}
+
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
 {
     struct mlad_decode *decode = STAILQ_FIRST(&queue->decodes);
     if (!decode)
         return;
     if (decode == scheduler->launching)
-        decode->cancelled = true; /* stays first until its slice has ended */
+        cancel_slice(scheduler); /* it stays first until its slice has ended */
     else
         TAILQ_REMOVE(&scheduler->turns, queue, turn);
     struct mlad_decode *keep = decode->cancelled ? decode : NULL;

@@ -21,7 +21,7 @@ static void settle(struct mlad_session *session)
 static void on_link_closed(struct mlad_link *link)
 {
     struct mlad_session *session = (struct mlad_session *)link;
-    mlad_log(LOG_INFO, "session freed", MLAD_KV("session", session->id), MLAD_KV("decodes", session->decodes));
+    mlad_log_provoked(LOG_INFO, "session freed", MLAD_KV("session", session->id), MLAD_KV("decodes", session->decodes));
     TAILQ_REMOVE(&session->sessions->all, session, entry);
     mlad_quota_leave(session->sessions->quota, session->holder.user);
     free(session);
@@ -29,7 +29,7 @@ static void on_link_closed(struct mlad_link *link)
 
 void mlad_session_end(struct mlad_session *session, const char *why)
 {
-    mlad_log(LOG_INFO, "session ended", MLAD_KV("session", session->id), MLAD_KV("why", why));
+    mlad_log_provoked(LOG_INFO, "session ended", MLAD_KV("session", session->id), MLAD_KV("why", why));
     mlad_link_shutdown(&session->link);
     session->draining = true;
     uint32_t position = 0;
@@ -100,7 +100,7 @@ static void turn_away(struct mlad_sessions *sessions, const struct mlap_attach *
     memcpy(error.field, fault->field, sizeof error.field);
     memcpy(error.message, fault->message, sizeof error.message);
     sessions->stats->refused++;
-    mlad_log(LOG_INFO, "session refused", MLAD_KV("session", attach->session), MLAD_KV("uid", attach->uid),
+    mlad_log_provoked(LOG_INFO, "session refused", MLAD_KV("session", attach->session), MLAD_KV("uid", attach->uid),
              MLAD_KV("why", fault->message));
     mlap_send_message(fd, MLAP_ERROR, attach->hello_seq, &error, -1, MSG_DONTWAIT);
     close(fd);
@@ -163,7 +163,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
     session->holder = (struct mlad_holder){.user = user, .loop = sessions->loop, .unmapped = on_unmapped};
     mlad_queue_init(&session->queue, user, on_decode_ended);
     enlist(sessions, session);
-    mlad_log(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
+    mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
              MLAD_KV("pid", session->pid), MLAD_KV("client", session->client));
     welcome(session, attach->hello_seq);
 }

@@ -316,7 +316,7 @@ int mlad_worker_run(const struct mlad_worker_options *options)
         return EXIT_CANNOT_START;
     }
     close(options->life);
-    worker.lock = open(options->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    worker.lock = open(options->lock, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (worker.lock < 0) {
         mlad_log(LOG_ERR, "the lock file cannot be opened", MLAD_KV("path", options->lock),
                  MLAD_KV("why", strerror(errno)));

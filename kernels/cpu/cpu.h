@@ -44,6 +44,7 @@ struct cpu_scratch {
     _Alignas(64) uint16_t rows[CPU_TILE * MLAK_D];
     _Alignas(64) float o[CPU_ROWS * CPU_O_STRIDE];
     _Alignas(64) float alpha[CPU_ROWS], m[CPU_ROWS], l[CPU_ROWS];
+    uint64_t *progress;                 /* NULL, or what counts the tiles of all threads */
     uint64_t seen[CPU_TILE];
     const uint8_t *keys[2][CPU_TILE];   /* this tile's and the next one's */
     struct mlak_visible visible[MLAK_MAX_Q];

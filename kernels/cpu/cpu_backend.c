@@ -35,7 +35,6 @@ struct mlak_device {
     const struct cpu_variant *variant;
     const struct cpu_path *bf16;          /* of the variant, if this processor has it */
     struct mlak_pool *pool;
-    uint64_t *progress;                   /* the opener's, or NULL */
     struct cpu_scratch *scratch;          /* [threads] */
     struct cpu_group *groups;             /* [CPU_GROUPS] */
     struct cpu_item *items;               /* [CPU_ITEMS] */
@@ -147,7 +146,8 @@ static struct mlak_device *cpu_open(const struct mlak_options *options, struct m
         return NULL;
     }
     device->variant = variant;
-    device->progress = options->progress;
+    for (uint32_t i = 0; i < mlak_pool_threads(device->pool); i++)
+        device->scratch[i].progress = options->progress;
 #if defined(__x86_64__)
     device->bf16 = has_bf16() ? variant->bf16 : NULL;
 #endif
@@ -236,8 +236,6 @@ static void work(void *context, uint32_t index, uint32_t thread)
     struct mlak_device *device = context;
     struct cpu_item item = device->items[index];
     mlak_cpu_run_item(&device->groups[item.group], item.split, &device->scratch[thread]);
-    if (device->progress != NULL)
-        __atomic_fetch_add(device->progress, 1, __ATOMIC_RELAXED);
 }
 
 static bool run_slice(struct mlak_device *device, const struct slice *slice, bool alone)

@@ -132,6 +132,10 @@ static bool walk(const struct cpu_group *group, struct cpu_scratch *scratch, int
         tile.seen = mask_tile(group->row, scratch, first_token, tokens, c, count);
         path->tile_step(scratch, &tile);
         tile.first = false;
+        if (scratch->progress != NULL)
+            __atomic_fetch_add(scratch->progress, 1, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&group->row->code, __ATOMIC_RELAXED) != MLAK_ROW_OK)
+            return false; /* failed elsewhere, or cancelled */
     }
     *defined = true;
     return true;

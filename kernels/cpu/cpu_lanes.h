@@ -279,9 +279,10 @@ static inline void lanes_finish(const struct cpu_result *result)
     for (uint32_t r = 0; r < result->rows; r++) {
         uint64_t index = result->first + r;
         uint8_t *out = row->out + index * MLAK_V * 2;
-        float m = result->m[r], l = result->l[r], shrink = 1, lse = m + log2f(l);
+        float m = result->m[r], l = result->l[r], shrink = 1, lse = m + log2f(l), given = 0;
         if (row->sink != NULL) {
-            float sink = row->sink[index % row->heads] * 1.44269504088896341f, top = sink > m ? sink : m;
+            given = row->sink[index % row->heads];
+            float sink = given * 1.44269504088896341f, top = sink > m ? sink : m;
             float anchor = top == -INFINITY ? 0 : top;
             shrink = exp2f(m - anchor);
             float sum = l * shrink + (sink == anchor ? 1 : exp2f(sink - anchor)); /* inf - inf is NaN */
@@ -299,8 +300,9 @@ static inline void lanes_finish(const struct cpu_result *result)
             else
                 encode_fp16(out + 2 * column, value);
         }
+        float natural = given > 0 && lse == INFINITY ? given : lse * 0.693147180559945309f;
         if (row->lse != NULL)
-            row->lse[index] = row->lse_base == MLAK_LSE_2 ? lse : lse * 0.693147180559945309f;
+            row->lse[index] = row->lse_base == MLAK_LSE_2 ? lse : natural;
     }
 }
 
