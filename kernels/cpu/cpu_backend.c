@@ -174,7 +174,7 @@ static uint64_t row_ns(const struct mlak_device *device, const struct mlak_row *
 {
     const struct cpu_path *path = path_of(device, row);
     uint64_t bits, blocks = (row->q_len * row->heads + CPU_LANES - 1) / CPU_LANES;
-    if (row->code != MLAK_ROW_OK || blocks == 0)
+    if (__atomic_load_n(&row->code, __ATOMIC_RELAXED) != MLAK_ROW_OK || blocks == 0)
         return 0;
     struct mlak_visible any = mlak_visible_any(row, &bits);
     uint64_t keys = any.hi > any.lo ? (uint64_t)(any.hi - any.lo) : 0;
@@ -264,7 +264,7 @@ static enum mlak_code cpu_launch(struct mlak_device *device, struct mlak_row *ro
     uint64_t items = 0;
     bool alone = total_ns(device, rows, count, &items) < CPU_ALONE_NS;
     for (uint32_t i = 0; i < count; i++) {
-        if (rows[i].code != MLAK_ROW_OK)
+        if (__atomic_load_n(&rows[i].code, __ATOMIC_RELAXED) != MLAK_ROW_OK)
             continue;
         for (uint32_t group = 0; group < row_groups(&rows[i]);) {
             uint32_t added = add_groups(device, &slice, &rows[i], group);
