@@ -68,7 +68,8 @@ enum mlak_code {
     MLAK_UNSUPPORTED,   /* within the contract; this device has no kernel for it */
     MLAK_BATCH,         /* cu_q is inconsistent: nothing of the batch ran */
     MLAK_REQUESTS,      /* some requests failed, see their rows */
-    MLAK_MEMORY
+    MLAK_MEMORY,
+    MLAK_LOST           /* the device failed and took the work with it */
 };
 struct mlak_fault { enum mlak_code code; char field[64]; char message[256]; };
 
@@ -168,8 +169,35 @@ int64_t mlak_local_count(const struct mlak_row *row, int64_t g);
 /* ---- devices ---- */
 
 struct mlak_device;
+
+/* Memory of another process that a device can be given. Offsets and lengths in bytes. */
+enum mlak_memory_kind {
+    MLAK_MEMORY_HOST,     /* pages mapped in this process at `host`, shared with the client */
+    MLAK_MEMORY_CUDA_IPC, /* an allocation named by a legacy CUDA IPC handle */
+    MLAK_MEMORY_CUDA_VMM  /* an allocation behind a POSIX descriptor that the client exported */
+};
+struct mlak_memory {
+    enum mlak_memory_kind kind;
+    void *host;                   /* HOST: page-aligned */
+    uint8_t handle[64];           /* CUDA_IPC: a bearer secret, never logged; the caller wipes it */
+    int fd;                       /* CUDA_VMM: stays the caller's */
+    char gpu[64];                 /* CUDA_*: "GPU-..." on which the memory lies, as the client says; checked */
+    uint64_t allocation;          /* CUDA_VMM: bytes of the whole allocation, a multiple of its granularity */
+    uint64_t offset;              /* CUDA_*: from the start of the allocation to the buffer */
+    uint64_t bytes;               /* of the buffer */
+    bool writable;
+};
+struct mlak_mapping {
+    void *pointer;                /* where kernels see the buffer's first byte */
+    bool host;                    /* host memory */
+    bool local;                   /* on the device's own memory, not on a peer's or the host's */
+    uint8_t identity[16];         /* same allocation <=> same identity, as far as the driver tells */
+    uint64_t first;               /* the buffer's first byte within what `identity` names */
+    void *owner;                  /* the backend's */
+};
 struct mlak_options {
     uint32_t threads;                /* 0: one per processor this process may run on */
+    const char *device;  /* the device's name: a GPU's UUID */
     const char *variant; /* NULL: the best here; else "generic", "avx2", "avx512", "amx": refused if absent */
     uint64_t *progress;              /* NULL, or __atomic_fetch_add'ed after each work item: a sign of life */
 };
@@ -186,11 +214,26 @@ struct mlak_backend {
      * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
-    /* Estimated nanoseconds that the rows take (for small-work decisions only). */
+    /* NULL for devices whose kernels read this process's memory; otherwise all four are there.
+     * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named.
+     * release: undo it; nothing that names the mapping runs any more.
+     * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
+     *   pointers are the device's. Of rows[0..count) it fills request, local_len, page_size, pages, max_pages, dcp_world,
+     *   code and detail (what mlak_row_fault and accounting read); it abandons the launch when the caller sets rows[i].code to
+     *   MLAK_ROW_CANCELLED meanwhile. cu_q is validated as by mlak_prepare, in each call, on its snapshot.
+     *   MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * lost: a sentence why, once MLAK_LOST was returned. */
+    enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
+                             struct mlak_mapping *mapping, struct mlak_fault *fault);
+    void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
+    enum mlak_code (*launch_batch)(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+    const char *(*lost)(const struct mlak_device *device);
+    /* Estimated nanoseconds that the rows take (for small-work decisions only). NULL with launch_batch. */
     uint64_t (*estimate_ns)(const struct mlak_device *device, const struct mlak_row *rows, uint32_t count);
 };
 
-/* By device name; NULL if this build has none. */
+/* By device name: "cpu", "reference", or a GPU's UUID ("GPU-..."); NULL if this build has none. */
 const struct mlak_backend *mlak_backend(const char *name);
 
 /* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.

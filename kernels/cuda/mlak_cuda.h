@@ -1,0 +1,76 @@
+/* mlak_cuda.h - what the host side (cuda_backend.c) and the kernels (*.cu) of the cuda backend agree on.
+ *
+ * A launch is three kernels on one stream, each with one parameter, a struct mlak_cuda_job by value:
+ *     mlak_cuda_prepare         1 block: reads each client length once, fills rows and the split schedule, validates cu_q
+ *     mlak_cuda_split_<types>   a fixed grid that walks the items of the schedule
+ *     mlak_cuda_combine         merges the parts of split requests, in split order; then the results and `done`
+ * Nothing of it depends on a length that the host knows, so a captured graph may be replayed with other lengths.
+ *
+ * An item is one block of MLAK_CUDA_M folded rows (token * heads + head) of one request over one range of key tiles. */
+#ifndef MLAK_CUDA_H
+#define MLAK_CUDA_H
+
+#include "mlak.h"
+
+enum {
+    MLAK_CUDA_M = 16,              /* folded rows of an item */
+    MLAK_CUDA_TILE = 64,           /* keys of a tile */
+    MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
+    MLAK_CUDA_PREPARE_THREADS = 1024,
+    MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
+    MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [16][512], maximum [16] (of log2
+                                                         * scores), sum [16] */
+    MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
+    MLAK_CUDA_FIXED_SLOTS = 64     /* deterministic: slots a request uses at most */
+};
+
+/* How far the schedule went; device memory, filled by prepare. */
+struct mlak_cuda_schedule {
+    uint32_t items;                /* of all requests; 0 when the batch is refused */
+    uint32_t slots;                /* parts in use */
+    uint32_t split_tiles;          /* tiles of a split, except with batch.deterministic */
+    uint32_t blocks_done;          /* combine's own, 0 before and after */
+};
+
+/* What the schedule says of a request; device memory. */
+struct mlak_cuda_request {
+    uint32_t first_item;           /* items first_item .. first_item + blocks * splits */
+    uint32_t blocks, splits;       /* splits 1: written straight to out */
+    uint32_t split_tiles;
+    uint32_t first_slot;           /* slot of (block, split): first_slot + block * splits + split */
+    uint32_t first_tile;           /* tiles are counted from local key lo rounded down to a multiple of 64 */
+    uint32_t tiles;
+};
+
+/* Pinned host memory, written by the device. */
+struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
+struct mlak_cuda_result {
+    uint64_t done;                 /* = job.ticket once everything else is visible to the host */
+    uint64_t progress;             /* items completed, ever growing */
+    int32_t batch_code;            /* 0, or MLAK_BATCH: cu_q is wrong; then nothing ran */
+    uint32_t batch_index;          /* of the entry at fault */
+    int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
+    uint32_t cancel;               /* written by the host: not 0: stop as soon as may be */
+    uint32_t reserved;
+};
+
+struct mlak_cuda_job {
+    struct mlak_batch batch;       /* pointers are the device's */
+    uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
+    uint32_t target_items;         /* about how many items fill the device */
+    uint32_t max_slots;            /* room in parts; at least 2 * target_items + count; deterministic: FIXED_SLOTS * count */
+    uint64_t ticket;
+    struct mlak_row *rows;                 /* [count] */
+    struct mlak_cuda_request *requests;    /* [count] */
+    struct mlak_cuda_schedule *schedule;
+    int32_t *cu_q;                         /* [batch.batch + 1]: the snapshot */
+    float *parts;                          /* [max_slots][MLAK_CUDA_PART_FLOATS] */
+    struct mlak_cuda_result *result;
+    struct mlak_cuda_row_result *row_results; /* [count] */
+};
+
+/* Which split kernel: by what the batch's tensors hold. Names follow the order "mlak_cuda_split_" + one of these. */
+enum mlak_cuda_types { MLAK_CUDA_BF16, MLAK_CUDA_FP16, MLAK_CUDA_FP8, MLAK_CUDA_BF16_FP8, MLAK_CUDA_BF16_656, MLAK_CUDA_TYPES };
+#define MLAK_CUDA_TYPE_NAMES {"bf16", "fp16", "fp8", "bf16_fp8", "bf16_656"}
+
+#endif
