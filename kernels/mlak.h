@@ -218,9 +218,9 @@ struct mlak_backend {
      * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named.
      * release: undo it; nothing that names the mapping runs any more.
      * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
-     *   pointers are the device's. Of rows[0..count) it fills request, local_len, page_size, pages, max_pages, dcp_world,
-     *   code and detail (what mlak_row_fault and accounting read); it abandons the launch when the caller sets rows[i].code to
-     *   MLAK_ROW_CANCELLED meanwhile. cu_q is validated as by mlak_prepare, in each call, on its snapshot.
+     *   pointers are the device's. Of rows[0..count) it fills request, local_len, page_size, pages, max_pages,
+     *   dcp_world, code and detail (what mlak_row_fault and accounting read); it abandons the launch when the caller
+     *   sets rows[i].code to MLAK_ROW_CANCELLED meanwhile. cu_q is validated in each call, on its snapshot.
      *   MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
@@ -246,5 +246,8 @@ enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capa
  * without cu_q. Rows with a bad length get their code set. MLAK_OK or MLAK_BATCH (`fault` names the entry). */
 enum mlak_code mlak_prepare(const struct mlak_batch *batch, int32_t *cu_q_copy, uint32_t first, uint32_t count,
                             struct mlak_row *rows, struct mlak_fault *fault);
+
+/* The fault of entry i of cu_q after entry `before` (0 for the first): MLAK_BATCH, or MLAK_OK for none. */
+enum mlak_code mlak_cu_q_fault(uint32_t i, int64_t value, int64_t before, uint64_t q_rows, struct mlak_fault *fault);
 
 #endif

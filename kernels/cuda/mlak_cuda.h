@@ -1,7 +1,7 @@
 /* mlak_cuda.h - what the host side (cuda_backend.c) and the kernels (*.cu) of the cuda backend agree on.
  *
  * A launch is three kernels on one stream, each with one parameter, a struct mlak_cuda_job by value:
- *     mlak_cuda_prepare         1 block: reads each client length once, fills rows and the split schedule, validates cu_q
+ *     mlak_cuda_prepare         1 block: reads client lengths once, fills rows and the schedule, validates cu_q
  *     mlak_cuda_split_<types>   a fixed grid that walks the items of the schedule
  *     mlak_cuda_combine         merges the parts of split requests, in split order; then the results and `done`
  * Nothing of it depends on a length that the host knows, so a captured graph may be replayed with other lengths.
@@ -21,7 +21,11 @@ enum {
     MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [16][512], maximum [16] (of log2
                                                          * scores), sum [16] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
-    MLAK_CUDA_FIXED_SLOTS = 64     /* deterministic: slots a request uses at most */
+    MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
+    MLAK_CUDA_PREPARE_SHARED = 17 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
+    MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
+    MLAK_CUDA_COMBINE_SHARED = 16
 };
 
 /* How far the schedule went; device memory, filled by prepare. */
@@ -58,7 +62,7 @@ struct mlak_cuda_job {
     struct mlak_batch batch;       /* pointers are the device's */
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
     uint32_t target_items;         /* about how many items fill the device */
-    uint32_t max_slots;            /* room in parts; at least 2 * target_items + count; deterministic: FIXED_SLOTS * count */
+    uint32_t max_slots;            /* room in parts: 2 * target_items + count; deterministic: FIXED_SLOTS * count */
     uint64_t ticket;
     struct mlak_row *rows;                 /* [count] */
     struct mlak_cuda_request *requests;    /* [count] */
@@ -70,7 +74,14 @@ struct mlak_cuda_job {
 };
 
 /* Which split kernel: by what the batch's tensors hold. Names follow the order "mlak_cuda_split_" + one of these. */
-enum mlak_cuda_types { MLAK_CUDA_BF16, MLAK_CUDA_FP16, MLAK_CUDA_FP8, MLAK_CUDA_BF16_FP8, MLAK_CUDA_BF16_656, MLAK_CUDA_TYPES };
+enum mlak_cuda_types {
+    MLAK_CUDA_BF16,
+    MLAK_CUDA_FP16,
+    MLAK_CUDA_FP8,
+    MLAK_CUDA_BF16_FP8,
+    MLAK_CUDA_BF16_656,
+    MLAK_CUDA_TYPES
+};
 #define MLAK_CUDA_TYPE_NAMES {"bf16", "fp16", "fp8", "bf16_fp8", "bf16_656"}
 
 #endif

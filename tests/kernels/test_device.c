@@ -16,7 +16,7 @@ void test_device_open(int argc, char **argv)
 {
     struct mlak_options options = {.threads = 2, .variant = argc > 2 ? argv[2] : NULL};
     struct mlak_fault fault = {0};
-    backend = argc > 1 ? mlak_backend(argv[1]) : NULL;
+    backend = argc > 1 ? test_backend(argv[1]) : NULL;
     if (!backend) {
         fprintf(stderr, "usage: %s backend [variant]; this build has no such backend\n", argv[0]);
         exit(2);
@@ -41,6 +41,8 @@ struct oracle_bar test_device_bar(enum mlak_dtype q_dtype)
                                 : (struct oracle_bar){.margin_db = 1, .lse = 2e-5};
 }
 
+bool test_device_takes_rows(void) { return backend->launch != NULL; }
+
 enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count)
 {
     return backend->launch(device, rows, count);
@@ -60,6 +62,8 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     *fault = (struct mlak_fault){0};
     if (test_device_check(&made->batch, fault) != MLAK_OK)
         fail_msg("%s: %s", fault->field, fault->message);
+    if (!test_device_takes_rows())
+        return backend->launch_batch(device, &made->batch, 0, made->batch.batch, rows, fault);
     int32_t *cu_q = malloc((made->batch.batch + UINT64_C(1)) * sizeof *cu_q);
     enum mlak_code code = mlak_prepare(&made->batch, cu_q, 0, made->batch.batch, rows, fault);
     free(cu_q);

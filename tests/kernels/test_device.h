@@ -4,11 +4,15 @@
 
 #include "oracle.h"
 
+/* The backends that the program can be told to use: test_backend.c, or another file of its own. NULL: no such. */
+const struct mlak_backend *test_backend(const char *name);
+
 /* Open it with two threads. Exits with 77 (skipped) when this machine lacks the variant. */
 void test_device_open(int argc, char **argv);
 void test_device_close(void);
 bool test_device_exact(void);                   /* fp64, which rounds nothing but the outputs */
 struct oracle_bar test_device_bar(enum mlak_dtype q_dtype);
+bool test_device_takes_rows(void);              /* else whole batches only: no test_device_launch */
 enum mlak_code test_device_launch(struct mlak_row *rows, uint32_t count);
 enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fault *fault);
 

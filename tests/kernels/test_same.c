@@ -80,7 +80,8 @@ static void deterministic_bits_do_not_depend_on_batch_mates(void **state)
         shape.q_rows = Q;
         for (uint32_t b = 0; b < B; b++) {
             struct made *alone = made_with(&shape, &lengths[b]);
-            memcpy(alone->tensor[MLAK_T_Q].data, rows[b].q, alone->tensor[MLAK_T_Q].bytes);
+            size_t q_bytes = alone->tensor[MLAK_T_Q].bytes;
+            memcpy(alone->tensor[MLAK_T_Q].data, all->tensor[MLAK_T_Q].data + b * q_bytes, q_bytes);
             copy_tensor(alone, all, MLAK_T_KV);
             memcpy(alone->tensor[MLAK_T_BLOCK_TABLE].data, made_table(all, b), 4 * 64);
             struct mlak_row row;
@@ -115,6 +116,8 @@ static void the_same_launch_has_the_same_bits(void **state)
 static void a_launch_mixes_batches(void **state)
 {
     (void)state;
+    if (!test_device_takes_rows())
+        skip(); /* its launches are of one batch */
     enum { BATCHES = 12 };
     struct maker maker = maker_seeded(33);
     struct made *made[BATCHES];
