@@ -236,6 +236,9 @@ struct mlak_backend {
 /* By device name: "cpu", "reference", or a GPU's UUID ("GPU-..."); NULL if this build has none. */
 const struct mlak_backend *mlak_backend(const char *name);
 
+/* Names of the GPUs that this process sees, `most` at most; their number. 0: `why` says what is missing. */
+uint32_t mlak_gpus(char names[][64], uint32_t most, struct mlak_fault *why);
+
 /* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.
  * MLAK_OK, MLAK_INVALID or MLAK_UNSUPPORTED with the field named. */
 enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capability *capabilities, size_t count,

@@ -8,6 +8,8 @@
 extern const struct mlak_backend mlak_reference_backend;    /* mlak_reference.c */
 extern const struct mlak_backend mlak_cpu_backend;          /* cpu/ */
 
+extern const struct mlak_backend mlak_cuda_backend;         /* cuda/, every GPU's */
+
 /* The contract's rows: every combination of element types with every mask. */
 enum { MLAK_CONTRACT_ROWS = 18 };
 

@@ -14,7 +14,8 @@ static struct mlak_device *device;
 
 void test_device_open(int argc, char **argv)
 {
-    struct mlak_options options = {.threads = 2, .variant = argc > 2 ? argv[2] : NULL};
+    struct mlak_options options = {
+        .threads = 2, .device = argc > 1 ? argv[1] : NULL, .variant = argc > 2 ? argv[2] : NULL};
     struct mlak_fault fault = {0};
     backend = argc > 1 ? test_backend(argv[1]) : NULL;
     if (!backend) {

@@ -1,0 +1,376 @@
+/* cuda_backend.c - a GPU as a device: opens it, gives it other processes' memory, launches the three kernels of
+ * mlak_cuda.h and waits for their completion word.
+ *
+ * Owns a stream, the scratch of one launch in device memory, and pinned memory that the kernels write results into. One
+ * launch at a time. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new process
+ * recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the supervisor's to end. */
+#include "cuda_memory.h"
+#include "mlak_backends.h"
+#include "mlak_cuda.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    ITEMS_PER_BLOCK = 4,     /* target items of the schedule, for each block that the device holds at a time */
+    MOST_SLOTS = 8192,       /* of scratch: 269 MB */
+    LEAST_SLOTS = 4096,
+    SPIN = 2000,             /* looks at the completion word before the thread gives way */
+    NAP_NS = 20000,
+    LOOKS_A_QUERY = 64       /* looks at the completion word for each question to the driver */
+};
+
+extern const uint8_t mlak_cuda_image[]; /* the fatbin, cuda_image.S */
+
+struct mlak_device {
+    const struct mlak_driver *cu;
+    CUdevice gpu;
+    CUcontext context;
+    CUmodule module;
+    CUfunction prepare, split[MLAK_CUDA_TYPES], combine;
+    CUstream stream;
+    unsigned split_grid, combine_grid, split_shared;
+    struct cuda_memory memory;
+    bool memory_ready;
+    struct mlak_cuda_job job;      /* the scratch pointers and limits; the rest is each launch's */
+    CUdeviceptr rows, requests, schedule, cu_q, parts;
+    struct mlak_cuda_result *result;            /* pinned */
+    struct mlak_cuda_row_result *row_results;   /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
+    uint64_t *progress, progress_seen;
+    struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
+    char lost[256];
+};
+
+/* ---- open and close ---- */
+
+#define TRY(call, field, ...) \
+    do { \
+        CUresult result_ = device->cu->call(__VA_ARGS__); \
+        if (result_ != CUDA_SUCCESS) \
+            return mlak_driver_fail(fault, result_ == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_UNSUPPORTED, field, \
+                                    #call, result_); \
+    } while (0)
+
+static enum mlak_code find_gpu(struct mlak_device *device, const char *name, struct mlak_fault *fault)
+{
+    int count = 0, major = 0, minor = 0;
+    bool found = false;
+    TRY(device_count, "device", &count);
+    for (int i = 0; i < count && !found; i++) {
+        CUuuid uuid;
+        char text[MLAK_UUID_TEXT];
+        TRY(device_get, "device", &device->gpu, i);
+        TRY(device_uuid, "device", &uuid, device->gpu);
+        mlak_uuid_text(&uuid, text);
+        found = strcmp(text, name) == 0;
+    }
+    if (!found)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "device", "the driver sees %d GPUs, and none is %.48s", count, name);
+    TRY(device_attribute, "device", &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device->gpu);
+    TRY(device_attribute, "device", &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device->gpu);
+    if (major < 8)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "device",
+                         "the GPU's compute capability is %d.%d; the kernels need 8.0 or higher", major, minor);
+    return MLAK_OK;
+}
+
+static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault *fault)
+{
+    static const char *const types[MLAK_CUDA_TYPES] = MLAK_CUDA_TYPE_NAMES;
+    int shared = 0, processors = 0, resident = 0;
+    TRY(module_load, "kernels", &device->module, mlak_cuda_image);
+    TRY(module_function, "kernels", &device->prepare, device->module, "mlak_cuda_prepare");
+    TRY(module_function, "kernels", &device->combine, device->module, "mlak_cuda_combine");
+    TRY(device_attribute, "device", &shared, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device->gpu);
+    TRY(device_attribute, "device", &processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device->gpu);
+    if (shared < MLAK_CUDA_SPLIT_SHARED_1)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "device",
+                         "the GPU gives a block %d bytes of shared memory; the kernels need %d", shared,
+                         MLAK_CUDA_SPLIT_SHARED_1);
+    device->split_shared = shared >= MLAK_CUDA_SPLIT_SHARED_2 ? MLAK_CUDA_SPLIT_SHARED_2 : MLAK_CUDA_SPLIT_SHARED_1;
+    for (unsigned i = 0; i < MLAK_CUDA_TYPES; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "mlak_cuda_split_%s", types[i]);
+        TRY(module_function, "kernels", &device->split[i], device->module, name);
+        TRY(function_attribute, "kernels", device->split[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            (int)device->split_shared);
+    }
+    TRY(occupancy, "kernels", &resident, device->split[0], MLAK_CUDA_THREADS, device->split_shared);
+    device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
+    device->combine_grid = (unsigned)processors * 2;
+    return MLAK_OK;
+}
+
+static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault *fault)
+{
+    enum { ROWS = MLAK_CUDA_MAX_REQUESTS };
+    struct mlak_cuda_job *job = &device->job;
+    job->target_items = device->split_grid * ITEMS_PER_BLOCK;
+    job->max_slots = job->target_items * 2 + ROWS;
+    job->max_slots = job->max_slots < LEAST_SLOTS ? LEAST_SLOTS : job->max_slots;
+    if (job->max_slots > MOST_SLOTS) {
+        job->max_slots = MOST_SLOTS;
+        job->target_items = (MOST_SLOTS - ROWS) / 2;
+    }
+    TRY(alloc, "memory", &device->rows, ROWS * sizeof(struct mlak_row));
+    TRY(alloc, "memory", &device->requests, ROWS * sizeof(struct mlak_cuda_request));
+    TRY(alloc, "memory", &device->schedule, sizeof(struct mlak_cuda_schedule));
+    TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t));
+    TRY(alloc, "memory", &device->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
+    TRY(set_bytes, "memory", device->schedule, 0, sizeof(struct mlak_cuda_schedule));
+    const unsigned flags = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP;
+    TRY(host_alloc, "memory", (void **)&device->result, sizeof *device->result, flags);
+    TRY(host_alloc, "memory", (void **)&device->row_results, ROWS * sizeof *device->row_results, flags);
+    memset(device->result, 0, sizeof *device->result);
+    job->rows = (void *)device->rows;
+    job->requests = (void *)device->requests;
+    job->schedule = (void *)device->schedule;
+    job->cu_q = (void *)device->cu_q;
+    job->parts = (void *)device->parts;
+    CUdeviceptr seen;
+    TRY(host_pointer, "memory", &seen, device->result, 0);
+    job->result = (void *)seen;
+    TRY(host_pointer, "memory", &seen, device->row_results, 0);
+    job->row_results = (void *)seen;
+    return MLAK_OK;
+}
+
+static enum mlak_code open_device(struct mlak_device *device, const struct mlak_options *options, struct mlak_fault *fault)
+{
+    if (options->variant && strcmp(options->variant, "mma") != 0)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "a GPU has no variant %.64s; leave it out", options->variant);
+    enum mlak_code code = find_gpu(device, options->device ? options->device : "", fault);
+    if (code != MLAK_OK)
+        return code;
+    TRY(context_retain, "device", &device->context, device->gpu);
+    TRY(context_set, "device", device->context);
+    cuda_memory_init(&device->memory, device->cu, device->gpu);
+    device->memory_ready = true;
+    code = load_kernels(device, fault);
+    if (code == MLAK_OK)
+        code = take_memory(device, fault);
+    if (code == MLAK_OK)
+        TRY(stream_new, "device", &device->stream, CU_STREAM_NON_BLOCKING);
+    return code;
+}
+
+static void cuda_close(struct mlak_device *device)
+{
+    const struct mlak_driver *cu = device->cu;
+    const CUdeviceptr scratch[] = {device->rows, device->requests, device->schedule, device->cu_q, device->parts};
+    if (device->context)
+        cu->context_set(device->context);
+    if (device->stream)
+        cu->stream_free(device->stream);
+    if (device->row_results)
+        cu->host_free(device->row_results);
+    if (device->result)
+        cu->host_free(device->result);
+    for (unsigned i = 0; i < sizeof scratch / sizeof scratch[0]; i++)
+        if (scratch[i])
+            cu->free(scratch[i]);
+    if (device->module)
+        cu->module_unload(device->module);
+    if (device->memory_ready)
+        cuda_memory_deinit(&device->memory);
+    if (device->context)
+        cu->context_release(device->gpu);
+    free(device);
+}
+
+static struct mlak_device *cuda_open(const struct mlak_options *options, struct mlak_fault *fault)
+{
+    const struct mlak_driver *cu = mlak_driver(fault);
+    struct mlak_device *device = cu ? calloc(1, sizeof *device) : NULL;
+    if (!device) {
+        if (cu)
+            mlak_fail(fault, MLAK_MEMORY, "", "no memory for the device");
+        return NULL;
+    }
+    device->cu = cu;
+    device->progress = options->progress;
+    if (open_device(device, options, fault) != MLAK_OK) {
+        cuda_close(device);
+        return NULL;
+    }
+    mlak_whole_contract(device->capabilities, "mma");
+    return device;
+}
+
+static const char *cuda_variant(const struct mlak_device *device)
+{
+    return device->capabilities[0].variant;
+}
+
+static uint32_t cuda_threads(const struct mlak_device *device)
+{
+    (void)device;
+    return 0; /* none of ours compute */
+}
+
+static const struct mlak_capability *cuda_capabilities(const struct mlak_device *device, size_t *count)
+{
+    *count = MLAK_CONTRACT_ROWS;
+    return device->capabilities;
+}
+
+/* ---- launch ---- */
+
+static enum mlak_cuda_types types_of(const struct mlak_batch *batch)
+{
+    switch (batch->kv_format) {
+    case MLAK_KV_BF16: return MLAK_CUDA_BF16;
+    case MLAK_KV_FP16: return MLAK_CUDA_FP16;
+    case MLAK_KV_E4M3_656: return MLAK_CUDA_BF16_656;
+    default: return batch->q_dtype == MLAK_E4M3 ? MLAK_CUDA_FP8 : MLAK_CUDA_BF16_FP8;
+    }
+}
+
+static enum mlak_code lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+{
+    struct mlak_fault own;
+    mlak_driver_fail(&own, MLAK_LOST, "device", call, result);
+    snprintf(device->lost, sizeof device->lost, "the GPU failed: %.200s", own.message);
+    if (fault)
+        *fault = own;
+    return MLAK_LOST;
+}
+
+/* The three kernels. A launch that the driver refuses leaves nothing of it running. */
+static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
+{
+    void *parameters[] = {job};
+    const struct { CUfunction kernel; unsigned grid, block, shared; } kernels[] = {
+        {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
+        {device->split[types_of(&job->batch)], device->split_grid, MLAK_CUDA_THREADS, device->split_shared},
+        {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
+    };
+    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {
+        CUresult result = device->cu->launch(kernels[i].kernel, kernels[i].grid, 1, 1, kernels[i].block, 1, 1,
+                                             kernels[i].shared, device->stream, parameters, NULL);
+        if (result == CUDA_SUCCESS)
+            continue;
+        CUresult state = device->cu->stream_query(device->stream);
+        if (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)
+            return lose(device, "cuLaunchKernel", result, fault);
+        return mlak_driver_fail(fault, MLAK_MEMORY, "", "cuLaunchKernel", result);
+    }
+    return MLAK_OK;
+}
+
+static void pass_progress_on(struct mlak_device *device)
+{
+    uint64_t now = __atomic_load_n(&device->result->progress, __ATOMIC_RELAXED);
+    if (now != device->progress_seen && device->progress)
+        __atomic_fetch_add(device->progress, now - device->progress_seen, __ATOMIC_RELAXED);
+    device->progress_seen = now;
+}
+
+/* Until the device says that the launch is over. `cancelled`: the caller's word that nobody wants it. */
+static enum mlak_code await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault)
+{
+    struct mlak_cuda_result *result = device->result;
+    for (uint64_t looks = 1; __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) != ticket; looks++) {
+        if (__atomic_load_n(cancelled, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
+            __atomic_store_n(&result->cancel, 1, __ATOMIC_RELAXED);
+        pass_progress_on(device);
+        if (looks % LOOKS_A_QUERY == 0) {
+            CUresult state = device->cu->stream_query(device->stream);
+            bool done = __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) == ticket;
+            if (state == CUDA_SUCCESS && !done)
+                return lose(device, "the launch ended without its completion word", CUDA_ERROR_UNKNOWN, fault);
+            if (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)
+                return lose(device, "cuStreamQuery", state, fault);
+        }
+        if (looks > SPIN)
+            nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+        else
+            sched_yield();
+    }
+    pass_progress_on(device);
+    return MLAK_OK;
+}
+
+/* What the rows say once the launch is over; a row that the caller cancelled stays so. */
+static void tell(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first, uint32_t count,
+                 struct mlak_row *rows)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        const struct mlak_cuda_row_result *result = &device->row_results[i];
+        rows[i].request = first + i;
+        rows[i].local_len = result->local_len;
+        rows[i].detail[0] = result->detail[0];
+        rows[i].detail[1] = result->detail[1];
+        rows[i].page_size = batch->page_size;
+        rows[i].pages = batch->pages;
+        rows[i].max_pages = batch->max_pages;
+        rows[i].dcp_world = batch->dcp_world;
+        int untouched = MLAK_ROW_OK;
+        __atomic_compare_exchange_n(&rows[i].code, &untouched, result->code, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    }
+}
+
+static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first, uint32_t count,
+                                   struct mlak_row *rows, struct mlak_fault *fault)
+{
+    struct mlak_cuda_job job = device->job;
+    struct mlak_cuda_result *result = device->result;
+    job.batch = *batch;
+    job.first = first;
+    job.count = count;
+    job.ticket = ++device->job.ticket;
+    __atomic_store_n(&result->cancel, 0, __ATOMIC_RELAXED);
+    enum mlak_code code = enqueue(device, &job, fault);
+    if (code == MLAK_OK)
+        code = await(device, job.ticket, &rows[0].code, fault);
+    if (code != MLAK_OK)
+        return code;
+    if (result->batch_code != MLAK_OK)
+        return mlak_cu_q_fault(result->batch_index, result->batch_value, result->batch_before, batch->q_rows, fault);
+    tell(device, batch, first, count, rows);
+    return MLAK_OK;
+}
+
+static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                                        uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+{
+    CUresult result = device->cu->context_set(device->context);
+    if (device->lost[0] || result != CUDA_SUCCESS)
+        return device->lost[0] ? MLAK_LOST : lose(device, "cuCtxSetCurrent", result, fault);
+    uint32_t most = batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
+    for (uint32_t i = 0; i < count; i++)
+        rows[i].code = MLAK_ROW_OK;
+    for (uint32_t at = 0; at < count; at += most) {
+        uint32_t left = count - at;
+        enum mlak_code code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);
+        if (code != MLAK_OK)
+            return code;
+    }
+    return MLAK_OK;
+}
+
+static const char *cuda_lost(const struct mlak_device *device) { return device->lost; }
+
+/* ---- memory ---- */
+
+static enum mlak_code cuda_import(struct mlak_device *device, const struct mlak_memory *memory, struct mlak_mapping *mapping,
+                                  struct mlak_fault *fault)
+{
+    TRY(context_set, "", device->context);
+    return cuda_memory_import(&device->memory, memory, mapping, fault);
+}
+
+static void cuda_release(struct mlak_device *device, struct mlak_mapping *mapping)
+{
+    device->cu->context_set(device->context);
+    cuda_memory_release(&device->memory, mapping);
+}
+
+const struct mlak_backend mlak_cuda_backend = {
+    .name = "cuda", .open = cuda_open, .close = cuda_close, .variant = cuda_variant, .threads = cuda_threads,
+    .capabilities = cuda_capabilities, .import = cuda_import, .release = cuda_release,
+    .launch_batch = cuda_launch_batch, .lost = cuda_lost,
+};

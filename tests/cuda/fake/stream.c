@@ -1,0 +1,262 @@
+/* stream.c - streams, each a thread that runs what is queued in order; events, modules, launches. */
+#include "fake_cuda.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "mlak_cuda.h"
+
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job) __attribute__((weak));
+
+enum op_kind { OP_COPY, OP_SET, OP_LAUNCH, OP_CALL, OP_EVENT };
+struct op {
+    struct op *next;
+    enum op_kind kind;
+    void *to;
+    const void *from;
+    size_t n, shared;
+    unsigned grid, block;
+    int value, sticky;
+    bool hang;
+    const char *kernel;
+    void (*call)(void *);
+    CUevent event;
+    _Alignas(64) unsigned char job[sizeof(struct mlak_cuda_job)];
+};
+struct fake_stream { struct fake_stream *next; struct op *first, **last; unsigned queued, done; bool closing; };
+struct fake_event { unsigned pending; bool destroyed; };
+struct fake_function { struct fake_function *next; char name[128]; int shared; };
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the above */
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static struct fake_stream *streams, *null_stream;
+static struct fake_function *functions;
+
+static void run_op(struct op *op)
+{
+    unsigned slow = op->kind == OP_LAUNCH ? fake_settings().slow : 0;
+    while (op->hang && fake_hanging()) usleep(1000);
+    if (slow) usleep(slow * 1000);
+    if (fake_sticky() && op->kind != OP_EVENT && op->kind != OP_CALL) return;
+    switch (op->kind) {
+    case OP_COPY: memmove(op->to, op->from, op->n); break;
+    case OP_SET: memset(op->to, op->value, op->n); break;
+    case OP_CALL: op->call(op->to); break;
+    case OP_EVENT: break;
+    case OP_LAUNCH:
+        if (op->sticky) fake_set_sticky(op->sticky);
+        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job)) fake_set_sticky(FAKE_LAUNCH_FAILED);
+        break;
+    }
+}
+
+static void *stream_main(void *argument)
+{
+    CUstream s = argument;
+    pthread_mutex_lock(&lock);
+    while (s->first || !s->closing) {
+        struct op *op = s->first;
+        if (!op) {
+            pthread_cond_wait(&changed, &lock);
+            continue;
+        }
+        pthread_mutex_unlock(&lock);
+        run_op(op);
+        pthread_mutex_lock(&lock);
+        s->first = op->next;
+        if (!s->first) s->last = &s->first;
+        s->done++;
+        if (op->event && --op->event->pending == 0 && op->event->destroyed) free(op->event);
+        free(op);
+        pthread_cond_broadcast(&changed);
+    }
+    struct fake_stream **at = &streams;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
+    pthread_mutex_unlock(&lock);
+    free(s);
+    return NULL;
+}
+
+/* With the lock. */
+static CUstream stream_new(void)
+{
+    CUstream s = calloc(1, sizeof *s);
+    pthread_t thread;
+    if (!s) return NULL;
+    s->last = &s->first;
+    s->next = streams;
+    if (pthread_create(&thread, NULL, stream_main, s) != 0) return free(s), NULL;
+    pthread_detach(thread);
+    return streams = s;
+}
+static CUstream resolve(CUstream s)
+{
+    if ((uintptr_t)s > 2) return s;
+    if (!null_stream) null_stream = stream_new();
+    return null_stream;
+}
+static CUresult enqueue(CUstream s, const struct op *template)
+{
+    struct op *op = aligned_alloc(64, sizeof *op);
+    if (!op) return FAKE_OUT_OF_MEMORY;
+    *op = *template;
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    if (s) {
+        if (op->event) op->event->pending++;
+        *s->last = op;
+        s->last = &op->next;
+        s->queued++;
+        pthread_cond_broadcast(&changed);
+    }
+    pthread_mutex_unlock(&lock);
+    if (!s) free(op);
+    return s ? FAKE_OK : FAKE_OUT_OF_MEMORY;
+}
+CUresult fake_stream_settle(CUstream s)
+{
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    unsigned until = s ? s->queued : 0;
+    while (s && (int)(s->done - until) < 0) pthread_cond_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+    return fake_sticky();
+}
+CUresult fake_sync_all(void)
+{
+    pthread_mutex_lock(&lock);
+    for (CUstream s = streams; s;) {
+        if (s->first) pthread_cond_wait(&changed, &lock), s = streams;
+        else s = s->next;
+    }
+    pthread_mutex_unlock(&lock);
+    return fake_sticky();
+}
+
+API(cuStreamCreate, (CUstream *out, unsigned flags), (out, flags))
+{
+    (void)flags;
+    if (fake_current_device() < 0) return FAKE_INVALID_CONTEXT;
+    pthread_mutex_lock(&lock);
+    *out = stream_new();
+    pthread_mutex_unlock(&lock);
+    return *out ? FAKE_OK : FAKE_OUT_OF_MEMORY;
+}
+API(cuStreamCreateWithPriority, (CUstream *out, unsigned flags, int priority), (out, flags, priority))
+{
+    return (void)priority, do_cuStreamCreate(out, flags);
+}
+API(cuStreamDestroy_v2, (CUstream s), (s))
+{
+    if ((uintptr_t)s <= 2) return FAKE_INVALID_HANDLE;
+    pthread_mutex_lock(&lock);
+    s->closing = true;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+    return FAKE_OK;
+}
+API(cuStreamSynchronize, (CUstream s), (s)) { return fake_stream_settle(s); }
+API(cuStreamQuery, (CUstream s), (s))
+{
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    bool busy = s && s->first;
+    pthread_mutex_unlock(&lock);
+    return busy ? FAKE_NOT_READY : fake_sticky();
+}
+API(cuStreamIsCapturing, (CUstream s, int *status), (s, status)) { return (void)s, *status = 0, FAKE_OK; }
+API(cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t n, CUstream s), (to, from, n, s))
+{
+    return enqueue(s, &(struct op){.kind = OP_COPY, .to = (void *)to, .from = from, .n = n});
+}
+API(cuMemcpyDtoHAsync_v2, (void *to, CUdeviceptr from, size_t n, CUstream s), (to, from, n, s))
+{
+    return enqueue(s, &(struct op){.kind = OP_COPY, .to = to, .from = (void *)from, .n = n});
+}
+API(cuMemsetD8Async, (CUdeviceptr to, unsigned char v, size_t n, CUstream s), (to, v, n, s))
+{
+    return enqueue(s, &(struct op){.kind = OP_SET, .to = (void *)to, .value = v, .n = n});
+}
+API(cuLaunchHostFunc, (CUstream s, void (*call)(void *), void *data), (s, call, data))
+{
+    return enqueue(s, &(struct op){.kind = OP_CALL, .call = call, .to = data});
+}
+
+API(cuEventCreate, (CUevent *out, unsigned flags), (out, flags))
+{
+    return (void)flags, (*out = calloc(1, sizeof **out)) ? FAKE_OK : FAKE_OUT_OF_MEMORY;
+}
+API(cuEventRecord, (CUevent e, CUstream s), (e, s)) { return enqueue(s, &(struct op){.kind = OP_EVENT, .event = e}); }
+API(cuEventQuery, (CUevent e), (e))
+{
+    pthread_mutex_lock(&lock);
+    bool busy = e->pending;
+    pthread_mutex_unlock(&lock);
+    return busy ? FAKE_NOT_READY : fake_sticky();
+}
+API(cuEventSynchronize, (CUevent e), (e))
+{
+    pthread_mutex_lock(&lock);
+    while (e->pending) pthread_cond_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+    return fake_sticky();
+}
+API(cuEventDestroy_v2, (CUevent e), (e))
+{
+    pthread_mutex_lock(&lock);
+    e->destroyed = true;
+    bool now = e->pending == 0;
+    pthread_mutex_unlock(&lock);
+    if (now) free(e);
+    return FAKE_OK;
+}
+
+API(cuModuleLoadData, (CUmodule *out, const void *image), (out, image))
+{
+    return image ? (*out = (CUmodule)(void *)&functions, FAKE_OK) : FAKE_INVALID_VALUE;
+}
+API(cuModuleUnload, (CUmodule m), (m)) { return m ? FAKE_OK : FAKE_INVALID_HANDLE; }
+API(cuModuleGetFunction, (CUfunction *out, CUmodule m, const char *name), (out, m, name))
+{
+    if (!m || strncmp(name, "mlak_", 5) || strlen(name) >= 128) return FAKE_NOT_FOUND;
+    CUfunction f = calloc(1, sizeof *f);
+    if (!f) return FAKE_OUT_OF_MEMORY;
+    strcpy(f->name, name);
+    pthread_mutex_lock(&lock);
+    f->next = functions;
+    *out = functions = f; /* never freed: a launch may still name it */
+    pthread_mutex_unlock(&lock);
+    return FAKE_OK;
+}
+API(cuFuncSetAttribute, (CUfunction f, int which, int value), (f, which, value))
+{
+    if (which == 8 && (value < 0 || value > fake_settings().smem)) return FAKE_INVALID_VALUE;
+    if (which == 8) f->shared = value;
+    return FAKE_OK;
+}
+API(cuFuncGetAttribute, (int *out, int which, CUfunction f), (out, which, f))
+{
+    *out = which == 0 ? 1024 : which == 4 ? 64 : which == 8 ? f->shared : 0;
+    return FAKE_OK;
+}
+API(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *out, CUfunction f, int block, size_t shared), (out, f, block, shared))
+{
+    (void)f;
+    if (block < 1) return FAKE_INVALID_VALUE;
+    return *out = block > 1024 || shared > (size_t)fake_settings().smem ? 0 : 1, FAKE_OK;
+}
+API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                     unsigned shared, CUstream s, void **parameters, void **extra),
+    (f, gx, gy, gz, bx, by, bz, shared, s, parameters, extra))
+{
+    if (!f || !parameters || extra || !gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 ||
+        (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
+    struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = gx, .block = bx, .shared = shared};
+    op.sticky = fake_next_launch(&op.hang);
+    if (!mlak_emulate && !op.sticky && !op.hang) return FAKE_NOT_FOUND;
+    if (!mlak_emulate && !op.sticky) op.sticky = FAKE_LAUNCH_FAILED; /* once it no longer hangs */
+    memcpy(op.job, parameters[0], sizeof op.job);
+    return enqueue(s, &op);
+}

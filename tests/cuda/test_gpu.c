@@ -1,0 +1,282 @@
+/* test_gpu.c - the host side of the cuda backend over the fake driver: memory of other processes, and what goes wrong
+ * on a GPU. Results are judged by tests/kernels' programs, which run on the same device. */
+#include "batch_maker.h"
+#include "mlak.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define GPU "GPU-fa4e0000-0000-4000-8000-000000000000"
+#define OTHER_GPU "GPU-fa4e0000-0000-4000-8000-000000000001"
+
+static const struct mlak_backend *backend;
+static char control[] = "/tmp/mlad-fake-XXXXXX";
+
+/* What goes wrong from now on: words of fake_cuda.h. */
+static void inject(const char *words)
+{
+    static unsigned times;
+    FILE *file = fopen(control, "w");
+    assert_non_null(file);
+    fprintf(file, "%s%*s\n", words, (int)++times, ""); /* another size: the file is read again when it changes */
+    fclose(file);
+}
+
+static struct mlak_device *open_device(uint64_t *progress)
+{
+    struct mlak_fault fault = {0};
+    struct mlak_device *device =
+        backend->open(&(struct mlak_options){.device = GPU, .progress = progress}, &fault);
+    if (!device)
+        fail_msg("%s", fault.message);
+    return device;
+}
+
+/* The driver's function, as a client of it has it. */
+#define DRIVER(name, ...) \
+    int (*name)(__VA_ARGS__); \
+    *(void **)(void *)&name = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name); \
+    assert_non_null(name)
+
+static size_t free_bytes(void)
+{
+    size_t left, all;
+    DRIVER(cuMemGetInfo_v2, size_t *, size_t *);
+    assert_int_equal(cuMemGetInfo_v2(&left, &all), 0);
+    return left;
+}
+
+/* ---- memory ---- */
+
+struct exported { uint64_t pointer; struct mlak_memory memory; };
+
+static struct exported export(size_t bytes)
+{
+    struct exported e = {.memory = {.kind = MLAK_MEMORY_CUDA_IPC, .gpu = GPU, .bytes = bytes, .writable = true}};
+    DRIVER(cuMemAlloc_v2, uint64_t *, size_t);
+    DRIVER(cuIpcGetMemHandle, void *, uint64_t);
+    assert_int_equal(cuMemAlloc_v2(&e.pointer, bytes), 0);
+    assert_int_equal(cuIpcGetMemHandle(e.memory.handle, e.pointer), 0);
+    return e;
+}
+
+static void unexport(struct exported *e)
+{
+    DRIVER(cuMemFree_v2, uint64_t);
+    assert_int_equal(cuMemFree_v2(e->pointer), 0);
+}
+
+static void an_allocation_is_opened_once(void **state)
+{
+    (void)state;
+    inject("own_ipc=1");
+    struct mlak_device *device = open_device(NULL);
+    struct exported e = export(1 << 20);
+    struct mlak_fault fault;
+    struct mlak_mapping whole, part;
+    assert_int_equal(backend->import(device, &e.memory, &whole, &fault), MLAK_OK);
+    e.memory.offset = 4096;
+    e.memory.bytes = 100;
+    assert_int_equal(backend->import(device, &e.memory, &part, &fault), MLAK_OK);
+    assert_ptr_equal(part.pointer, (uint8_t *)whole.pointer + 4096);
+    assert_memory_equal(part.identity, whole.identity, sizeof part.identity);
+    assert_true(whole.local && !whole.host && part.first == 4096);
+    *(volatile uint32_t *)part.pointer = 42; /* the same memory, and still there once the other buffer has gone */
+    backend->release(device, &whole);
+    assert_int_equal(*(volatile uint32_t *)part.pointer, 42);
+    backend->release(device, &part);
+    unexport(&e);
+    backend->close(device);
+}
+
+static void refuse(struct mlak_device *device, struct mlak_memory memory, const char *field, const char *word)
+{
+    struct mlak_fault fault = {0};
+    struct mlak_mapping mapping;
+    assert_int_not_equal(backend->import(device, &memory, &mapping, &fault), MLAK_OK);
+    assert_string_equal(fault.field, field);
+    if (!strstr(fault.message, word))
+        fail_msg("no \"%s\" in: %s", word, fault.message);
+}
+
+static void unusable_memory_is_refused_by_name(void **state)
+{
+    (void)state;
+    inject("own_ipc=1 devices=2 peer=0");
+    struct mlak_device *device = open_device(NULL);
+    struct exported e = export(1 << 16);
+    struct mlak_memory bad = e.memory;
+    bad.offset = 1;
+    bad.bytes = 1 << 16;
+    refuse(device, bad, "bytes", "pass the end of the allocation");
+    bad = e.memory;
+    bad.offset = UINT64_MAX - 10;
+    refuse(device, bad, "bytes", "pass the end of the allocation");
+    bad = e.memory;
+    strcpy(bad.gpu, OTHER_GPU);
+    refuse(device, bad, "gpu", "cannot access");
+    strcpy(bad.gpu, "GPU-nonsense");
+    refuse(device, bad, "gpu", "sees no GPU");
+    bad = e.memory;
+    memset(bad.handle, 0x5a, sizeof bad.handle);
+    refuse(device, bad, "handle", "cuIpcOpenMemHandle");
+    bad = (struct mlak_memory){.kind = MLAK_MEMORY_CUDA_VMM, .fd = 0, .gpu = GPU, .allocation = 1 << 21, .bytes = 1};
+    refuse(device, bad, "fd", "import_fd");
+    inject("own_ipc=1 devices=2 peer=1");
+    bad = e.memory;
+    strcpy(bad.gpu, OTHER_GPU);
+    refuse(device, bad, "gpu", "does not lie on");
+    unexport(&e);
+    backend->close(device);
+}
+
+static void host_memory_is_registered(void **state)
+{
+    (void)state;
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    void *page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct mlak_memory memory = {.kind = MLAK_MEMORY_HOST, .host = page, .bytes = 4096, .writable = true};
+    struct mlak_mapping mapping;
+    struct mlak_fault fault;
+    assert_int_equal(backend->import(device, &memory, &mapping, &fault), MLAK_OK);
+    assert_true(mapping.host && !mapping.local);
+    backend->release(device, &mapping);
+    inject("fail=cuMemHostRegister:1");
+    refuse(device, memory, "host", "host_register");
+    munmap(page, 4096);
+    backend->close(device);
+}
+
+/* ---- what goes wrong ---- */
+
+static struct made *plain(struct mlak_row rows[2])
+{
+    struct maker maker = maker_seeded(1);
+    struct mlak_batch shape = maker_plain(2, 4, 2);
+    memset(rows, 0, 2 * sizeof *rows);
+    return made_new(&maker, &shape, (int32_t[]){100, 60}, NULL);
+}
+
+static void each_call_that_fails_is_named(void **state)
+{
+    (void)state;
+    static const char *const calls[] = {"cuDeviceGetCount", "cuDevicePrimaryCtxRetain", "cuModuleLoadData",
+                                        "cuModuleGetFunction", "cuFuncSetAttribute", "cuMemAlloc", "cuMemHostAlloc",
+                                        "cuStreamCreate"};
+    inject("");
+    backend->close(open_device(NULL)); /* what the driver keeps for itself is taken now */
+    size_t before = free_bytes();
+    for (unsigned i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+        char words[64];
+        struct mlak_fault fault = {0};
+        snprintf(words, sizeof words, "fail=%s:1", calls[i]);
+        inject(words);
+        assert_null(backend->open(&(struct mlak_options){.device = GPU}, &fault));
+        if (!strstr(fault.message, "999"))
+            fail_msg("%s: %s", calls[i], fault.message);
+        inject("");
+        assert_int_equal(free_bytes(), before);
+    }
+}
+
+static void a_refused_launch_is_only_that(void **state)
+{
+    (void)state;
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    for (int n = 1; n <= 3; n++) {
+        char words[64];
+        snprintf(words, sizeof words, "fail=cuLaunchKernel:%d:701", n);
+        inject(words);
+        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+        inject("");
+        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+        assert_int_equal(rows[0].local_len, 100);
+    }
+    backend->close(device);
+    made_free(made);
+}
+
+struct cancel { struct mlak_row *row; };
+static void *cancel_soon(void *context)
+{
+    struct cancel *cancel = context;
+    usleep(50000);
+    __atomic_store_n(&cancel->row->code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
+    usleep(50000);
+    inject(""); /* the launch goes on, and sees that nobody wants it */
+    return NULL;
+}
+
+static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **state)
+{
+    (void)state;
+    uint64_t progress = 0;
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
+    pthread_t thread;
+    inject("");
+    struct mlak_device *device = open_device(&progress);
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    uint64_t before = progress;
+    assert_true(before > 0);
+    inject("hang=1");
+    assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0]}), 0);
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    pthread_join(thread, NULL);
+    assert_int_equal(rows[0].code, MLAK_ROW_CANCELLED);
+    assert_int_equal(progress, before); /* not an item of it ran */
+    backend->close(device);
+    made_free(made);
+}
+
+/* Last: what is lost stays lost in this process. */
+static void a_sticky_error_loses_the_device(void **state)
+{
+    (void)state;
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("sticky=2");
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_non_null(strstr(backend->lost(device), "700"));
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    backend->close(device);
+    made_free(made);
+}
+
+int main(void)
+{
+    close(mkstemp(control));
+    setenv("MLAD_FAKE_CUDA_CONTROL", control, 1);
+    inject("devices=2");
+    backend = mlak_backend(GPU);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(an_allocation_is_opened_once),
+        cmocka_unit_test(unusable_memory_is_refused_by_name),
+        cmocka_unit_test(host_memory_is_registered),
+        cmocka_unit_test(each_call_that_fails_is_named),
+        cmocka_unit_test(a_refused_launch_is_only_that),
+        cmocka_unit_test(a_launch_that_hangs_shows_no_progress_and_can_be_cancelled),
+        cmocka_unit_test(a_sticky_error_loses_the_device),
+    };
+    int failures = cmocka_run_group_tests(tests, NULL, NULL);
+    unlink(control);
+    return failures != 0;
+}
