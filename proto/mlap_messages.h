@@ -260,6 +260,14 @@
     F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; offset + bytes may not pass the memfd's end") \
     F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
 
+#define MLAP_FIELDS_import(F, M) \
+    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session and with those of REGISTER") \
+    F(M, STR, handle, _, 128, 128, REQ, "the legacy CUDA IPC handle of the whole allocation, 64 bytes in hexadecimal; whoever has it can map the memory") \
+    F(M, STR, gpu, _, 1, 63, REQ, "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
+    F(M, U64, offset, _, 0, MLAP_I64_MAX, REQ, "bytes from the start of the allocation to the buffer") \
+    F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; offset + bytes may not pass the allocation's end") \
+    F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
+
 #define MLAP_FIELDS_unregister(F, M) \
     F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "a registered buffer; answered when it is unmapped")
 
@@ -377,6 +385,7 @@
     X(HEALTH_REPLY, health_reply, 19, 0, DAEMON, "The daemon's judgement of itself.") \
     X(DRAIN, drain, 20, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once nothing is in flight.") \
     X(EVICT, evict, 21, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once the session is closed.") \
+    X(IMPORT, import, 22, 0, CLIENT, "Map a buffer in GPU memory, on a GPU's device. Answer: OK.") \
     X(CONFIGURE, configure, 64, 0, INTERNAL, "Limits, at start and after a reload.") \
     X(ATTACH, attach, 65, 1, INTERNAL, "An accepted connection for this worker.") \
     X(READY, ready, 66, 0, INTERNAL, "The worker serves; its capability table.") \

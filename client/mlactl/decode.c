@@ -84,7 +84,7 @@ int ctl_decode(const struct ctl *ctl)
     struct timespec from, to;
     mla_result result = {0};
     clock_gettime(CLOCK_MONOTONIC, &from);
-    mla_status status = mla_decode(client, run->plan, ctl->timeout_ms, &result, &error);
+    mla_status status = run_decode(run, ctl->timeout_ms, &result, &error);
     clock_gettime(CLOCK_MONOTONIC, &to);
     double wall_ns = (double)(to.tv_sec - from.tv_sec) * 1e9 + (double)(to.tv_nsec - from.tv_nsec);
     if (status != MLA_OK && status != MLA_REQUESTS)

@@ -117,7 +117,7 @@ static int decode_known(const struct ctl *ctl, const struct admin *admin, const 
     progress("decoding a known batch on %s", device);
     if (!capture || mla_connect(&client, &options, &error) != MLA_OK ||
         run_new(client, capture, &(struct run_layout){0}, &run, &error) ||
-        mla_decode(client, run->plan, admin_left_ms(admin), &result, &error) != MLA_OK) {
+        run_decode(run, admin_left_ms(admin), &result, &error) != MLA_OK) {
         ctl_fail(fault, "%s", error.message);
         return error.code == MLA_TIMEOUT || error.code == MLA_NOT_CONNECTED || error.code == MLA_UNAVAILABLE
                    ? CTL_TIMED_OUT

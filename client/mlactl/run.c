@@ -1,7 +1,9 @@
 /* run.c - binds captures to libmla. Two buffers: inputs, each tensor at a multiple of 64 bytes; outputs, with a guard
- * of known bytes before, between and after them. */
+ * of known bytes before, between and after them. On a GPU both lie in its memory, as an engine's would, and are filled and
+ * read here through a copy. */
 #include "run.h"
 #include "admin.h"
+#include "gpu.h"
 #include "progress.h"
 
 #include <stdio.h>
@@ -41,6 +43,47 @@ int run_connect(const struct ctl *ctl, const char *device, mla_client **client)
     return status == MLA_OK ? CTL_OK : ctl_error(ctl, run_exit_code(status), "%s", error.message);
 }
 
+/* ---- memory ---- */
+
+static int memory_new(struct run *run, size_t bytes, struct run_memory *memory, mla_error *error)
+{
+    const char *device = mla_device(run->client);
+    memory->bytes = bytes;
+    if (!gpu_named(device)) {
+        if (mla_buffer_alloc(run->client, bytes, &memory->buffer, error) != MLA_OK)
+            return -1;
+        memory->host = mla_buffer_data(memory->buffer);
+        return 0;
+    }
+    memory->host = calloc(bytes, 1);
+    if (!memory->host) {
+        *error = (mla_error){.code = MLA_MEMORY, .message = "out of memory"};
+        return -1;
+    }
+    memory->gpu = gpu_alloc(device, bytes, error);
+    if (!memory->gpu)
+        return -1;
+    return mla_buffer_import_device(run->client, memory->gpu, bytes, MLA_READWRITE, &memory->buffer, error) == MLA_OK ? 0
+                                                                                                                     : -1;
+}
+
+static int memory_upload(const struct run_memory *memory, mla_error *error)
+{
+    return memory->gpu ? gpu_upload(memory->gpu, memory->host, memory->bytes, error) : 0;
+}
+
+static void memory_free(struct run_memory *memory)
+{
+    if (memory->buffer)
+        mla_buffer_free(memory->buffer, NULL);
+    if (memory->gpu)
+        gpu_free(memory->gpu);
+    if (memory->gpu || !memory->buffer)
+        free(memory->host);
+}
+
+/* ---- inputs and outputs ---- */
+
 static uint64_t kv_span(const mla_batch *batch)
 {
     return batch->pages ? batch->pages * batch->page_stride : 0;
@@ -69,8 +112,8 @@ static int load(const struct capture *capture, enum capture_tensor tensor, void 
 
 static int bind_kv(struct run *run, const struct capture *capture, uint64_t offset, mla_error *error)
 {
-    uint8_t *to = (uint8_t *)mla_buffer_data(run->inputs) + offset;
-    run->batch.kv = (mla_tensor){run->inputs, offset};
+    uint8_t *to = run->inputs.host + offset;
+    run->batch.kv = (mla_tensor){run->inputs.buffer, offset};
     if (kv_span(&run->batch) == capture->data[CAPTURE_KV].bytes)
         return load(capture, CAPTURE_KV, to, error);
     ctl_autofree uint8_t *packed = malloc(capture->data[CAPTURE_KV].bytes + 1);
@@ -97,7 +140,7 @@ static int bind_inputs(struct run *run, const struct capture *capture, bool host
     uint64_t bytes = ALIGN, at = 0;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++)
         bytes += align_up(i == CAPTURE_KV ? kv_span(batch) : capture->data[i].bytes);
-    if (mla_buffer_alloc(run->client, bytes, &run->inputs, error) != MLA_OK)
+    if (memory_new(run, bytes, &run->inputs, error))
         return -1;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++) {
         if (!capture->data[i].present)
@@ -108,7 +151,7 @@ static int bind_inputs(struct run *run, const struct capture *capture, bool host
             at += align_up(kv_span(batch));
             continue;
         }
-        void *to = (uint8_t *)mla_buffer_data(run->inputs) + at;
+        void *to = run->inputs.host + at;
         if (load(capture, (enum capture_tensor)i, to, error))
             return -1;
         if (i == CAPTURE_SEQLENS)
@@ -117,12 +160,12 @@ static int bind_inputs(struct run *run, const struct capture *capture, bool host
         if (scale && host_scales)
             *scales[i] = (mla_scale){.kind = MLA_SCALE_VALUE, .value = *(float *)to};
         else
-            *tensors[i] = (mla_tensor){run->inputs, at};
+            *tensors[i] = (mla_tensor){run->inputs.buffer, at};
         if (scale && !host_scales)
             scales[i]->kind = MLA_SCALE_TENSOR;
         at += align_up(capture->data[i].bytes);
     }
-    return 0;
+    return memory_upload(&run->inputs, error);
 }
 
 static int bind_outputs(struct run *run, mla_error *error)
@@ -131,16 +174,16 @@ static int bind_outputs(struct run *run, mla_error *error)
     run->out_bytes = batch->q_rows * batch->heads * 512 * 2;
     run->lse_bytes = batch->q_rows * batch->heads * 4;
     uint64_t lse_at = align_up(GUARD + run->out_bytes + GUARD);
-    if (mla_buffer_alloc(run->client, lse_at + run->lse_bytes + GUARD, &run->outputs, error) != MLA_OK)
+    if (memory_new(run, lse_at + run->lse_bytes + GUARD, &run->outputs, error))
         return -1;
-    uint8_t *base = mla_buffer_data(run->outputs);
-    memset(base, GUARD_BYTE, mla_buffer_size(run->outputs));
+    uint8_t *base = run->outputs.host;
+    memset(base, GUARD_BYTE, run->outputs.bytes);
     run->out = base + GUARD;
     run->lse = (float *)(void *)(base + lse_at);
-    batch->out = (mla_tensor){run->outputs, GUARD};
-    batch->lse = (mla_tensor){run->outputs, lse_at};
+    batch->out = (mla_tensor){run->outputs.buffer, GUARD};
+    batch->lse = (mla_tensor){run->outputs.buffer, lse_at};
     run_poison_outputs(run);
-    return 0;
+    return memory_upload(&run->outputs, error);
 }
 
 int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **out,
@@ -163,6 +206,16 @@ int run_new(mla_client *client, const struct capture *capture, const struct run_
     return 0;
 }
 
+mla_status run_decode(struct run *run, int timeout_ms, mla_result *result, mla_error *error)
+{
+    mla_status status = mla_decode(run->client, run->plan, timeout_ms, result, error);
+    const struct run_memory *outputs = &run->outputs;
+    if ((status == MLA_OK || status == MLA_REQUESTS) && outputs->gpu &&
+        gpu_download(outputs->host, outputs->gpu, outputs->bytes, error))
+        return error->code;
+    return status;
+}
+
 void run_poison_outputs(struct run *run)
 {
     memset(run->out, 0xff, run->out_bytes);
@@ -171,7 +224,7 @@ void run_poison_outputs(struct run *run)
 
 bool run_surroundings_intact(const struct run *run)
 {
-    const uint8_t *base = mla_buffer_data(run->outputs), *end = base + mla_buffer_size(run->outputs);
+    const uint8_t *base = run->outputs.host, *end = base + run->outputs.bytes;
     const uint8_t *out = run->out, *lse = (const uint8_t *)run->lse;
     for (const uint8_t *at = base; at < end; at++) {
         if (at == out)
@@ -189,9 +242,7 @@ void run_free(struct run *run)
     if (!run)
         return;
     mla_plan_destroy(run->plan);
-    if (run->inputs)
-        mla_buffer_free(run->inputs, NULL);
-    if (run->outputs)
-        mla_buffer_free(run->outputs, NULL);
+    memory_free(&run->inputs);
+    memory_free(&run->outputs);
     free(run);
 }

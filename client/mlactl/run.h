@@ -12,10 +12,18 @@ struct run_layout {
     bool host_scales;               /* scales as numbers in the descriptor */
 };
 
+/* Memory that the daemon sees, and how this process sees it. */
+struct run_memory {
+    mla_buffer *buffer;
+    uint8_t *host;                  /* the buffer's own memory, or for a GPU's device a copy of it */
+    void *gpu;                      /* NULL: the device reads host memory */
+    size_t bytes;
+};
+
 struct run {
     mla_client *client;
     mla_batch batch;                /* with its tensors bound */
-    mla_buffer *inputs, *outputs;
+    struct run_memory inputs, outputs;
     mla_plan *plan;
     void *out;                      /* in `outputs` */
     float *lse;
@@ -31,6 +39,10 @@ int run_connect(const struct ctl *ctl, const char *device, mla_client **client);
 int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **run,
             mla_error *error);
 void run_free(struct run *run);
+
+/* Decode once: mla_decode, and out and lse are there to be read. Anything else that decodes run->plan must not look at
+ * them: on a GPU they are brought back here. */
+mla_status run_decode(struct run *run, int timeout_ms, mla_result *result, mla_error *error);
 
 /* Fill out and lse with 0xff bytes (NaN), so that what a decode leaves unwritten shows. */
 void run_poison_outputs(struct run *run);

@@ -49,7 +49,7 @@ static int run_case(struct verify *verify, mla_client *client, const struct capt
     mla_result result = {0};
     if (run_new(client, capture, layout, &run, &error))
         return ctl_fail(why, "refused: %s (%s)", error.message, error.field), ends_the_run(error.code) ? -1 : 1;
-    mla_status status = mla_decode(client, run->plan, verify->ctl->timeout_ms, &result, &error);
+    mla_status status = run_decode(run, verify->ctl->timeout_ms, &result, &error);
     if (status == MLA_REQUESTS)
         return ctl_fail(why, "request %u failed: %s: %s", result.failures[0].request, result.failures[0].field,
                         result.failures[0].message),

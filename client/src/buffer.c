@@ -1,7 +1,8 @@
-/* buffer.c - host memory shared with the daemon: a memfd, its mapping here, and its registration there.
+/* buffer.c - memory shared with the daemon and its registration there: a memfd with its mapping here, or GPU memory.
  *
  * A buffer belongs to its client and to whoever holds it: mla_buffer_free ends it, mla_close too. The memfd stays open
  * as long as the buffer, because a new worker has to be given it again. */
+#include "cuda.h"
 #include "mlac.h"
 
 #include <errno.h>
@@ -40,15 +41,33 @@ static bool map(mla_buffer *buffer)
     return buffer->data;
 }
 
-/* Locked. */
-static mla_status start_register(mla_client *client, mla_buffer *buffer, mla_error *error)
+/* The call that registers it. */
+static struct mlac_call *register_call(uint64_t id, const mla_buffer *buffer, const struct mlac_export *exported,
+                                       mla_error *error)
 {
-    uint64_t id = mlac_next_id(client);
+    if (exported) {
+        struct mlap_import body = {.buffer = (uint32_t)id, .offset = exported->offset, .bytes = buffer->size,
+                                   .access = (enum mlap_access)buffer->access};
+        memcpy(body.handle, exported->handle, sizeof body.handle);
+        memcpy(body.gpu, exported->gpu, sizeof body.gpu);
+        mlap_set(&body, import, access);
+        struct mlac_call *call = mlac_call_new(id, MLAP_IMPORT, &body, error);
+        explicit_bzero(&body, sizeof body);
+        return call;
+    }
     struct mlap_register body = {.buffer = (uint32_t)id, .kind = MLAP_buffer_kind_MEMFD, .offset = buffer->offset,
                                  .bytes = buffer->size, .access = (enum mlap_access)buffer->access};
     mlap_set(&body, register, offset);
     mlap_set(&body, register, access);
-    struct mlac_call *call = mlac_call_new(id, MLAP_REGISTER, &body, error);
+    return mlac_call_new(id, MLAP_REGISTER, &body, error);
+}
+
+/* Locked. */
+static mla_status start_register(mla_client *client, mla_buffer *buffer, const struct mlac_export *exported,
+                                 mla_error *error)
+{
+    uint64_t id = mlac_next_id(client);
+    struct mlac_call *call = register_call(id, buffer, exported, error);
     if (!call)
         return MLA_MEMORY;
     call->buffer = buffer;
@@ -62,10 +81,11 @@ static mla_status start_register(mla_client *client, mla_buffer *buffer, mla_err
 }
 
 /* Register it and hand it to the caller, or destroy it. */
-static mla_status publish(mla_client *client, mla_buffer *buffer, mla_buffer **out, mla_error *error)
+static mla_status publish(mla_client *client, mla_buffer *buffer, const struct mlac_export *exported, mla_buffer **out,
+                          mla_error *error)
 {
     mlac_lock(client);
-    mla_status status = start_register(client, buffer, error);
+    mla_status status = start_register(client, buffer, exported, error);
     mlac_unlock(client);
     if (status == MLA_OK)
         *out = buffer;
@@ -95,7 +115,7 @@ MLA_API mla_status mla_buffer_alloc(mla_client *client, size_t bytes, mla_buffer
     /* Sealed at one size, for good: the daemon needs it not to shrink, and nobody needs it to grow. */
     if (buffer && ftruncate(memfd, (off_t)bytes) == 0 &&
         fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0 && map(buffer))
-        return publish(client, buffer, out, error);
+        return publish(client, buffer, NULL, out, error);
     status =
         mlac_fail(error, MLA_MEMORY, "bytes", "%zu bytes of shared memory cannot be had: %s", bytes, strerror(errno));
     if (buffer)
@@ -142,15 +162,33 @@ MLA_API mla_status mla_buffer_import(mla_client *client, int memfd, uint64_t off
         return mlac_fail(error, MLA_MEMORY, "memfd", "the descriptor cannot be duplicated: %s", strerror(errno));
     mla_buffer *buffer = new_buffer(client, ours, offset, bytes, access);
     if (buffer)
-        return publish(client, buffer, out, error);
+        return publish(client, buffer, NULL, out, error);
     close(ours);
     return mlac_fail(error, MLA_MEMORY, "", "out of memory in this process");
+}
+
+MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, size_t bytes, mla_access access,
+                                            mla_buffer **out, mla_error *error)
+{
+    struct mlac_export exported;
+    mla_status status = check(client, bytes, out, error);
+    if (status == MLA_OK && access != MLA_READWRITE && access != MLA_READ)
+        status = mlac_fail(error, MLA_INVALID, "access", "it must be MLA_READWRITE or MLA_READ, not %d", (int)access);
+    if (status == MLA_OK)
+        status = mlac_cuda_export(pointer, bytes, &exported, error);
+    if (status != MLA_OK)
+        return status;
+    mla_buffer *buffer = new_buffer(client, -1, 0, bytes, access);
+    status = buffer ? publish(client, buffer, &exported, out, error)
+                    : mlac_fail(error, MLA_MEMORY, "", "out of memory in this process");
+    explicit_bzero(&exported, sizeof exported);
+    return status;
 }
 
 MLA_API void *mla_buffer_data(mla_buffer *buffer)
 {
     mlac_lock(buffer->client);
-    if (!buffer->data)
+    if (!buffer->data && buffer->memfd >= 0)
         map(buffer);
     void *data = buffer->data;
     mlac_unlock(buffer->client);

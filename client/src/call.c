@@ -168,7 +168,7 @@ static void unregistered(struct mla_client *client, struct mlac_call *call)
 /* What became of a call that did not end in a DONE: accepted, or refused with `error`. */
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
-    bool lasting = call->type == MLAP_REGISTER || call->type == MLAP_PLAN;
+    bool lasting = call->type == MLAP_REGISTER || call->type == MLAP_IMPORT || call->type == MLAP_PLAN;
     if (error && call->established) {
         mla_error dead;
         mlac_fail(&dead, error->code, error->field, "the session could not be restored: %.480s", error->message);

@@ -71,7 +71,7 @@ struct mlac_call {
     uint32_t deaths;    /* sessions that died with this call in flight */
     uint32_t replays;
     int64_t retry_until;    /* until when to try again what is refused for the moment only; 0: not refused yet */
-    struct mla_buffer *buffer;          /* REGISTER, UNREGISTER */
+    struct mla_buffer *buffer;          /* REGISTER, IMPORT, UNREGISTER */
     struct mla_plan *plan;              /* PLAN, SUBMIT */
     struct mla_buffer *uses[MLAC_MAX_TENSORS];  /* PLAN, DECODE: each counted in buffer->uses */
     uint32_t n_uses;
@@ -88,8 +88,8 @@ TAILQ_HEAD(mlac_calls, mlac_call);
 
 struct mla_buffer {
     struct mla_client *client;
-    struct mlac_call *call;     /* its REGISTER */
-    int memfd;
+    struct mlac_call *call;     /* its REGISTER or IMPORT */
+    int memfd;                  /* -1: GPU memory */
     void *data;                 /* mapped here, or NULL: an import that was not asked for yet */
     uint64_t offset;            /* in the memfd */
     size_t size;

@@ -65,6 +65,42 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
     return MLAP_code_OK;
 }
 
+/* ---- the device's view ---- */
+
+static bool has_import(const struct mlad_holder *holder)
+{
+    return holder->backend && holder->backend->import;
+}
+
+/* Hand the memory to the device. */
+static enum mlap_code give_to_device(struct mlad_buffer *buffer, const struct mlak_memory *memory,
+                                     struct mlap_fault *fault)
+{
+    struct mlad_holder *holder = buffer->holder;
+    struct mlak_fault refusal = {0};
+    enum mlak_code code = holder->backend->import(holder->device, memory, &buffer->mapping, &refusal);
+    if (code == MLAK_OK) {
+        buffer->pointer = buffer->mapping.pointer;
+        return MLAP_code_OK;
+    }
+    return mlap_fail(fault,
+                     code == MLAK_MEMORY        ? MLAP_code_MEMORY
+                     : code == MLAK_UNSUPPORTED ? MLAP_code_UNSUPPORTED
+                                                : MLAP_code_BUFFER,
+                     refusal.field, "%s", refusal.message);
+}
+
+/* Count a buffer that is complete and give it to the caller. */
+static void publish(struct mlad_buffer *made, struct mlad_buffer **buffer)
+{
+    mapped_bytes += made->bytes;
+    made->holder->bytes += made->bytes;
+    made->holder->buffers++;
+    *buffer = made;
+}
+
+/* ---- import ---- */
+
 enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const struct mlap_register *request,
                                   struct mlad_buffer **buffer, struct mlap_fault *fault)
 {
@@ -93,20 +129,95 @@ enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const stru
     *made = (struct mlad_buffer){
         .holder = holder,
         .data = data,
+        .pointer = data,
         .bytes = request->bytes,
+        .identity = {st.st_ino, st.st_dev},
         .offset = request->offset,
-        .device = st.st_dev,
-        .inode = st.st_ino,
         .id = request->buffer,
         .refs = 1,
         .writable = writes,
     };
-    mapped_bytes += made->bytes;
-    holder->bytes += made->bytes;
-    holder->buffers++;
-    *buffer = made;
+    if (has_import(holder)) {
+        struct mlak_memory memory = {.kind = MLAK_MEMORY_HOST, .host = data, .bytes = made->bytes, .writable = writes};
+        code = give_to_device(made, &memory, fault);
+    }
+    if (code != MLAP_code_OK) {
+        munmap(data, made->bytes);
+        mlad_user_give_buffer(holder->user, made->bytes);
+        free(made);
+        return code;
+    }
+    publish(made, buffer);
     return MLAP_code_OK;
 }
+
+static bool read_handle(const char *text, uint8_t handle[64])
+{
+    for (unsigned i = 0; i < 64; i++) {
+        unsigned byte = 0;
+        for (unsigned j = 0; j < 2; j++) {
+            char c = text[i * 2 + j];
+            int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+            if (digit < 0)
+                return false;
+            byte = byte * 16 + (unsigned)digit;
+        }
+        handle[i] = (uint8_t)byte;
+    }
+    return true;
+}
+
+static enum mlap_code import_gpu(struct mlad_holder *holder, const struct mlap_import *request,
+                                 struct mlak_memory *memory, struct mlad_buffer **buffer, struct mlap_fault *fault)
+{
+    if (!has_import(holder))
+        return mlap_fail(fault, MLAP_code_UNSUPPORTED, "gpu",
+                         "this device reads host memory only; send a memfd with REGISTER, or connect to a GPU's device");
+    if (!read_handle(request->handle, memory->handle))
+        return mlap_fail(fault, MLAP_code_INVALID, "handle", "it is no 64 bytes in lower-case hexadecimal");
+    enum mlap_code code = mlad_user_take_buffer(holder->user, request->bytes, fault);
+    if (code != MLAP_code_OK)
+        return code;
+    struct mlad_buffer *made = malloc(sizeof *made);
+    if (made) {
+        *made = (struct mlad_buffer){
+            .holder = holder,
+            .bytes = request->bytes,
+            .id = request->buffer,
+            .refs = 1,
+            .writable = memory->writable,
+        };
+        code = give_to_device(made, memory, fault);
+    } else {
+        code = mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to note another buffer; unregister others first");
+    }
+    if (code != MLAP_code_OK) {
+        free(made);
+        mlad_user_give_buffer(holder->user, request->bytes);
+        return code;
+    }
+    memcpy(made->identity, made->mapping.identity, sizeof made->identity);
+    made->offset = made->mapping.first;
+    publish(made, buffer);
+    return MLAP_code_OK;
+}
+
+enum mlap_code mlad_buffer_import_gpu(struct mlad_holder *holder, const struct mlap_import *request,
+                                      struct mlad_buffer **buffer, struct mlap_fault *fault)
+{
+    struct mlak_memory memory = {
+        .kind = MLAK_MEMORY_CUDA_IPC,
+        .offset = request->offset,
+        .bytes = request->bytes,
+        .writable = request->access == MLAP_access_READWRITE,
+    };
+    memcpy(memory.gpu, request->gpu, sizeof memory.gpu);
+    enum mlap_code code = import_gpu(holder, request, &memory, buffer, fault);
+    explicit_bzero(memory.handle, sizeof memory.handle);
+    return code;
+}
+_Static_assert(sizeof((struct mlap_import *)0)->gpu == sizeof((struct mlak_memory *)0)->gpu, "copied whole");
+_Static_assert(sizeof((struct mlad_buffer *)0)->identity == sizeof((struct mlak_mapping *)0)->identity, "copied whole");
 
 void mlad_buffer_ref(struct mlad_buffer *buffer)
 {
@@ -129,6 +240,10 @@ static void forget(struct mlad_buffer *buffer)
 static void unmap(uv_work_t *work)
 {
     struct mlad_buffer *buffer = work->data;
+    if (buffer->mapping.owner)
+        buffer->holder->backend->release(buffer->holder->device, &buffer->mapping);
+    if (!buffer->data)
+        return;
     for (uint64_t at = 0; at < buffer->bytes; at += MLAD_UNMAP_PIECE) {
         uint64_t left = buffer->bytes - at;
         munmap(buffer->data + at, left < MLAD_UNMAP_PIECE ? left : MLAD_UNMAP_PIECE);
@@ -146,7 +261,7 @@ void mlad_buffer_unref(struct mlad_buffer *buffer)
     if (--buffer->refs > 0)
         return;
     buffer->unmapping.data = buffer;
-    if (buffer->bytes > MLAD_UNMAP_PIECE) {
+    if (buffer->bytes > MLAD_UNMAP_PIECE || buffer->mapping.owner) {
         uv_queue_work(buffer->holder->loop, &buffer->unmapping, unmap, on_unmapped);
     } else {
         unmap(&buffer->unmapping);
@@ -163,7 +278,7 @@ void mlad_buffer_retire(struct mlad_buffer *buffer, uint32_t answer)
 bool mlad_buffer_overlap(const struct mlad_buffer *a, uint64_t a_offset, uint64_t a_length, const struct mlad_buffer *b,
                          uint64_t b_offset, uint64_t b_length)
 {
-    if (a->device != b->device || a->inode != b->inode || a_length == 0 || b_length == 0)
+    if (memcmp(a->identity, b->identity, sizeof a->identity) != 0 || a_length == 0 || b_length == 0)
         return false;
     uint64_t a_first = a->offset + a_offset, b_first = b->offset + b_offset;
     return a_first < b_first + b_length && b_first < a_first + a_length;

@@ -22,11 +22,15 @@ static void *launch_slices(void *context)
     for (;;) {
         while (launcher->state != MLAD_LAUNCHER_FULL)
             pthread_cond_wait(&launcher->work, &launcher->lock);
+        const struct mlak_batch *batch = launcher->batch;
         struct mlak_row *rows = launcher->rows;
-        uint32_t count = launcher->count;
+        uint32_t first = launcher->first, count = launcher->count;
         pthread_mutex_unlock(&launcher->lock);
-        enum mlak_code code = launcher->backend->launch(launcher->device, rows, count);
+        struct mlak_fault fault = {0};
+        enum mlak_code code = batch ? launcher->backend->launch_batch(launcher->device, batch, first, count, rows, &fault)
+                                    : launcher->backend->launch(launcher->device, rows, count);
         pthread_mutex_lock(&launcher->lock);
+        launcher->fault = fault;
         launcher->code = code;
         __atomic_store_n(&launcher->state, MLAD_LAUNCHER_DONE, __ATOMIC_RELAXED);
         uv_async_send(&launcher->wake_loop);
@@ -44,15 +48,18 @@ static void on_wake(uv_async_t *async)
     pthread_mutex_lock(&launcher->lock);
     bool done = launcher->state == MLAD_LAUNCHER_DONE;
     enum mlak_code code = launcher->code;
+    struct mlak_fault fault = launcher->fault;
     if (done)
         __atomic_store_n(&launcher->state, MLAD_LAUNCHER_IDLE, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&launcher->lock);
     if (done)
-        launcher->ended(launcher, code);
+        launcher->ended(launcher, code, &fault);
 }
 
 bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
-                         struct mlak_device *device, void (*ended)(struct mlad_launcher *launcher, enum mlak_code code))
+                         struct mlak_device *device,
+                         void (*ended)(struct mlad_launcher *launcher, enum mlak_code code,
+                                       const struct mlak_fault *fault))
 {
     *launcher = (struct mlad_launcher){.backend = backend, .device = device, .ended = ended};
     pthread_mutex_init(&launcher->lock, NULL);
@@ -73,7 +80,15 @@ bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const 
 
 void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count)
 {
+    mlad_launcher_run_batch(launcher, NULL, 0, rows, count);
+}
+
+void mlad_launcher_run_batch(struct mlad_launcher *launcher, const struct mlak_batch *batch, uint32_t first,
+                             struct mlak_row *rows, uint32_t count)
+{
     pthread_mutex_lock(&launcher->lock);
+    launcher->batch = batch;
+    launcher->first = first;
     launcher->rows = rows;
     launcher->count = count;
     __atomic_store_n(&launcher->state, MLAD_LAUNCHER_FULL, __ATOMIC_RELAXED);

@@ -1,6 +1,6 @@
 /* launcher.h - the thread that runs slices, so that the loop never waits for a kernel.
  *
- * Takes one slice at a time. The rows are the launch thread's from mlad_launcher_run until the `ended` callback, which
+ * Takes one slice at a time: rows that were prepared, or requests of a batch that the device prepares itself. The rows are the launch thread's from mlad_launcher_run until the `ended` callback, which
  * comes on the loop thread. It ends with the process. */
 #ifndef MLAD_LAUNCHER_H
 #define MLAD_LAUNCHER_H
@@ -17,21 +17,27 @@ enum mlad_launcher_state { MLAD_LAUNCHER_IDLE, MLAD_LAUNCHER_FULL, MLAD_LAUNCHER
 struct mlad_launcher {
     const struct mlak_backend *backend;
     struct mlak_device *device;
-    void (*ended)(struct mlad_launcher *launcher, enum mlak_code code);
+    void (*ended)(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault);
     uv_async_t wake_loop;
     pthread_t thread;
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t work;
     int state; /* enum mlad_launcher_state; changed under the lock, peeked at without */
+    const struct mlak_batch *batch; /* NULL: the rows are prepared */
     struct mlak_row *rows;
-    uint32_t count;
+    uint32_t first, count;
     enum mlak_code code;
+    struct mlak_fault fault;
 };
 
 bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
                          struct mlak_device *device,
-                         void (*ended)(struct mlad_launcher *launcher, enum mlak_code code));
+                         void (*ended)(struct mlad_launcher *launcher, enum mlak_code code,
+                                       const struct mlak_fault *fault));
 
 void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count);
+/* Requests [first, first + count) of a batch; the rows say what came of them. */
+void mlad_launcher_run_batch(struct mlad_launcher *launcher, const struct mlak_batch *batch, uint32_t first,
+                             struct mlak_row *rows, uint32_t count);
 
 #endif

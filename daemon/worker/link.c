@@ -106,6 +106,10 @@ static void receive(struct mlad_link *link)
     else
         mlap_decode(incoming, (size_t)length, &message.header, &incoming_body, &message.fault);
     link->received(link, &message);
+    if (message.header.type == MLAP_IMPORT) { /* its handle is a secret, and is not kept */
+        explicit_bzero(incoming, sizeof incoming);
+        explicit_bzero(&incoming_body.import_, sizeof incoming_body.import_);
+    }
     for (unsigned i = 0; i < message.n_fds; i++) {
         if (message.fds[i] >= 0)
             close(message.fds[i]);

@@ -165,9 +165,10 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
         return FAIL_TENSOR(fault, MLAP_code_NOT_FOUND, tensor, ".buffer",
                            "no buffer %" PRIu32 " is registered in this session", wire->buffer);
     uint32_t alignment = mlak_alignment(&plan->batch, tensor);
-    if (wire->offset % alignment != 0)
+    if (((uintptr_t)buffer->pointer + wire->offset) % alignment != 0)
         return FAIL_TENSOR(fault, MLAP_code_INVALID, tensor, ".offset",
-                           "%" PRIu64 " is no multiple of %" PRIu32 " bytes", wire->offset, alignment);
+                           "%" PRIu64 " is no multiple of %" PRIu32 " bytes%s", wire->offset, alignment,
+                           buffer->data ? "" : " in memory, the buffer's own place in its allocation counted");
     uint64_t needed = mlak_extent(&plan->batch, tensor);
     uint64_t available = wire->offset < buffer->bytes ? buffer->bytes - wire->offset : 0;
     if (wire->offset > buffer->bytes || needed > available)
@@ -179,7 +180,12 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
         return FAIL_TENSOR(fault, MLAP_code_INVALID, tensor, ".buffer",
                            "buffer %" PRIu32 " is registered with access read; an output needs access readwrite",
                            buffer->id);
-    void *first = buffer->data + wire->offset;
+    if (tensor == MLAK_T_KV && buffer->mapping.owner && !buffer->mapping.local)
+        return FAIL_TENSOR(fault, MLAP_code_UNSUPPORTED, tensor, ".buffer",
+                           "buffer %" PRIu32 " lies in %s memory, and the KV cache must lie in the memory of this device's own "
+                           "GPU; allocate it there",
+                           buffer->id, buffer->mapping.host ? "host" : "another GPU's");
+    void *first = buffer->pointer + wire->offset;
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */
     plan->buffers[tensor] = buffer;
     mlad_buffer_ref(buffer);

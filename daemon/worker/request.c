@@ -16,22 +16,43 @@ static void answer_ok(struct mlad_session *session, uint32_t sequence)
 /* Each handler answers success itself, at once or later; what it returns as a fault is answered for it. */
 typedef enum mlap_code handler(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault);
 
-static enum mlap_code on_register(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+static enum mlap_code check_free(const struct mlad_session *session, uint32_t id, struct mlap_fault *fault)
 {
-    const struct mlap_register *request = &message->body->register_;
-    if (mlad_idmap_get(&session->buffers, request->buffer))
-        return mlap_fail(fault, MLAP_code_EXISTS, "buffer",
-                         "buffer %" PRIu32 " is registered; unregister it or choose another id", request->buffer);
-    struct mlad_buffer *buffer;
-    enum mlap_code code = mlad_buffer_import(&session->holder, message->fds[0], request, &buffer, fault);
-    if (code != MLAP_code_OK)
-        return code;
-    if (!mlad_idmap_put(&session->buffers, request->buffer, buffer)) {
+    if (!mlad_idmap_get(&session->buffers, id))
+        return MLAP_code_OK;
+    return mlap_fail(fault, MLAP_code_EXISTS, "buffer",
+                     "buffer %" PRIu32 " is registered; unregister it or choose another id", id);
+}
+
+static enum mlap_code note_buffer(struct mlad_session *session, uint32_t sequence, struct mlad_buffer *buffer,
+                                  struct mlap_fault *fault)
+{
+    if (!mlad_idmap_put(&session->buffers, buffer->id, buffer)) {
         mlad_buffer_unref(buffer);
         return mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to note another buffer; unregister others first");
     }
-    answer_ok(session, message->header.sequence);
+    answer_ok(session, sequence);
     return MLAP_code_OK;
+}
+
+static enum mlap_code on_register(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    const struct mlap_register *request = &message->body->register_;
+    struct mlad_buffer *buffer;
+    enum mlap_code code = check_free(session, request->buffer, fault);
+    if (code == MLAP_code_OK)
+        code = mlad_buffer_import(&session->holder, message->fds[0], request, &buffer, fault);
+    return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
+}
+
+static enum mlap_code on_import(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    const struct mlap_import *request = &message->body->import_;
+    struct mlad_buffer *buffer;
+    enum mlap_code code = check_free(session, request->buffer, fault);
+    if (code == MLAP_code_OK)
+        code = mlad_buffer_import_gpu(&session->holder, request, &buffer, fault);
+    return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
 }
 
 static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_message *message,
@@ -125,6 +146,7 @@ static handler *find_handler(uint32_t type)
 {
     switch (type) {
     case MLAP_REGISTER: return on_register;
+    case MLAP_IMPORT: return on_import;
     case MLAP_UNREGISTER: return on_unregister;
     case MLAP_PLAN: return on_plan;
     case MLAP_DROP: return on_drop;

@@ -78,6 +78,16 @@ static bool keep_cu_q(struct mlad_scheduler *scheduler, struct mlad_decode *deco
     return decode->cu_q;
 }
 
+/* The decode's next slice goes to a device that prepares it itself. */
+static void launch_batch(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
+{
+    uint32_t left = decode->plan->batch.batch - decode->done;
+    scheduler->slice = left < MLAD_SLICE_REQUESTS ? left : MLAD_SLICE_REQUESTS;
+    scheduler->launching = decode;
+    memset(scheduler->rows, 0, scheduler->slice * sizeof *scheduler->rows);
+    mlad_launcher_run_batch(&scheduler->launcher, &decode->plan->batch, decode->done, scheduler->rows, scheduler->slice);
+}
+
 /* Fill the rows with the decode's next slice and say in *estimate how long it should take. */
 static enum mlap_code prepare(struct mlad_scheduler *scheduler, struct mlad_decode *decode, uint64_t *estimate,
                               struct mlap_fault *fault)
@@ -131,8 +141,10 @@ static void line_up(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
 }
 
 /* The slice in `rows` has run: count what came of it; the decode ends, or waits for its next turn. */
-static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
+static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code, const struct mlak_fault *refusal)
 {
+    if (code == MLAK_LOST)
+        scheduler->lost(scheduler, scheduler->backend->lost(scheduler->device));
     struct mlad_decode *decode = scheduler->launching;
     struct mlad_queue *queue = decode->queue;
     scheduler->launching = NULL;
@@ -145,7 +157,11 @@ static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
             noted &= note_failure(decode, row);
     }
     decode->done += scheduler->slice;
-    if (code != MLAK_OK || !noted) {
+    if (code == MLAK_BATCH && !decode->cancelled) {
+        struct mlap_fault fault;
+        mlap_fail(&fault, MLAP_code_BATCH, refusal->field, "%s", refusal->message);
+        finish(scheduler, decode, &fault);
+    } else if ((code != MLAK_OK && !decode->cancelled) || !noted) {
         struct mlap_fault fault;
         mlap_fail(&fault, MLAP_code_MEMORY, "",
                   "the device had no memory for the batch; try again, or with a smaller one");
@@ -175,11 +191,14 @@ static void kick(struct mlad_scheduler *scheduler)
             start(scheduler, decode);
         struct mlap_fault fault;
         uint64_t estimate = 0;
-        if (prepare(scheduler, decode, &estimate, &fault) != MLAP_code_OK) {
+        if (scheduler->backend->launch_batch) {
+            launch_batch(scheduler, decode);
+        } else if (prepare(scheduler, decode, &estimate, &fault) != MLAP_code_OK) {
             finish(scheduler, decode, &fault);
             line_up(scheduler, queue);
         } else if (estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + estimate < MLAD_INLINE_NS) {
-            slice_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, scheduler->slice));
+            slice_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, scheduler->slice),
+                        NULL);
         } else {
             mlad_launcher_run(&scheduler->launcher, scheduler->rows, scheduler->slice);
         }
@@ -188,11 +207,11 @@ static void kick(struct mlad_scheduler *scheduler)
         scheduler->idle(scheduler);
 }
 
-static void on_launched(struct mlad_launcher *launcher, enum mlak_code code)
+static void on_launched(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault)
 {
     struct mlad_scheduler *scheduler =
         (struct mlad_scheduler *)((char *)launcher - offsetof(struct mlad_scheduler, launcher));
-    slice_ended(scheduler, code);
+    slice_ended(scheduler, code, fault);
     kick(scheduler);
 }
 
@@ -200,12 +219,14 @@ static void on_launched(struct mlad_launcher *launcher, enum mlak_code code)
 
 bool mlad_scheduler_start(struct mlad_scheduler *scheduler, uv_loop_t *loop, const struct mlak_backend *backend,
                           struct mlak_device *device, struct mlad_stats *stats,
-                          void (*idle)(struct mlad_scheduler *scheduler))
+                          void (*idle)(struct mlad_scheduler *scheduler),
+                          void (*lost)(struct mlad_scheduler *scheduler, const char *why))
 {
     scheduler->backend = backend;
     scheduler->device = device;
     scheduler->stats = stats;
     scheduler->idle = idle;
+    scheduler->lost = lost;
     TAILQ_INIT(&scheduler->turns);
     STAILQ_INIT(&scheduler->spare);
     scheduler->rows = calloc(MLAD_SLICE_REQUESTS, sizeof *scheduler->rows);

@@ -4,7 +4,8 @@
  * each: at most MLAD_SLICE_REQUESTS requests and, by the backend's estimate, at most about MLAD_SLICE_NS, so a session
  * that floods or sends huge batches delays each other one by a slice at most. One slice runs at a time, on the launch
  * thread; one that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which spares two
- * wake-ups.
+ * wake-ups. A device that prepares batches itself (a GPU) gets slices of requests instead of rows, always on the launch
+ * thread.
  *
  * The worker owns the scheduler, a session its queue; decodes are the scheduler's. Everything here belongs to the loop
  * thread but the rows of a slice while the launch thread has it. Submitting allocates only until the highest number of
@@ -64,12 +65,14 @@ struct mlad_scheduler {
     uint32_t slice;                                 /* requests of it in `rows` */
     uint64_t ended;                                 /* nanoseconds, monotonic: when a decode last did */
     void (*idle)(struct mlad_scheduler *scheduler); /* nothing is queued or running any more */
+    void (*lost)(struct mlad_scheduler *scheduler, const char *why); /* the device is: does not return */
 };
 
 /* False: no memory or no thread. The device stays the caller's, and the scheduler lives until the process ends. */
 bool mlad_scheduler_start(struct mlad_scheduler *scheduler, uv_loop_t *loop, const struct mlak_backend *backend,
                           struct mlak_device *device, struct mlad_stats *stats,
-                          void (*idle)(struct mlad_scheduler *scheduler));
+                          void (*idle)(struct mlad_scheduler *scheduler),
+                          void (*lost)(struct mlad_scheduler *scheduler, const char *why));
 
 void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user,
                      void (*ended)(struct mlad_queue *, const struct mlad_decode *, const struct mlap_fault *));

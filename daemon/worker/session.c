@@ -160,7 +160,11 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
     session->pid = attach->pid;
     memcpy(session->client, attach->hello.client, sizeof session->client);
     session->opened = mlad_now_ns();
-    session->holder = (struct mlad_holder){.user = user, .loop = sessions->loop, .unmapped = on_unmapped};
+    session->holder = (struct mlad_holder){.user = user,
+                                           .loop = sessions->loop,
+                                           .backend = sessions->scheduler->backend,
+                                           .device = sessions->scheduler->device,
+                                           .unmapped = on_unmapped};
     mlad_queue_init(&session->queue, user, on_decode_ended);
     enlist(sessions, session);
     mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),

@@ -255,6 +255,15 @@ static enum mlap_code open_failure_code(enum mlak_code code)
                                       : MLAP_code_INTERNAL;
 }
 
+/* The device is of no use to this process any more; the next one's clients submit again what was in flight. */
+static void on_lost(struct mlad_scheduler *scheduler, const char *why)
+{
+    (void)scheduler;
+    struct mlap_fault fault;
+    mlap_fail(&fault, MLAP_code_DEVICE_LOST, "device", "%s", why);
+    give_up(&fault);
+}
+
 static void do_nothing(uv_work_t *work)
 {
     (void)work;
@@ -268,11 +277,12 @@ static void open_device(void)
     struct mlak_fault refusal = {0};
     worker.backend = mlak_backend(worker.options->device);
     if (!worker.backend) {
-        mlap_fail(&fault, MLAP_code_NO_DEVICE, "device", "this build has no device called %s; it has cpu and reference",
+        mlap_fail(&fault, MLAP_code_NO_DEVICE, "device", "no device is called %s; there are cpu, reference and GPUs by their UUID (GPU-...)",
                   worker.options->device);
         give_up(&fault);
     }
     worker.device = worker.backend->open(&(struct mlak_options){.threads = worker.options->threads,
+                                                                .device = worker.options->device,
                                                                 .variant = worker.options->variant,
                                                                 .progress = &worker.stats.life->progress},
                                          &refusal);
@@ -280,7 +290,8 @@ static void open_device(void)
         mlap_fail(&fault, open_failure_code(refusal.code), refusal.field, "%s", refusal.message);
         give_up(&fault);
     }
-    if (!mlad_scheduler_start(&worker.scheduler, &worker.loop, worker.backend, worker.device, &worker.stats, on_idle)) {
+    if (!mlad_scheduler_start(&worker.scheduler, &worker.loop, worker.backend, worker.device, &worker.stats, on_idle,
+                              on_lost)) {
         mlap_fail(&fault, MLAP_code_MEMORY, "", "no memory or no thread for the scheduler");
         give_up(&fault);
     }

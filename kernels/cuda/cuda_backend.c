@@ -341,8 +341,6 @@ static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct
     if (device->lost[0] || result != CUDA_SUCCESS)
         return device->lost[0] ? MLAK_LOST : lose(device, "cuCtxSetCurrent", result, fault);
     uint32_t most = batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
-    for (uint32_t i = 0; i < count; i++)
-        rows[i].code = MLAK_ROW_OK;
     for (uint32_t at = 0; at < count; at += most) {
         uint32_t left = count - at;
         enum mlak_code code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);

@@ -205,6 +205,7 @@ static void a_refused_launch_is_only_that(void **state)
         inject("");
         assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
         assert_int_equal(rows[0].local_len, 100);
+        memset(rows, 0, sizeof rows);
     }
     backend->close(device);
     made_free(made);
@@ -235,6 +236,7 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     uint64_t before = progress;
     assert_true(before > 0);
     inject("hang=1");
+    memset(rows, 0, sizeof rows);
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0]}), 0);
     assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     pthread_join(thread, NULL);

@@ -64,7 +64,8 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     if (test_device_check(&made->batch, fault) != MLAK_OK)
         fail_msg("%s: %s", fault->field, fault->message);
     if (!test_device_takes_rows())
-        return backend->launch_batch(device, &made->batch, 0, made->batch.batch, rows, fault);
+        return backend->launch_batch(device, &made->batch, 0, made->batch.batch,
+                                     memset(rows, 0, made->batch.batch * sizeof *rows), fault);
     int32_t *cu_q = malloc((made->batch.batch + UINT64_C(1)) * sizeof *cu_q);
     enum mlak_code code = mlak_prepare(&made->batch, cu_q, 0, made->batch.batch, rows, fault);
     free(cu_q);

@@ -42,6 +42,10 @@ static const struct mlap_error error_body = {.present = ALL(error), .code = MLAP
     .message = "kv ends 64 bytes past the end of buffer 2"};
 static const struct mlap_register register_body = {.present = ALL(register), .buffer = 4294967295,
     .kind = MLAP_buffer_kind_MEMFD, .offset = 4096, .bytes = 1073741824, .access = MLAP_access_READ};
+static const struct mlap_import import_body = {.present = ALL(import), .buffer = 9,
+    .handle = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+              "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    .gpu = "GPU-1", .offset = 512, .bytes = 4096, .access = MLAP_access_READ};
 static const struct mlap_unregister unregister_body = {.present = ALL(unregister), .buffer = 1};
 static const struct mlap_plan plan_body = {.present = ALL(plan), .plan = 7, .batch = BATCH};
 static const struct mlap_drop drop_body = {.present = ALL(drop), .plan = 7};
@@ -182,6 +186,10 @@ const struct golden golden[] = {
      "94 01 14 14 82 a6'device' a3'cpu' a6'resume' c3"},
     {MLAP_EVICT, 21, &evict_body, sizeof evict_body,
      "94 01 15 15 82 a6'device' a3'cpu' a7'session' 41"},
+    {MLAP_IMPORT, 24, &import_body, sizeof import_body,
+     "94 01 16 18 86 a6'buffer' 09 a6'handle' "
+     "d980'0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+     "0123456789abcdef' a3'gpu' a5'GPU-1' a6'offset' cd0200 a5'bytes' cd1000 a6'access' a4'read'"},
     {MLAP_CONFIGURE, 22, &configure_body, sizeof configure_body,
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},
