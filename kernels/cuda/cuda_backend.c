@@ -239,6 +239,27 @@ static enum mlak_code lose(struct mlak_device *device, const char *call, CUresul
     return MLAK_LOST;
 }
 
+static void pass_progress_on(struct mlak_device *device)
+{
+    uint64_t now = __atomic_load_n(&device->result->progress, __ATOMIC_RELAXED);
+    if (now != device->progress_seen && device->progress)
+        __atomic_fetch_add(device->progress, now - device->progress_seen, __ATOMIC_RELAXED);
+    device->progress_seen = now;
+}
+
+/* Wait until kernels that were queued before a refused one are over: they name memory that the caller may unmap. */
+static CUresult drain(struct mlak_device *device)
+{
+    CUresult state;
+    __atomic_store_n(&device->result->cancel, 1, __ATOMIC_RELAXED);
+    while ((state = device->cu->stream_query(device->stream)) == CUDA_ERROR_NOT_READY) {
+        pass_progress_on(device);
+        nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+    }
+    pass_progress_on(device);
+    return state;
+}
+
 /* The three kernels. A launch that the driver refuses leaves nothing of it running. */
 static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
 {
@@ -253,20 +274,11 @@ static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *
                                              kernels[i].shared, device->stream, parameters, NULL);
         if (result == CUDA_SUCCESS)
             continue;
-        CUresult state = device->cu->stream_query(device->stream);
-        if (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)
+        if (drain(device) != CUDA_SUCCESS)
             return lose(device, "cuLaunchKernel", result, fault);
         return mlak_driver_fail(fault, MLAK_MEMORY, "", "cuLaunchKernel", result);
     }
     return MLAK_OK;
-}
-
-static void pass_progress_on(struct mlak_device *device)
-{
-    uint64_t now = __atomic_load_n(&device->result->progress, __ATOMIC_RELAXED);
-    if (now != device->progress_seen && device->progress)
-        __atomic_fetch_add(device->progress, now - device->progress_seen, __ATOMIC_RELAXED);
-    device->progress_seen = now;
 }
 
 /* Until the device says that the launch is over. `cancelled`: the caller's word that nobody wants it. */

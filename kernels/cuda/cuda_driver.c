@@ -4,11 +4,23 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <string.h>
 
 static struct {
     struct mlak_driver functions;
     struct mlak_fault fault; /* code MLAK_OK: the driver is there */
 } driver;
+
+/* The driver's own name for a member of the table, which is what its documentation and our users know. */
+static const char *symbol_of(const char *call)
+{
+#define NAME(member, symbol, parameters) \
+    if (strcmp(call, #member) == 0) \
+        return #symbol;
+    MLAK_DRIVER(NAME)
+#undef NAME
+    return call;
+}
 
 enum mlak_code mlak_driver_fail(struct mlak_fault *fault, enum mlak_code code, const char *field, const char *call,
                                 CUresult result)
@@ -18,7 +30,7 @@ enum mlak_code mlak_driver_fail(struct mlak_fault *fault, enum mlak_code code, c
         driver.functions.error_name(result, &name);
     if (driver.functions.error_text)
         driver.functions.error_text(result, &text);
-    return mlak_fail(fault, code, field, "%s: %s (%s, %d)", call, text ? text : "?", name ? name : "?", (int)result);
+    return mlak_fail(fault, code, field, "%s: %s (%s, %d)", symbol_of(call), text ? text : "?", name ? name : "?", (int)result);
 }
 
 static void load(void)

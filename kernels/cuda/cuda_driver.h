@@ -58,7 +58,7 @@ struct mlak_driver { MLAK_DRIVER(MLAK_DRIVER_MEMBER) };
 /* The driver, initialised; NULL and `fault` (MLAK_UNSUPPORTED) where there is none. From any thread. */
 const struct mlak_driver *mlak_driver(struct mlak_fault *fault);
 
-/* Fill `fault` with what `call` answered; returns `code`. */
+/* Fill `fault` with what `call`, a member of the table or any other words, answered; returns `code`. */
 enum mlak_code mlak_driver_fail(struct mlak_fault *fault, enum mlak_code code, const char *field, const char *call,
                                 CUresult result);
 

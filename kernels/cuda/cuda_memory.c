@@ -10,6 +10,7 @@ struct cuda_opened {
     struct cuda_opened *next;
     enum mlak_memory_kind kind;
     uint32_t refs;
+    CUdevice gpu;                       /* on which it lies, except HOST */
     bool local;
     CUdeviceptr base;
     size_t bytes;
@@ -77,11 +78,15 @@ static enum mlak_code check_gpu(const struct cuda_memory *memory, const struct m
         } \
     } while (0)
 
-static enum mlak_code open_host(const struct mlak_driver *cu, const struct mlak_memory *what, struct cuda_opened *opened,
-                                struct mlak_fault *fault)
+static enum mlak_code open_host(const struct cuda_memory *memory, const struct mlak_memory *what,
+                                struct cuda_opened *opened, struct mlak_fault *fault)
 {
+    const struct mlak_driver *cu = memory->cu;
     unsigned flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
+    int read_only = 0; /* where the attribute is 0, the flag is refused */
     if (!what->writable)
+        cu->device_attribute(&read_only, CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, memory->gpu);
+    if (read_only)
         flags |= CU_MEMHOSTREGISTER_READ_ONLY;
     opened->host = what->host;
     TRY(host_register, "host", what->host, what->bytes, flags);
@@ -92,6 +97,12 @@ static enum mlak_code open_host(const struct mlak_driver *cu, const struct mlak_
     mlak_driver_fail(fault, MLAK_INVALID, "host", "host_pointer", result);
 failed:
     return fault->code;
+}
+
+static enum mlak_code fail_elsewhere(const struct mlak_memory *what, struct mlak_fault *fault)
+{
+    return mlak_fail(fault, MLAK_INVALID, "gpu",
+                     "the handle's memory does not lie on %.48s; give the GPU it was allocated on", what->gpu);
 }
 
 static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_memory *what, CUdevice gpu,
@@ -109,10 +120,11 @@ static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_m
     memcpy(opened->handle, what->handle, sizeof opened->handle);
     TRY(address_range, "handle", &base, &opened->bytes, opened->base);
     TRY(pointer_attribute, "gpu", &ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, opened->base);
-    if (ordinal == (int)gpu)
+    if (ordinal == (int)gpu) {
+        opened->bytes -= opened->base - base; /* what lies before the handle's memory in its range is not the client's */
         return MLAK_OK;
-    mlak_fail(fault, MLAK_INVALID, "gpu", "the handle's memory does not lie on %.48s; give the GPU it was allocated on",
-              what->gpu);
+    }
+    fail_elsewhere(what, fault);
 failed:
     cu->ipc_close(opened->base);
     explicit_bzero(opened->handle, sizeof opened->handle);
@@ -185,6 +197,10 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
     if (!host && check_gpu(memory, what, &gpu, fault) != MLAK_OK)
         return NULL;
     struct cuda_opened *opened = what->kind == MLAK_MEMORY_CUDA_IPC ? find_handle(memory, what->handle) : NULL;
+    if (opened && opened->gpu != gpu) {
+        fail_elsewhere(what, fault);
+        return NULL;
+    }
     if (opened) {
         opened->refs++;
         return opened;
@@ -197,8 +213,9 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
     opened->kind = what->kind;
     opened->refs = 1;
     opened->bytes = what->bytes;
+    opened->gpu = gpu;
     opened->local = !host && gpu == memory->gpu;
-    enum mlak_code code = host                                   ? open_host(memory->cu, what, opened, fault)
+    enum mlak_code code = host                                   ? open_host(memory, what, opened, fault)
                           : what->kind == MLAK_MEMORY_CUDA_IPC ? open_ipc(memory->cu, what, gpu, opened, fault)
                                                                  : open_vmm(memory, what, gpu, opened, fault);
     if (code != MLAK_OK) {
@@ -225,6 +242,8 @@ static void unref(struct cuda_memory *memory, struct cuda_opened *opened)
 enum mlak_code cuda_memory_import(struct cuda_memory *memory, const struct mlak_memory *what, struct mlak_mapping *mapping,
                                   struct mlak_fault *fault)
 {
+    struct mlak_fault own;
+    fault = fault ? fault : &own;
     pthread_mutex_lock(&memory->lock);
     struct cuda_opened *opened = find_or_open(memory, what, fault);
     uint64_t offset = what->kind == MLAK_MEMORY_HOST ? 0 : what->offset;

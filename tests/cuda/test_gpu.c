@@ -130,11 +130,18 @@ static void unusable_memory_is_refused_by_name(void **state)
     memset(bad.handle, 0x5a, sizeof bad.handle);
     refuse(device, bad, "handle", "cuIpcOpenMemHandle");
     bad = (struct mlak_memory){.kind = MLAK_MEMORY_CUDA_VMM, .fd = 0, .gpu = GPU, .allocation = 1 << 21, .bytes = 1};
-    refuse(device, bad, "fd", "import_fd");
+    refuse(device, bad, "fd", "cuMemImportFromShareableHandle");
     inject("own_ipc=1 devices=2 peer=1");
     bad = e.memory;
     strcpy(bad.gpu, OTHER_GPU);
     refuse(device, bad, "gpu", "does not lie on");
+    struct mlak_mapping mapping; /* nor when the allocation is open already */
+    assert_int_equal(backend->import(device, &e.memory, &mapping, NULL), MLAK_OK);
+    refuse(device, bad, "gpu", "does not lie on");
+    bad.offset = 1;
+    strcpy(bad.gpu, GPU);
+    assert_int_equal(backend->import(device, &bad, &(struct mlak_mapping){0}, NULL), MLAK_INVALID);
+    backend->release(device, &mapping);
     unexport(&e);
     backend->close(device);
 }
@@ -152,7 +159,7 @@ static void host_memory_is_registered(void **state)
     assert_true(mapping.host && !mapping.local);
     backend->release(device, &mapping);
     inject("fail=cuMemHostRegister:1");
-    refuse(device, memory, "host", "host_register");
+    refuse(device, memory, "host", "cuMemHostRegister");
     munmap(page, 4096);
     backend->close(device);
 }
@@ -246,6 +253,34 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     made_free(made);
 }
 
+static void *unhang_soon(void *over)
+{
+    usleep(50000);
+    __atomic_store_n((int *)over, 1, __ATOMIC_RELEASE);
+    inject("");
+    return NULL;
+}
+
+static void a_refused_launch_leaves_nothing_running(void **state)
+{
+    (void)state;
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
+    pthread_t thread;
+    int over = 0;
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("hang=1 fail=cuLaunchKernel:3:701"); /* prepare hangs, split waits for it, combine is refused */
+    assert_int_equal(pthread_create(&thread, NULL, unhang_soon, &over), 0);
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+    assert_int_equal(__atomic_load_n(&over, __ATOMIC_ACQUIRE), 1);
+    pthread_join(thread, NULL);
+    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    backend->close(device);
+    made_free(made);
+}
+
 /* Last: what is lost stays lost in this process. */
 static void a_sticky_error_loses_the_device(void **state)
 {
@@ -275,6 +310,7 @@ int main(void)
         cmocka_unit_test(host_memory_is_registered),
         cmocka_unit_test(each_call_that_fails_is_named),
         cmocka_unit_test(a_refused_launch_is_only_that),
+        cmocka_unit_test(a_refused_launch_leaves_nothing_running),
         cmocka_unit_test(a_launch_that_hangs_shows_no_progress_and_can_be_cancelled),
         cmocka_unit_test(a_sticky_error_loses_the_device),
     };
