@@ -1,0 +1,132 @@
+"""A GPU's device from end to end, over the fake driver of tests/cuda/fake: two processes share GPU memory, the kernels are
+emulated, and the driver fails on demand.
+
+usage: test_gpu.py, with MLAD_BIN, MLACTL_BIN, MLAD_SOURCE, LD_LIBRARY_PATH"""
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+sys.path.insert(0, os.path.join(os.environ["MLAD_SOURCE"], "tests/mlactl"))
+CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=False)
+os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
+from daemon import CAPTURE, Daemon, run  # noqa: E402
+
+GPU = "GPU-fa4e0000-0000-4000-8000-000000000000"
+times = 0
+
+
+def inject(words=""):
+    """What goes wrong from now on, in words of tests/cuda/fake/fake_cuda.h."""
+    global times
+    times += 1  # another size: the file is read again when it changes
+    with open(CONTROL.name, "w") as file:
+        file.write(words + " " * times + "\n")
+
+
+def decode(daemon, **extra):
+    with tempfile.TemporaryDirectory() as directory:
+        result = daemon.ctl("decode", CAPTURE, "-o", os.path.join(directory, "out"), "--device", GPU, "--json",
+                            "--timeout", 30, MLAD_FAKE_CUDA_CONTROL="", **extra)
+    return result
+
+
+def every_combination_meets_the_bar(daemon):
+    result = daemon.json("verify", "--device", GPU, "--cases", 18)
+    assert len(result["rows"]) == 18 and not result["failures"], result
+
+
+def nothing_stays_held(daemon):
+    deadline = time.monotonic() + 10
+    while daemon.devices()[GPU]["held_bytes"] or daemon.devices()[GPU]["sessions"]:
+        assert time.monotonic() < deadline, daemon.devices()[GPU]
+        time.sleep(0.05)
+    assert daemon.devices()[GPU]["orphaned_bytes"] == 0
+
+
+def a_failed_import_is_the_clients_error_and_only_that(daemon):
+    inject("fail=cuIpcOpenMemHandle:1")
+    result = decode(daemon)
+    inject()
+    assert result.returncode == 1 and "cuIpcOpenMemHandle" in result.stdout, result
+    assert decode(daemon).returncode == 0
+    assert daemon.devices()[GPU]["restarts"] == 0
+
+
+def a_sticky_error_is_a_delay_for_the_client(daemon):
+    before = daemon.devices()[GPU]["restarts"]
+    inject("sticky=5")  # in each process: the first decode's three launches are well, the second one's are not
+    assert decode(daemon).returncode == 0
+    assert daemon.devices()[GPU]["restarts"] == before
+    result = decode(daemon)
+    inject()
+    assert result.returncode == 0, result
+    assert daemon.devices()[GPU]["restarts"] > before
+    daemon.wait_ready()
+    assert "the GPU failed" in open(daemon.log.name).read()
+
+
+def a_batch_that_always_loses_the_device_is_given_up(daemon):
+    inject("sticky=2")
+    result = decode(daemon)
+    inject()
+    assert result.returncode == 1 and "worker_lost" in result.stdout, result
+    daemon.wait_ready()
+    assert decode(daemon).returncode == 0
+
+
+def a_killed_worker_is_a_delay_for_the_client(daemon):
+    inject("slow=300")
+    killer = threading.Timer(0.4, lambda: os.kill(daemon.devices()[GPU]["pid"], signal.SIGKILL))
+    killer.start()
+    result = decode(daemon)
+    killer.join()
+    inject()
+    assert result.returncode == 0, result
+    daemon.wait_ready()
+
+
+def a_client_killed_in_mid_decode_leaves_nothing(daemon):
+    inject("slow=300")
+    environment = dict(os.environ, MLAD_SOCKET=daemon.socket, MLAD_FAKE_CUDA_CONTROL="")
+    for _ in range(5):
+        client = subprocess.Popen([os.environ["MLACTL_BIN"], "decode", CAPTURE, "-o", "/dev/null", "--device", GPU],
+                                  env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.3)
+        client.kill()
+        client.wait()
+    inject()
+    nothing_stays_held(daemon)
+    assert decode(daemon).returncode == 0
+
+
+def a_gpu_that_is_not_there_is_absent_with_its_reason():
+    for device, words, reason in (("GPU-none", "", "none is GPU-none"), (GPU, "cc=7.5", "compute capability is 7.5"),
+                                  (GPU, "no_driver_device=1", "cuInit")):
+        inject(words)
+        daemon = object.__new__(Daemon)
+        daemon.wait_ready = lambda: None
+        daemon.__init__(f"reference,{device}")
+        try:
+            deadline = time.monotonic() + 10
+            while daemon.devices()[device]["state"] != "absent":
+                assert time.monotonic() < deadline, daemon.devices()
+                time.sleep(0.05)
+            assert reason in daemon.devices()[device]["reason"], daemon.devices()[device]
+        finally:
+            daemon.stop()
+    inject()
+
+
+a_gpu_that_is_not_there_is_absent_with_its_reason()
+print("ok    a_gpu_that_is_not_there_is_absent_with_its_reason", flush=True)
+try:
+    run([every_combination_meets_the_bar, nothing_stays_held, a_failed_import_is_the_clients_error_and_only_that,
+         a_sticky_error_is_a_delay_for_the_client,
+         a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
+         a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held], Daemon(f"reference,{GPU}"))
+finally:
+    os.unlink(CONTROL.name)
