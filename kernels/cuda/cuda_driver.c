@@ -30,7 +30,8 @@ enum mlak_code mlak_driver_fail(struct mlak_fault *fault, enum mlak_code code, c
         driver.functions.error_name(result, &name);
     if (driver.functions.error_text)
         driver.functions.error_text(result, &text);
-    return mlak_fail(fault, code, field, "%s: %s (%s, %d)", symbol_of(call), text ? text : "?", name ? name : "?", (int)result);
+    return mlak_fail(fault, code, field, "%s: %s (%s, %d)", symbol_of(call), text ? text : "?", name ? name : "?",
+                     (int)result);
 }
 
 static void load(void)

@@ -121,7 +121,7 @@ static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_m
     TRY(address_range, "handle", &base, &opened->bytes, opened->base);
     TRY(pointer_attribute, "gpu", &ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, opened->base);
     if (ordinal == (int)gpu) {
-        opened->bytes -= opened->base - base; /* what lies before the handle's memory in its range is not the client's */
+        opened->bytes -= opened->base - base; /* less what lies before the handle's memory */
         return MLAK_OK;
     }
     fail_elsewhere(what, fault);
