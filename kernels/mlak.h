@@ -220,7 +220,7 @@ struct mlak_backend {
      * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
      *   pointers are the device's. rows[0..count) are zeros to begin with; it fills request, local_len, page_size,
      *   pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons the launch
-     *   when the caller sets rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its snapshot.
+     *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its snapshot.
      *   MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,

@@ -184,6 +184,9 @@ static enum mlap_code refuse_value(const struct path *at, const struct mlap_fiel
 {
     char description[MLAP_DESCRIPTION];
     struct spelled name = spell(at);
+    if (strcmp(field->name, "handle") == 0) /* a secret, even half of it or misspelt */
+        return mlap_fail(fault, MLAP_code_INVALID, name.text, "%s must be %s", name.text,
+                         mlap_describe(field, description));
     return mlap_fail(fault, MLAP_code_INVALID, name.text, "%s must be %s, but is %s", name.text,
                      mlap_describe(field, description), show(value).text);
 }

@@ -1,5 +1,5 @@
-/* gpu.c - see gpu.h. The few driver functions that are needed, declared here with the driver's ABI, so that mlactl builds
- * without the CUDA Toolkit and runs without a driver. */
+/* gpu.c - see gpu.h. The few driver functions that are needed, declared here with the driver's ABI, so that mlactl
+ * builds without the CUDA Toolkit and runs without a driver. */
 #include "gpu.h"
 
 #include <dlfcn.h>
@@ -7,20 +7,22 @@
 #include <stdio.h>
 #include <string.h>
 
-struct gpu_uuid { uint8_t bytes[16]; };
+struct gpu_uuid {
+    uint8_t bytes[16];
+};
 
 /* D(member, symbol, parameters); every one returns a CUresult, 0 for success. */
-#define DRIVER(D) \
-    D(init, cuInit, (unsigned flags)) \
-    D(error_text, cuGetErrorString, (int code, const char **text)) \
-    D(count, cuDeviceGetCount, (int *count)) \
-    D(get, cuDeviceGet, (int *device, int ordinal)) \
-    D(uuid, cuDeviceGetUuid_v2, (struct gpu_uuid *uuid, int device)) \
-    D(retain, cuDevicePrimaryCtxRetain, (void **context, int device)) \
-    D(set_current, cuCtxSetCurrent, (void *context)) \
-    D(alloc, cuMemAlloc_v2, (uint64_t *pointer, size_t bytes)) \
-    D(free, cuMemFree_v2, (uint64_t pointer)) \
-    D(upload, cuMemcpyHtoD_v2, (uint64_t to, const void *from, size_t bytes)) \
+#define DRIVER(D)                                                                                                      \
+    D(init, cuInit, (unsigned flags))                                                                                  \
+    D(error_text, cuGetErrorString, (int code, const char **text))                                                     \
+    D(count, cuDeviceGetCount, (int *count))                                                                           \
+    D(get, cuDeviceGet, (int *device, int ordinal))                                                                    \
+    D(uuid, cuDeviceGetUuid_v2, (struct gpu_uuid * uuid, int device))                                                  \
+    D(retain, cuDevicePrimaryCtxRetain, (void **context, int device))                                                  \
+    D(set_current, cuCtxSetCurrent, (void *context))                                                                   \
+    D(alloc, cuMemAlloc_v2, (uint64_t * pointer, size_t bytes))                                                        \
+    D(free, cuMemFree_v2, (uint64_t pointer))                                                                          \
+    D(upload, cuMemcpyHtoD_v2, (uint64_t to, const void *from, size_t bytes))                                          \
     D(download, cuMemcpyDtoH_v2, (void *to, uint64_t from, size_t bytes))
 
 static struct {
@@ -42,11 +44,11 @@ static int fail(mla_error *error, const char *call, int code)
 }
 
 /* From here on `code` is what `call` returned. */
-#define CHECK(call, code) \
-    do { \
-        int code_ = (code); \
-        if (code_) \
-            return fail(error, call, code_); \
+#define CHECK(call, code)                                                                                              \
+    do {                                                                                                               \
+        int code_ = (code);                                                                                            \
+        if (code_)                                                                                                     \
+            return fail(error, call, code_);                                                                           \
     } while (0)
 
 static int open_driver(mla_error *error)
@@ -60,9 +62,9 @@ static int open_driver(mla_error *error)
         return -1;
     }
     const char *missing = NULL;
-#define FIND(member, symbol, parameters) \
-    *(void **)(void *)&driver.member = dlsym(library, #symbol); \
-    if (!driver.member) \
+#define FIND(member, symbol, parameters)                                                                               \
+    *(void **)(void *)&driver.member = dlsym(library, #symbol);                                                        \
+    if (!driver.member)                                                                                                \
         missing = #symbol;
     DRIVER(FIND)
 #undef FIND
@@ -79,8 +81,8 @@ static int open_driver(mla_error *error)
 static void uuid_text(const struct gpu_uuid *uuid, char text[48])
 {
     const uint8_t *b = uuid->bytes;
-    snprintf(text, 48, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3],
-             b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+    snprintf(text, 48, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2],
+             b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
 }
 
 /* Make the GPU's primary context current in this thread. */

@@ -1,5 +1,5 @@
-/* gpu.h - memory of a GPU that mlactl allocates for itself, as an engine would, so that a capture goes the way a client's
- * batch does. The driver is found at run time; one GPU a process is enough here.
+/* gpu.h - memory of a GPU that mlactl allocates for itself, as an engine would, so that a capture goes the way a
+ * client's batch does. The driver is found at run time; one GPU a process is enough here.
  *
  * Copies are synchronous: when one returns, the data has arrived. Not for several threads at once. */
 #ifndef MLACTL_GPU_H

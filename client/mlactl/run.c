@@ -1,6 +1,6 @@
 /* run.c - binds captures to libmla. Two buffers: inputs, each tensor at a multiple of 64 bytes; outputs, with a guard
- * of known bytes before, between and after them. On a GPU both lie in its memory, as an engine's would, and are filled and
- * read here through a copy. */
+ * of known bytes before, between and after them. On a GPU both lie in its memory, as an engine's would, and are filled
+ * and read here through a copy. */
 #include "run.h"
 #include "admin.h"
 #include "gpu.h"
@@ -63,8 +63,7 @@ static int memory_new(struct run *run, size_t bytes, struct run_memory *memory, 
     memory->gpu = gpu_alloc(device, bytes, error);
     if (!memory->gpu)
         return -1;
-    return mla_buffer_import_device(run->client, memory->gpu, bytes, MLA_READWRITE, &memory->buffer, error) == MLA_OK ? 0
-                                                                                                                     : -1;
+    return -(mla_buffer_import_device(run->client, memory->gpu, bytes, MLA_READWRITE, &memory->buffer, error) != MLA_OK);
 }
 
 static int memory_upload(const struct run_memory *memory, mla_error *error)

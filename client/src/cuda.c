@@ -15,18 +15,22 @@ enum {
     MEMORY_TYPE_DEVICE = 2
 };
 
-struct ipc_handle { unsigned char bytes[64]; };
-struct uuid { unsigned char bytes[16]; };
+struct ipc_handle {
+    unsigned char bytes[64];
+};
+struct uuid {
+    unsigned char bytes[16];
+};
 
 /* D(member, symbol, parameters); all return a CUresult, 0 for success. */
-#define DRIVER(D) \
-    D(init, cuInit, (unsigned)) \
-    D(error_text, cuGetErrorString, (int, const char **)) \
-    D(device_get, cuDeviceGet, (int *, int)) \
-    D(device_uuid, cuDeviceGetUuid_v2, (struct uuid *, int)) \
-    D(attribute, cuPointerGetAttribute, (void *, int, uint64_t)) \
-    D(range, cuMemGetAddressRange_v2, (uint64_t *, size_t *, uint64_t)) \
-    D(export, cuIpcGetMemHandle, (struct ipc_handle *, uint64_t)) \
+#define DRIVER(D)                                                                                                      \
+    D(init, cuInit, (unsigned))                                                                                        \
+    D(error_text, cuGetErrorString, (int, const char **))                                                              \
+    D(device_get, cuDeviceGet, (int *, int))                                                                           \
+    D(device_uuid, cuDeviceGetUuid_v2, (struct uuid *, int))                                                           \
+    D(attribute, cuPointerGetAttribute, (void *, int, uint64_t))                                                       \
+    D(range, cuMemGetAddressRange_v2, (uint64_t *, size_t *, uint64_t))                                                \
+    D(export, cuIpcGetMemHandle, (struct ipc_handle *, uint64_t))                                                      \
     D(drain, cuStreamSynchronize, (void *))
 
 static struct {
@@ -43,9 +47,9 @@ static void load(void)
         driver.missing = "libcuda.so.1 cannot be loaded";
         return;
     }
-#define FIND(member, symbol, parameters) \
-    *(void **)(void *)&driver.member = dlsym(library, #symbol); \
-    if (!driver.member) \
+#define FIND(member, symbol, parameters)                                                                               \
+    *(void **)(void *)&driver.member = dlsym(library, #symbol);                                                        \
+    if (!driver.member)                                                                                                \
         driver.missing = "it lacks " #symbol;
     DRIVER(FIND)
 #undef FIND
@@ -57,8 +61,9 @@ static mla_status need_driver(mla_error *error)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, load);
-    return driver.missing ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s", driver.missing)
-                          : MLA_OK;
+    return driver.missing
+               ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s", driver.missing)
+               : MLA_OK;
 }
 
 static mla_status driver_fail(mla_error *error, const char *field, const char *call, int code)
@@ -87,8 +92,8 @@ static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
         return driver_fail(error, "pointer", "cuDeviceGetUuid", code);
     int length = snprintf(name, 64, "GPU-");
     for (int i = 0; i < 16; i++)
-        length += snprintf(name + length, (size_t)(64 - length), "%s%02x", i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
-                           uuid.bytes[i]);
+        length += snprintf(name + length, (size_t)(64 - length), "%s%02x",
+                           i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", uuid.bytes[i]);
     return MLA_OK;
 }
 
@@ -101,8 +106,9 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     if (status != MLA_OK)
         return status;
     if (attribute(ATTRIBUTE_MEMORY_TYPE, pointer) != MEMORY_TYPE_DEVICE)
-        return mlac_fail(error, MLA_BUFFER, "pointer",
-                         "it is no GPU memory of this process; host memory goes by mla_buffer_alloc or mla_buffer_import");
+        return mlac_fail(
+            error, MLA_BUFFER, "pointer",
+            "it is no GPU memory of this process; host memory goes by mla_buffer_alloc or mla_buffer_import");
     if (attribute(ATTRIBUTE_IS_MANAGED, pointer))
         return mlac_fail(error, MLA_BUFFER, "pointer",
                          "managed memory (cudaMallocManaged) cannot be shared between processes; use cudaMalloc");
@@ -110,13 +116,15 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     if (code != 0)
         return driver_fail(error, "pointer", "cuMemGetAddressRange", code);
     if (bytes > size - (pointer - base))
-        return mlac_fail(error, MLA_BUFFER, "bytes", "%zu bytes pass the end of the allocation, which has %zu from there on",
-                         bytes, size - (size_t)(pointer - base));
+        return mlac_fail(error, MLA_BUFFER, "bytes",
+                         "%zu bytes pass the end of the allocation, which has %zu from there on", bytes,
+                         size - (size_t)(pointer - base));
     if (!attribute(ATTRIBUTE_IS_LEGACY_IPC_CAPABLE, pointer))
-        return mlac_fail(error, MLA_BUFFER, "pointer",
-                         "its allocator (cudaMallocAsync, or PyTorch with backend:cudaMallocAsync or "
-                         "expandable_segments:True) makes memory without an IPC handle; use cudaMalloc, or PyTorch with "
-                         "expandable_segments:False");
+        return mlac_fail(
+            error, MLA_BUFFER, "pointer",
+            "its allocator (cudaMallocAsync, or PyTorch with backend:cudaMallocAsync or "
+            "expandable_segments:True) makes memory without an IPC handle; use cudaMalloc, or PyTorch with "
+            "expandable_segments:False");
     code = driver.export(&handle, pointer);
     if (code != 0)
         return driver_fail(error, "pointer", "cuIpcGetMemHandle", code);

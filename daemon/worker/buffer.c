@@ -29,9 +29,10 @@ static enum mlap_code check(int fd, const struct mlap_register *request, struct 
     /* First what never asks a file system: one of the peer's own may not answer. Only memory files have seals. */
     int seals = fcntl(fd, F_GET_SEALS);
     if (seals < 0)
-        return mlap_fail(fault, bad, "fd",
-                         "the file descriptor is no open memory file (a pipe, socket, device or disk file?): %s; send a memfd",
-                         strerror(errno));
+        return mlap_fail(
+            fault, bad, "fd",
+            "the file descriptor is no open memory file (a pipe, socket, device or disk file?): %s; send a memfd",
+            strerror(errno));
     if (fstat(fd, st) != 0 || fstatfs(fd, &fs) != 0)
         return mlap_fail(fault, bad, "fd", "the file descriptor cannot be examined: %s; send a memfd", strerror(errno));
     if (!S_ISREG(st->st_mode))
@@ -171,8 +172,9 @@ static enum mlap_code import_gpu(struct mlad_holder *holder, const struct mlap_i
                                  struct mlak_memory *memory, struct mlad_buffer **buffer, struct mlap_fault *fault)
 {
     if (!has_import(holder))
-        return mlap_fail(fault, MLAP_code_UNSUPPORTED, "gpu",
-                         "this device reads host memory only; send a memfd with REGISTER, or connect to a GPU's device");
+        return mlap_fail(
+            fault, MLAP_code_UNSUPPORTED, "gpu",
+            "this device reads host memory only; send a memfd with REGISTER, or connect to a GPU's device");
     if (!read_handle(request->handle, memory->handle))
         return mlap_fail(fault, MLAP_code_INVALID, "handle", "it is no 64 bytes in lower-case hexadecimal");
     enum mlap_code code = mlad_user_take_buffer(holder->user, request->bytes, fault);

@@ -1,8 +1,9 @@
 /* buffer.h - client memory mapped into the worker.
  *
  * This file is the trust boundary for memory: whatever a file descriptor or a handle is, mlad_buffer_import and
- * mlad_buffer_import_gpu either map memory that stays readable (and writable) until it is unmapped, or say why not. A memfd sealed with F_SEAL_SHRINK cannot lose
- * the mapped pages, so touching them never raises SIGBUS; what they hold may change at any moment.
+ * mlad_buffer_import_gpu either map memory that stays readable (and writable) until it is unmapped, or say why not. A
+ * memfd sealed with F_SEAL_SHRINK cannot lose the mapped pages, so touching them never raises SIGBUS; what they hold
+ * may change at any moment.
  *
  * A buffer is held by reference counts: its session's id, each plan that names it. When the last one goes it is
  * unmapped, its bytes are given back to the user's quota, and its holder hears of it. Unmapping memory whose client has
@@ -10,8 +11,8 @@
  * by piece, so that neither the loop nor a page fault of another session waits for long. All else is the loop
  * thread's.
  *
- * A device with memory of its own (a GPU) is given each buffer through its backend, host memory too; handles of GPU memory are
- * bearer secrets: no copy is kept here. */
+ * A device with memory of its own (a GPU) is given each buffer through its backend, host memory too; handles of GPU
+ * memory are bearer secrets: no copy is kept here. */
 #ifndef MLAD_BUFFER_H
 #define MLAD_BUFFER_H
 
@@ -37,9 +38,9 @@ struct mlad_holder {
 struct mlad_buffer {
     struct mlad_holder *holder;
     uv_work_t unmapping;
-    uint8_t *data;                /* mapped here; NULL: GPU memory */
-    uint8_t *pointer;             /* where kernels see it */
-    struct mlak_mapping mapping;  /* `owner` NULL: none, the device reads `data` */
+    uint8_t *data;               /* mapped here; NULL: GPU memory */
+    uint8_t *pointer;            /* where kernels see it */
+    struct mlak_mapping mapping; /* `owner` NULL: none, the device reads `data` */
     uint64_t bytes;
     uint64_t identity[2], offset; /* which file or allocation, and where in it: two buffers may be parts of one */
     uint32_t id;

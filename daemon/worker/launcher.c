@@ -27,8 +27,9 @@ static void *launch_slices(void *context)
         uint32_t first = launcher->first, count = launcher->count;
         pthread_mutex_unlock(&launcher->lock);
         struct mlak_fault fault = {0};
-        enum mlak_code code = batch ? launcher->backend->launch_batch(launcher->device, batch, first, count, rows, &fault)
-                                    : launcher->backend->launch(launcher->device, rows, count);
+        enum mlak_code code = batch
+                                  ? launcher->backend->launch_batch(launcher->device, batch, first, count, rows, &fault)
+                                  : launcher->backend->launch(launcher->device, rows, count);
         pthread_mutex_lock(&launcher->lock);
         launcher->fault = fault;
         launcher->code = code;

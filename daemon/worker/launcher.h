@@ -1,7 +1,8 @@
 /* launcher.h - the thread that runs slices, so that the loop never waits for a kernel.
  *
- * Takes one slice at a time: rows that were prepared, or requests of a batch that the device prepares itself. The rows are the launch thread's from mlad_launcher_run until the `ended` callback, which
- * comes on the loop thread. It ends with the process. */
+ * Takes one slice at a time: rows that were prepared, or requests of a batch that the device prepares itself. The rows
+ * are the launch thread's from mlad_launcher_run until the `ended` callback, which comes on the loop thread. It ends
+ * with the process. */
 #ifndef MLAD_LAUNCHER_H
 #define MLAD_LAUNCHER_H
 
@@ -22,7 +23,7 @@ struct mlad_launcher {
     pthread_t thread;
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t work;
-    int state; /* enum mlad_launcher_state; changed under the lock, peeked at without */
+    int state;                      /* enum mlad_launcher_state; changed under the lock, peeked at without */
     const struct mlak_batch *batch; /* NULL: the rows are prepared */
     struct mlak_row *rows;
     uint32_t first, count;

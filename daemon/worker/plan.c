@@ -182,8 +182,8 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
                            buffer->id);
     if (tensor == MLAK_T_KV && buffer->mapping.owner && !buffer->mapping.local)
         return FAIL_TENSOR(fault, MLAP_code_UNSUPPORTED, tensor, ".buffer",
-                           "buffer %" PRIu32 " lies in %s memory, and the KV cache must lie in the memory of this device's own "
-                           "GPU; allocate it there",
+                           "buffer %" PRIu32 " lies in %s memory, and the KV cache must lie in the memory of this device's "
+                           "own GPU; allocate it there",
                            buffer->id, buffer->mapping.host ? "host" : "another GPU's");
     void *first = buffer->pointer + wire->offset;
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */

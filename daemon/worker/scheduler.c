@@ -85,7 +85,8 @@ static void launch_batch(struct mlad_scheduler *scheduler, struct mlad_decode *d
     scheduler->slice = left < MLAD_SLICE_REQUESTS ? left : MLAD_SLICE_REQUESTS;
     scheduler->launching = decode;
     memset(scheduler->rows, 0, scheduler->slice * sizeof *scheduler->rows);
-    mlad_launcher_run_batch(&scheduler->launcher, &decode->plan->batch, decode->done, scheduler->rows, scheduler->slice);
+    mlad_launcher_run_batch(&scheduler->launcher, &decode->plan->batch, decode->done, scheduler->rows,
+                            scheduler->slice);
 }
 
 /* Fill the rows with the decode's next slice and say in *estimate how long it should take. */

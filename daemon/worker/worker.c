@@ -277,7 +277,8 @@ static void open_device(void)
     struct mlak_fault refusal = {0};
     worker.backend = mlak_backend(worker.options->device);
     if (!worker.backend) {
-        mlap_fail(&fault, MLAP_code_NO_DEVICE, "device", "no device is called %s; there are cpu, reference and GPUs by their UUID (GPU-...)",
+        mlap_fail(&fault, MLAP_code_NO_DEVICE, "device",
+                  "no device is called %s; there are cpu, reference and GPUs by their UUID (GPU-...)",
                   worker.options->device);
         give_up(&fault);
     }

@@ -2,8 +2,9 @@
  * mlak_cuda.h and waits for their completion word.
  *
  * Owns a stream, the scratch of one launch in device memory, and pinned memory that the kernels write results into. One
- * launch at a time. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new process
- * recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the supervisor's to end. */
+ * launch at a time. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new
+ * process recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the
+ * supervisor's to end. */
 #include "cuda_memory.h"
 #include "mlak_backends.h"
 #include "mlak_cuda.h"
@@ -15,12 +16,12 @@
 #include <time.h>
 
 enum {
-    ITEMS_PER_BLOCK = 4,     /* target items of the schedule, for each block that the device holds at a time */
-    MOST_SLOTS = 8192,       /* of scratch: 269 MB */
+    ITEMS_PER_BLOCK = 4, /* target items of the schedule, for each block that the device holds at a time */
+    MOST_SLOTS = 8192,   /* of scratch: 269 MB */
     LEAST_SLOTS = 4096,
-    SPIN = 2000,             /* looks at the completion word before the thread gives way */
+    SPIN = 2000, /* looks at the completion word before the thread gives way */
     NAP_NS = 20000,
-    LOOKS_A_QUERY = 64       /* looks at the completion word for each question to the driver */
+    LOOKS_A_QUERY = 64 /* looks at the completion word for each question to the driver */
 };
 
 extern const uint8_t mlak_cuda_image[]; /* the fatbin, cuda_image.S */
@@ -35,10 +36,10 @@ struct mlak_device {
     unsigned split_grid, combine_grid, split_shared;
     struct cuda_memory memory;
     bool memory_ready;
-    struct mlak_cuda_job job;      /* the scratch pointers and limits; the rest is each launch's */
+    struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
     CUdeviceptr rows, requests, schedule, cu_q, parts;
-    struct mlak_cuda_result *result;            /* pinned */
-    struct mlak_cuda_row_result *row_results;   /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
+    struct mlak_cuda_result *result;          /* pinned */
+    struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
     uint64_t *progress, progress_seen;
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
     char lost[256];
@@ -46,12 +47,12 @@ struct mlak_device {
 
 /* ---- open and close ---- */
 
-#define TRY(call, field, ...) \
-    do { \
-        CUresult result_ = device->cu->call(__VA_ARGS__); \
-        if (result_ != CUDA_SUCCESS) \
-            return mlak_driver_fail(fault, result_ == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_UNSUPPORTED, field, \
-                                    #call, result_); \
+#define TRY(call, field, ...)                                                                                          \
+    do {                                                                                                               \
+        CUresult result_ = device->cu->call(__VA_ARGS__);                                                              \
+        if (result_ != CUDA_SUCCESS)                                                                                   \
+            return mlak_driver_fail(fault, result_ == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_UNSUPPORTED,       \
+                                    field, #call, result_);                                                            \
     } while (0)
 
 static enum mlak_code find_gpu(struct mlak_device *device, const char *name, struct mlak_fault *fault)
@@ -121,6 +122,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t));
     TRY(alloc, "memory", &device->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
     TRY(set_bytes, "memory", device->schedule, 0, sizeof(struct mlak_cuda_schedule));
+    TRY(context_drain, "memory"); /* launches go by a stream that does not wait for it */
     const unsigned flags = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP;
     TRY(host_alloc, "memory", (void **)&device->result, sizeof *device->result, flags);
     TRY(host_alloc, "memory", (void **)&device->row_results, ROWS * sizeof *device->row_results, flags);
@@ -138,10 +140,12 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     return MLAK_OK;
 }
 
-static enum mlak_code open_device(struct mlak_device *device, const struct mlak_options *options, struct mlak_fault *fault)
+static enum mlak_code open_device(struct mlak_device *device, const struct mlak_options *options,
+                                  struct mlak_fault *fault)
 {
     if (options->variant && strcmp(options->variant, "mma") != 0)
-        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "a GPU has no variant %.64s; leave it out", options->variant);
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "a GPU has no variant %.64s; leave it out",
+                         options->variant);
     enum mlak_code code = find_gpu(device, options->device ? options->device : "", fault);
     if (code != MLAK_OK)
         return code;
@@ -264,7 +268,10 @@ static CUresult drain(struct mlak_device *device)
 static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
 {
     void *parameters[] = {job};
-    const struct { CUfunction kernel; unsigned grid, block, shared; } kernels[] = {
+    const struct {
+        CUfunction kernel;
+        unsigned grid, block, shared;
+    } kernels[] = {
         {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
         {device->split[types_of(&job->batch)], device->split_grid, MLAK_CUDA_THREADS, device->split_shared},
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
@@ -325,8 +332,8 @@ static void tell(const struct mlak_device *device, const struct mlak_batch *batc
     }
 }
 
-static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first, uint32_t count,
-                                   struct mlak_row *rows, struct mlak_fault *fault)
+static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
 {
     struct mlak_cuda_job job = device->job;
     struct mlak_cuda_result *result = device->result;
@@ -354,6 +361,8 @@ static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct
         return device->lost[0] ? MLAK_LOST : lose(device, "cuCtxSetCurrent", result, fault);
     uint32_t most = batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
     for (uint32_t at = 0; at < count; at += most) {
+        if (__atomic_load_n(&rows[at].code, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
+            break; /* nobody wants the rest */
         uint32_t left = count - at;
         enum mlak_code code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);
         if (code != MLAK_OK)
@@ -362,12 +371,15 @@ static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct
     return MLAK_OK;
 }
 
-static const char *cuda_lost(const struct mlak_device *device) { return device->lost; }
+static const char *cuda_lost(const struct mlak_device *device)
+{
+    return device->lost;
+}
 
 /* ---- memory ---- */
 
-static enum mlak_code cuda_import(struct mlak_device *device, const struct mlak_memory *memory, struct mlak_mapping *mapping,
-                                  struct mlak_fault *fault)
+static enum mlak_code cuda_import(struct mlak_device *device, const struct mlak_memory *memory,
+                                  struct mlak_mapping *mapping, struct mlak_fault *fault)
 {
     TRY(context_set, "", device->context);
     return cuda_memory_import(&device->memory, memory, mapping, fault);
@@ -380,7 +392,14 @@ static void cuda_release(struct mlak_device *device, struct mlak_mapping *mappin
 }
 
 const struct mlak_backend mlak_cuda_backend = {
-    .name = "cuda", .open = cuda_open, .close = cuda_close, .variant = cuda_variant, .threads = cuda_threads,
-    .capabilities = cuda_capabilities, .import = cuda_import, .release = cuda_release,
-    .launch_batch = cuda_launch_batch, .lost = cuda_lost,
+    .name = "cuda",
+    .open = cuda_open,
+    .close = cuda_close,
+    .variant = cuda_variant,
+    .threads = cuda_threads,
+    .capabilities = cuda_capabilities,
+    .import = cuda_import,
+    .release = cuda_release,
+    .launch_batch = cuda_launch_batch,
+    .lost = cuda_lost,
 };

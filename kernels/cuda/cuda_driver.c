@@ -14,8 +14,8 @@ static struct {
 /* The driver's own name for a member of the table, which is what its documentation and our users know. */
 static const char *symbol_of(const char *call)
 {
-#define NAME(member, symbol, parameters) \
-    if (strcmp(call, #member) == 0) \
+#define NAME(member, symbol, parameters)                                                                               \
+    if (strcmp(call, #member) == 0)                                                                                    \
         return #symbol;
     MLAK_DRIVER(NAME)
 #undef NAME
@@ -43,14 +43,15 @@ static void load(void)
         return;
     }
     const char *missing = NULL;
-#define FIND(member, symbol, parameters) \
-    *(void **)(void *)&driver.functions.member = dlsym(library, #symbol); \
-    if (!driver.functions.member) \
+#define FIND(member, symbol, parameters)                                                                               \
+    *(void **)(void *)&driver.functions.member = dlsym(library, #symbol);                                              \
+    if (!driver.functions.member)                                                                                      \
         missing = #symbol;
     MLAK_DRIVER(FIND)
 #undef FIND
     if (missing) {
-        mlak_fail(&driver.fault, MLAK_UNSUPPORTED, "device", "the NVIDIA driver lacks %s; install a newer one", missing);
+        mlak_fail(&driver.fault, MLAK_UNSUPPORTED, "device", "the NVIDIA driver lacks %s; install a newer one",
+                  missing);
         return;
     }
     CUresult result = driver.functions.init(0);

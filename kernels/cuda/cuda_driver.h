@@ -1,5 +1,5 @@
-/* cuda_driver.h - the NVIDIA driver's functions that the cuda backend calls, found at run time: the binary also runs where
- * there is no driver. The driver stays loaded until the process ends. */
+/* cuda_driver.h - the NVIDIA driver's functions that the cuda backend calls, found at run time: the binary also runs
+ * where there is no driver. The driver stays loaded until the process ends. */
 #ifndef MLAK_CUDA_DRIVER_H
 #define MLAK_CUDA_DRIVER_H
 
@@ -20,6 +20,7 @@
     D(context_retain, cuDevicePrimaryCtxRetain, (CUcontext *, CUdevice)) \
     D(context_release, cuDevicePrimaryCtxRelease_v2, (CUdevice)) \
     D(context_set, cuCtxSetCurrent, (CUcontext)) \
+    D(context_drain, cuCtxSynchronize, (void)) \
     D(alloc, cuMemAlloc_v2, (CUdeviceptr *, size_t)) \
     D(free, cuMemFree_v2, (CUdeviceptr)) \
     D(set_bytes, cuMemsetD8_v2, (CUdeviceptr, unsigned char, size_t)) \
@@ -36,7 +37,8 @@
     D(address_free, cuMemAddressFree, (CUdeviceptr, size_t)) \
     D(import_fd, cuMemImportFromShareableHandle, \
       (CUmemGenericAllocationHandle *, void *, CUmemAllocationHandleType)) \
-    D(allocation_properties, cuMemGetAllocationPropertiesFromHandle, (CUmemAllocationProp *, CUmemGenericAllocationHandle)) \
+    D(allocation_properties, cuMemGetAllocationPropertiesFromHandle, \
+      (CUmemAllocationProp *, CUmemGenericAllocationHandle)) \
     D(map, cuMemMap, (CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long)) \
     D(unmap, cuMemUnmap, (CUdeviceptr, size_t)) \
     D(set_access, cuMemSetAccess, (CUdeviceptr, size_t, const CUmemAccessDesc *, size_t)) \

@@ -10,12 +10,12 @@ struct cuda_opened {
     struct cuda_opened *next;
     enum mlak_memory_kind kind;
     uint32_t refs;
-    CUdevice gpu;                       /* on which it lies, except HOST */
+    CUdevice gpu; /* on which it lies, except HOST */
     bool local;
     CUdeviceptr base;
     size_t bytes;
-    void *host;                         /* HOST */
-    uint8_t handle[64];                 /* CUDA_IPC */
+    void *host;                          /* HOST */
+    uint8_t handle[64];                  /* CUDA_IPC */
     CUmemGenericAllocationHandle object; /* CUDA_VMM */
 };
 _Static_assert(sizeof(CUipcMemHandle) == 64, "a handle is copied whole");
@@ -29,7 +29,10 @@ void cuda_memory_init(struct cuda_memory *memory, const struct mlak_driver *cu, 
     pthread_mutex_init(&memory->lock, NULL);
 }
 
-void cuda_memory_deinit(struct cuda_memory *memory) { pthread_mutex_destroy(&memory->lock); }
+void cuda_memory_deinit(struct cuda_memory *memory)
+{
+    pthread_mutex_destroy(&memory->lock);
+}
 
 /* ---- which GPU ---- */
 
@@ -56,8 +59,8 @@ static enum mlak_code check_gpu(const struct cuda_memory *memory, const struct m
 {
     int reaches = 0;
     if (!find_gpu(memory->cu, what->gpu, gpu))
-        return mlak_fail(fault, MLAK_INVALID, "gpu", "this daemon sees no GPU %.48s; give the UUID of one on this machine",
-                         what->gpu);
+        return mlak_fail(fault, MLAK_INVALID, "gpu",
+                         "this daemon sees no GPU %.48s; give the UUID of one on this machine", what->gpu);
     if (*gpu == memory->gpu)
         return MLAK_OK;
     if (memory->cu->can_access_peer(&reaches, memory->gpu, *gpu) != CUDA_SUCCESS || !reaches)
@@ -69,13 +72,14 @@ static enum mlak_code check_gpu(const struct cuda_memory *memory, const struct m
 
 /* ---- opening and closing ---- */
 
-#define TRY(call, field, ...) \
-    do { \
-        CUresult result_ = cu->call(__VA_ARGS__); \
-        if (result_ != CUDA_SUCCESS) { \
-            mlak_driver_fail(fault, result_ == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_INVALID, field, #call, result_); \
-            goto failed; \
-        } \
+#define TRY(call, field, ...)                                                                                          \
+    do {                                                                                                               \
+        CUresult result_ = cu->call(__VA_ARGS__);                                                                      \
+        if (result_ != CUDA_SUCCESS) {                                                                                 \
+            mlak_driver_fail(fault, result_ == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_INVALID, field, #call,    \
+                             result_);                                                                                 \
+            goto failed;                                                                                               \
+        }                                                                                                              \
     } while (0)
 
 static enum mlak_code open_host(const struct cuda_memory *memory, const struct mlak_memory *what,
@@ -137,14 +141,16 @@ static enum mlak_code open_vmm(const struct cuda_memory *memory, const struct ml
     const struct mlak_driver *cu = memory->cu;
     CUmemAllocationProp properties = {0};
     CUmemAccessDesc access = {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = memory->gpu},
-                              .flags = what->writable ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ};
+                              .flags =
+                                  what->writable ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ};
     bool imported = false, reserved = false, mapped = false;
     opened->bytes = what->allocation;
     TRY(import_fd, "fd", &opened->object, (void *)(uintptr_t)what->fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
     imported = true;
     TRY(allocation_properties, "fd", &properties, opened->object);
     if (properties.location.type != CU_MEM_LOCATION_TYPE_DEVICE || properties.location.id != gpu) {
-        mlak_fail(fault, MLAK_INVALID, "gpu", "the allocation does not lie on %.48s; give the GPU it was made on", what->gpu);
+        mlak_fail(fault, MLAK_INVALID, "gpu", "the allocation does not lie on %.48s; give the GPU it was made on",
+                  what->gpu);
         goto failed;
     }
     TRY(address_reserve, "allocation", &opened->base, opened->bytes, 0, 0, 0);
@@ -190,7 +196,8 @@ static struct cuda_opened *find_handle(const struct cuda_memory *memory, const u
 }
 
 /* A reference to what the buffer lies in, opened now if it is not yet. Locked. */
-static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct mlak_memory *what, struct mlak_fault *fault)
+static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct mlak_memory *what,
+                                        struct mlak_fault *fault)
 {
     CUdevice gpu = memory->gpu;
     bool host = what->kind == MLAK_MEMORY_HOST;
@@ -215,9 +222,9 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
     opened->bytes = what->bytes;
     opened->gpu = gpu;
     opened->local = !host && gpu == memory->gpu;
-    enum mlak_code code = host                                   ? open_host(memory, what, opened, fault)
+    enum mlak_code code = host                                 ? open_host(memory, what, opened, fault)
                           : what->kind == MLAK_MEMORY_CUDA_IPC ? open_ipc(memory->cu, what, gpu, opened, fault)
-                                                                 : open_vmm(memory, what, gpu, opened, fault);
+                                                               : open_vmm(memory, what, gpu, opened, fault);
     if (code != MLAK_OK) {
         free(opened);
         return NULL;
@@ -239,8 +246,8 @@ static void unref(struct cuda_memory *memory, struct cuda_opened *opened)
     close_opened(memory->cu, opened);
 }
 
-enum mlak_code cuda_memory_import(struct cuda_memory *memory, const struct mlak_memory *what, struct mlak_mapping *mapping,
-                                  struct mlak_fault *fault)
+enum mlak_code cuda_memory_import(struct cuda_memory *memory, const struct mlak_memory *what,
+                                  struct mlak_mapping *mapping, struct mlak_fault *fault)
 {
     struct mlak_fault own;
     fault = fault ? fault : &own;

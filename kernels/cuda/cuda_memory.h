@@ -1,7 +1,7 @@
 /* cuda_memory.h - memory of other processes on a GPU: what mlak_backend.import does for the cuda backend.
  *
- * A legacy handle is opened once, however many buffers lie in its allocation, and closed with the last of them. One table
- * for each device; its calls may come from several threads. */
+ * A legacy handle is opened once, however many buffers lie in its allocation, and closed with the last of them. One
+ * table for each device; its calls may come from several threads. */
 #ifndef MLAK_CUDA_MEMORY_H
 #define MLAK_CUDA_MEMORY_H
 
@@ -24,8 +24,8 @@ void cuda_memory_init(struct cuda_memory *memory, const struct mlak_driver *cu, 
 void cuda_memory_deinit(struct cuda_memory *memory);
 
 /* With the device's context current. As mlak_backend.import and release. */
-enum mlak_code cuda_memory_import(struct cuda_memory *memory, const struct mlak_memory *what, struct mlak_mapping *mapping,
-                                  struct mlak_fault *fault);
+enum mlak_code cuda_memory_import(struct cuda_memory *memory, const struct mlak_memory *what,
+                                  struct mlak_mapping *mapping, struct mlak_fault *fault);
 void cuda_memory_release(struct cuda_memory *memory, struct mlak_mapping *mapping);
 
 #endif

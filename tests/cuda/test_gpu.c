@@ -34,17 +34,16 @@ static void inject(const char *words)
 static struct mlak_device *open_device(uint64_t *progress)
 {
     struct mlak_fault fault = {0};
-    struct mlak_device *device =
-        backend->open(&(struct mlak_options){.device = GPU, .progress = progress}, &fault);
+    struct mlak_device *device = backend->open(&(struct mlak_options){.device = GPU, .progress = progress}, &fault);
     if (!device)
         fail_msg("%s", fault.message);
     return device;
 }
 
 /* The driver's function, as a client of it has it. */
-#define DRIVER(name, ...) \
-    int (*name)(__VA_ARGS__); \
-    *(void **)(void *)&name = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name); \
+#define DRIVER(name, ...)                                                                                              \
+    int (*name)(__VA_ARGS__);                                                                                          \
+    *(void **)(void *)&name = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name);                                          \
     assert_non_null(name)
 
 static size_t free_bytes(void)
@@ -57,7 +56,10 @@ static size_t free_bytes(void)
 
 /* ---- memory ---- */
 
-struct exported { uint64_t pointer; struct mlak_memory memory; };
+struct exported {
+    uint64_t pointer;
+    struct mlak_memory memory;
+};
 
 static struct exported export(size_t bytes)
 {
@@ -177,9 +179,9 @@ static struct made *plain(struct mlak_row rows[2])
 static void each_call_that_fails_is_named(void **state)
 {
     (void)state;
-    static const char *const calls[] = {"cuDeviceGetCount", "cuDevicePrimaryCtxRetain", "cuModuleLoadData",
-                                        "cuModuleGetFunction", "cuFuncSetAttribute", "cuMemAlloc", "cuMemHostAlloc",
-                                        "cuStreamCreate"};
+    static const char *const calls[] = {
+        "cuDeviceGetCount", "cuDevicePrimaryCtxRetain", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute",
+        "cuMemAlloc",       "cuMemHostAlloc",           "cuStreamCreate"};
     inject("");
     backend->close(open_device(NULL)); /* what the driver keeps for itself is taken now */
     size_t before = free_bytes();
@@ -218,7 +220,9 @@ static void a_refused_launch_is_only_that(void **state)
     made_free(made);
 }
 
-struct cancel { struct mlak_row *row; };
+struct cancel {
+    struct mlak_row *row;
+};
 static void *cancel_soon(void *context)
 {
     struct cancel *cancel = context;

@@ -24,7 +24,10 @@ static const struct mlak_backend *backend;
 static struct mlak_device *device;
 static char control[] = "/tmp/mlad-fake-XXXXXX";
 static pid_t child;
-static struct { uint8_t handle[64], peer_handle[64]; int fd, peer_fd; } exported;
+static struct {
+    uint8_t handle[64], peer_handle[64];
+    int fd, peer_fd;
+} exported;
 
 /* Another size each time: the file is read again when it changes. */
 static void inject(const char *words)
@@ -36,15 +39,15 @@ static void inject(const char *words)
     fclose(file);
 }
 
-#define DRIVER(name, ...) \
-    int (*name)(__VA_ARGS__); \
-    *(void **)(void *)&name = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name); \
-    if (!name) \
-        abort()
-#define MUST(call) \
-    do { \
-        if ((call) != 0) \
-            abort(); \
+#define DRIVER(name, ...)                                                                                              \
+    int (*name)(__VA_ARGS__);                                                                                          \
+    *(void **)(void *)&name = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name);                                          \
+    if (!name)                                                                                                         \
+    abort()
+#define MUST(call)                                                                                                     \
+    do {                                                                                                               \
+        if ((call) != 0)                                                                                               \
+            abort();                                                                                                   \
     } while (0)
 
 /* ---- the other process ---- */
@@ -72,7 +75,10 @@ static void export_of(int ordinal, uint8_t handle[64], int *fd)
     MUST(cuMemExportToShareableHandle(fd, object, 1, 0));
 }
 
-union descriptors { char room[CMSG_SPACE(2 * sizeof(int))]; struct cmsghdr align; };
+union descriptors {
+    char room[CMSG_SPACE(2 * sizeof(int))];
+    struct cmsghdr align;
+};
 
 static void be_the_other_process(int socket)
 {
@@ -206,10 +212,17 @@ static void a_buffer_lies_inside_its_allocation(void **state)
 static void each_call_of_an_import_may_fail(void **state)
 {
     (void)state;
-    static const struct { bool vmm; const char *call; } calls[] = {
-        {false, "cuIpcOpenMemHandle"}, {false, "cuMemGetAddressRange"}, {false, "cuPointerGetAttribute"},
-        {true, "cuMemImportFromShareableHandle"}, {true, "cuMemGetAllocationPropertiesFromHandle"},
-        {true, "cuMemAddressReserve"}, {true, "cuMemMap"}, {true, "cuMemSetAccess"}};
+    static const struct {
+        bool vmm;
+        const char *call;
+    } calls[] = {{false, "cuIpcOpenMemHandle"},
+                 {false, "cuMemGetAddressRange"},
+                 {false, "cuPointerGetAttribute"},
+                 {true, "cuMemImportFromShareableHandle"},
+                 {true, "cuMemGetAllocationPropertiesFromHandle"},
+                 {true, "cuMemAddressReserve"},
+                 {true, "cuMemMap"},
+                 {true, "cuMemSetAccess"}};
     for (unsigned i = 0; i < sizeof calls / sizeof calls[0]; i++) {
         char words[96];
         struct mlak_fault fault = {0};

@@ -133,6 +133,13 @@ def refusals_name_their_field():
         refuse("buffer", "bytes", "REGISTER", {**register, "bytes": size + 1}, [fd])
         refuse("fds", "fd", "REGISTER", register)
         refuse("fds", "fd", "SUBMIT", dict(plan=1), [fd])
+        handle = "0123456789abcdef" * 8
+        gpu = dict(buffer=9, handle=handle, gpu="GPU-0", offset=0, bytes=64)
+        for code, field, changed in (("unsupported", "gpu", {}), ("invalid", "handle", dict(handle=handle[:-1])),
+                                     ("invalid", "handle", dict(handle=handle + "0")), ("exists", "buffer", dict(buffer=1)),
+                                     ("invalid", "bytes", dict(bytes=0))):
+            assert "89abcdef" not in refuse(code, field, "IMPORT", {**gpu, **changed})  # the handle is a secret
+        refuse("fds", "fd", "IMPORT", gpu, [fd])
         refuse("not_found", "plan", "SUBMIT", dict(plan=2))
         refuse("not_found", "plan", "DROP", dict(plan=2))
         refuse("exists", "plan", "PLAN", dict(plan=1, batch=case.batch))
