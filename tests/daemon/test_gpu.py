@@ -80,7 +80,9 @@ def a_batch_that_always_loses_the_device_is_given_up(daemon):
 
 def a_killed_worker_is_a_delay_for_the_client(daemon):
     inject("slow=300")
-    killer = threading.Timer(0.4, lambda: os.kill(daemon.devices()[GPU]["pid"], signal.SIGKILL))
+    worker = daemon.devices()[GPU]["pid"]
+    assert worker > 1, "no worker to kill"
+    killer = threading.Timer(0.4, os.kill, (worker, signal.SIGKILL))
     killer.start()
     result = decode(daemon)
     killer.join()
