@@ -229,6 +229,16 @@ struct mlak_backend {
     enum mlak_code (*launch_batch)(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
                                    uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
+    /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
+     * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.
+     * memory_copy: between host and device memory in any direction, done on return; MLAK_OK or MLAK_LOST.
+     * time_batches: launch batches[0..count) one after the other without a pause, `rounds` times, and say how many
+     *   nanoseconds passed on the device. Each has at most 1024 requests. As launch_batch, but nothing is told of rows. */
+    void *(*memory_new)(struct mlak_device *device, uint64_t bytes, struct mlak_fault *fault);
+    void (*memory_free)(struct mlak_device *device, void *memory);
+    enum mlak_code (*memory_copy)(struct mlak_device *device, void *to, const void *from, uint64_t bytes);
+    enum mlak_code (*time_batches)(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                   uint32_t rounds, double *ns, struct mlak_fault *fault);
     /* Estimated nanoseconds that the rows take (for small-work decisions only). NULL with launch_batch. */
     uint64_t (*estimate_ns)(const struct mlak_device *device, const struct mlak_row *rows, uint32_t count);
 };

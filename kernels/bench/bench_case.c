@@ -26,6 +26,8 @@ struct bench_case {
     uint8_t *kv, *q, *out;              /* kv: [copies] */
     int32_t *table, *seqlens;
     struct mlak_row *rows;              /* [copies][batch] */
+    struct mlak_batch *batches;         /* [copies], of devices with memory of their own: theirs */
+    uint8_t *own;                       /* that memory: [copies] of kv, then q, out, table, seqlens */
     double *times;                      /* [MAX_LAUNCHES] */
 };
 
@@ -63,6 +65,9 @@ void bench_case_free(struct bench_case *bench)
 {
     if (bench == NULL)
         return;
+    if (bench->own != NULL)
+        bench->backend->memory_free(bench->device, bench->own);
+    free(bench->batches);
     free(bench->kv);
     free(bench->q);
     free(bench->out);
@@ -91,15 +96,52 @@ static struct mlak_batch describe(const struct shape *shape)
 static bool allocate(struct bench_case *bench)
 {
     const struct mlak_batch *batch = &bench->batch;
-    bench->kv = aligned_alloc(4096, (bench->kv_bytes * bench->copies + 4095) / 4096 * 4096);
+    uint32_t here = bench->backend->memory_new != NULL ? 1 : bench->copies;
+    bench->kv = aligned_alloc(4096, (bench->kv_bytes * here + 4095) / 4096 * 4096);
     bench->q = aligned_alloc(64, (mlak_extent(batch, MLAK_T_Q) + 63) / 64 * 64);
     bench->out = aligned_alloc(64, (mlak_extent(batch, MLAK_T_OUT) + 63) / 64 * 64);
     bench->table = calloc((size_t)batch->batch * batch->max_pages, sizeof *bench->table);
     bench->seqlens = calloc(batch->batch, sizeof *bench->seqlens);
     bench->rows = calloc((size_t)bench->copies * batch->batch, sizeof *bench->rows);
     bench->times = calloc(MAX_LAUNCHES, sizeof *bench->times);
-    return bench->kv != NULL && bench->q != NULL && bench->out != NULL && bench->table != NULL &&
+    bench->batches = calloc(bench->copies, sizeof *bench->batches);
+    return bench->batches != NULL && bench->kv != NULL && bench->q != NULL && bench->out != NULL && bench->table != NULL &&
            bench->seqlens != NULL && bench->rows != NULL && bench->times != NULL;
+}
+
+static uint64_t aligned(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+/* The batch in the device's memory. */
+static enum mlak_code move_to_device(struct bench_case *bench, struct mlak_fault *fault)
+{
+    const struct mlak_backend *backend = bench->backend;
+    const struct mlak_batch *batch = &bench->batch;
+    const struct { enum mlak_tensor tensor; const void *from; } rest[] = {
+        {MLAK_T_Q, bench->q}, {MLAK_T_OUT, bench->out}, {MLAK_T_BLOCK_TABLE, bench->table}, {MLAK_T_SEQLENS, bench->seqlens}};
+    uint64_t kv = aligned(bench->kv_bytes), bytes = kv * bench->copies;
+    const uint8_t *at[4];
+    for (int i = 0; i < 4; i++)
+        bytes += aligned(mlak_extent(batch, rest[i].tensor));
+    bench->own = backend->memory_new(bench->device, bytes, fault);
+    if (bench->own == NULL)
+        return MLAK_MEMORY;
+    enum mlak_code code = MLAK_OK;
+    uint8_t *next = bench->own + kv * bench->copies;
+    for (int i = 0; i < 4 && code == MLAK_OK; i++) {
+        at[i] = next;
+        code = backend->memory_copy(bench->device, next, rest[i].from, mlak_extent(batch, rest[i].tensor));
+        next += aligned(mlak_extent(batch, rest[i].tensor));
+    }
+    for (uint32_t copy = 0; copy < bench->copies && code == MLAK_OK; copy++) {
+        bench->batches[copy] = *batch;
+        bench->batches[copy].kv = bench->own + copy * kv;
+        bench->batches[copy].q = at[0];
+        bench->batches[copy].out = (void *)(uintptr_t)at[1];
+        bench->batches[copy].block_table = (const void *)at[2];
+        bench->batches[copy].seqlens = (const void *)at[3];
+        code = backend->memory_copy(bench->device, bench->own + copy * kv, bench->kv, bench->kv_bytes);
+    }
+    return code == MLAK_OK ? code : mlak_fail(fault, code, "device", "%.200s", backend->lost(bench->device));
 }
 
 struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend,
@@ -146,6 +188,12 @@ struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_b
     batch->out = bench->out;
     batch->block_table = bench->table;
     batch->seqlens = bench->seqlens;
+    if (backend->memory_new != NULL) {
+        if (move_to_device(bench, fault) == MLAK_OK)
+            return bench;
+        bench_case_free(bench);
+        return NULL;
+    }
     for (uint32_t copy = 0; copy < bench->copies; copy++) {
         uint8_t *kv = bench->kv + copy * bench->kv_bytes;
         batch->kv = kv;
@@ -162,10 +210,23 @@ static int by_value(const void *a, const void *b)
     return (*x > *y) - (*x < *y);
 }
 
-enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct timing *timing)
+/* Samples of many launches each, so that the events' own time does not count. */
+static enum mlak_code run_on_device(struct bench_case *bench, double seconds, uint32_t *samples)
+{
+    double begin = bench_now(), ns = 0;
+    uint32_t rounds = bench->copies < 16 ? 16 / bench->copies + 1 : 1;
+    enum mlak_code code = bench->backend->time_batches(bench->device, bench->batches, bench->copies, 1, &ns, NULL);
+    for (*samples = 0; code == MLAK_OK && *samples < MAX_LAUNCHES && (*samples < 3 || bench_now() - begin < seconds * 1e9);
+         ++*samples) {
+        code = bench->backend->time_batches(bench->device, bench->batches, bench->copies, rounds, &ns, NULL);
+        bench->times[*samples] = ns / ((double)rounds * bench->copies);
+    }
+    return code;
+}
+
+static enum mlak_code run_here(struct bench_case *bench, double seconds, uint32_t *samples)
 {
     const struct mlak_batch *batch = &bench->batch;
-    double rows = (double)batch->q_rows * batch->heads, keys = bench->seqlens[0];
     enum mlak_code code = MLAK_OK;
     uint32_t launches = 0, copy = 0;
     double begin = bench_now(), now = begin;
@@ -182,6 +243,19 @@ enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct t
             begin = now;
         warm = true;
     }
+    *samples = launches;
+    return MLAK_OK;
+}
+
+enum mlak_code bench_case_run(struct bench_case *bench, double seconds, struct timing *timing)
+{
+    const struct mlak_batch *batch = &bench->batch;
+    double rows = (double)batch->q_rows * batch->heads, keys = bench->seqlens[0];
+    uint32_t launches;
+    enum mlak_code code = bench->backend->time_batches != NULL ? run_on_device(bench, seconds, &launches)
+                                                               : run_here(bench, seconds, &launches);
+    if (code != MLAK_OK)
+        return code;
     qsort(bench->times, launches, sizeof *bench->times, by_value);
     *timing = (struct timing){
         .launches = launches,

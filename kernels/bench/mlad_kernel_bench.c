@@ -21,7 +21,8 @@ static const char usage[] =
     "usage: mlad-kernel-bench [OPTION...]\n"
     "Times decodes by direct calls of a backend, and prints the ceilings of the machine first: read bandwidth and the\n"
     "rates of the vector instructions, on the same threads. KV is cold: copies of the batch are used in turn.\n"
-    "  --device NAME       cpu (default) or reference\n"
+    "  --device NAME       cpu (default), reference, or a GPU's UUID (GPU-...), which is timed by its own events and\n"
+    "                      without ceilings\n"
     "  --variant NAME      generic, avx2, avx512 or amx; the best of this processor by default\n"
     "  --threads N         default: one for each processor\n"
     "  --dtype NAME        bf16, fp16, e4m3, bf16_e4m3 or bf16_656 (q and KV types); all by default\n"
@@ -112,8 +113,11 @@ static struct options parse(int argc, char **argv)
     return options;
 }
 
-static size_t cache_bytes(void)
+/* Of the last-level cache that KV has to be larger than. */
+static size_t cache_bytes(const struct mlak_backend *backend)
 {
+    if (backend->time_batches != NULL)
+        return 128 << 20; /* no GPU served has more L2 */
     long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
     return size > 16 << 20 ? size < 256 << 20 ? (size_t)size : 256 << 20 : 16 << 20;
 }
@@ -145,8 +149,10 @@ static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, co
 static void print_case(const struct options *options, const struct shape *shape, const struct ceilings *ceilings,
                        const char *variant, const struct timing *timing)
 {
-    double least;
-    enum ceiling ceiling = binding_ceiling(ceilings, variant, shape->types, timing, &least);
+    double least = 0;
+    enum ceiling ceiling = CEILING_READ;
+    if (ceilings->rate[CEILING_READ] > 0)
+        ceiling = binding_ceiling(ceilings, variant, shape->types, timing, &least);
     printf(
         options->json
             ? "{\"type\":\"case\",\"dtype\":\"%s\",\"batch\":%u,\"heads\":%u,\"q_len\":%u,\"kv_len\":%u,"
@@ -166,7 +172,7 @@ static int run_case(const struct bench *bench, const struct options *options, co
 {
     struct mlak_fault fault = {0};
     struct timing timing;
-    struct bench_case *bench_case = bench_case_new(shape, bench->backend, bench->device, cache_bytes(), &fault);
+    struct bench_case *bench_case = bench_case_new(shape, bench->backend, bench->device, cache_bytes(bench->backend), &fault);
     if (bench_case == NULL) {
         fprintf(stderr, "mlad-kernel-bench: %s: %s\n", fault.field, fault.message);
         return 1;
@@ -217,19 +223,21 @@ int main(int argc, char **argv)
     struct mlak_fault fault = {0};
     struct bench bench = {.backend = mlak_backend(options.device)};
     if (bench.backend == NULL)
-        refuse("device", options.device, "there is no such device; give cpu or reference");
-    bench.device =
-        bench.backend->open(&(struct mlak_options){.threads = options.threads, .variant = options.variant}, &fault);
+        refuse("device", options.device, "there is no such device; give cpu, reference or a GPU's UUID");
+    bench.device = bench.backend->open(
+        &(struct mlak_options){.threads = options.threads, .variant = options.variant, .device = options.device},
+        &fault);
     if (bench.device == NULL) {
         fprintf(stderr, "mlad-kernel-bench: %s: %s\n", fault.field, fault.message);
         return 1;
     }
-    struct mlak_pool *pool = mlak_pool_new(bench.backend->threads(bench.device));
+    uint32_t threads = bench.backend->threads(bench.device); /* 0: none of ours compute */
+    struct mlak_pool *pool = mlak_pool_new(threads > 0 ? threads : 1);
     int status = 1;
-    if (pool == NULL || !ceilings_measure(&bench.ceilings, pool, cache_bytes())) {
+    if (pool == NULL || (threads > 0 && !ceilings_measure(&bench.ceilings, pool, cache_bytes(bench.backend)))) {
         fprintf(stderr, "mlad-kernel-bench: no memory to measure the ceilings\n");
     } else {
-        print_ceilings(&bench.ceilings, mlak_pool_threads(pool), options.device, bench.backend->variant(bench.device),
+        print_ceilings(&bench.ceilings, threads, options.device, bench.backend->variant(bench.device),
                        options.json);
         status = run_cases(&bench, &options);
     }

@@ -391,6 +391,83 @@ static void cuda_release(struct mlak_device *device, struct mlak_mapping *mappin
     cuda_memory_release(&device->memory, mapping);
 }
 
+/* ---- for tests and benchmarks ---- */
+
+static void *cuda_memory_new(struct mlak_device *device, uint64_t bytes, struct mlak_fault *fault)
+{
+    CUdeviceptr at = 0;
+    CUresult result = device->cu->context_set(device->context);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->alloc(&at, bytes);
+    if (result != CUDA_SUCCESS)
+        mlak_driver_fail(fault, MLAK_MEMORY, "memory", "alloc", result);
+    return (void *)at;
+}
+
+static void cuda_memory_free(struct mlak_device *device, void *memory)
+{
+    device->cu->context_set(device->context);
+    device->cu->free((CUdeviceptr)memory);
+}
+
+static enum mlak_code cuda_memory_copy(struct mlak_device *device, void *to, const void *from, uint64_t bytes)
+{
+    CUresult result = device->cu->context_set(device->context);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->copy((CUdeviceptr)to, (CUdeviceptr)from, bytes);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->context_drain(); /* a copy from pageable memory may return before it has landed */
+    return result == CUDA_SUCCESS ? MLAK_OK : lose(device, "copy", result, NULL);
+}
+
+static enum mlak_code time_launches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                    uint32_t rounds, const CUevent events[2], struct mlak_fault *fault)
+{
+    struct mlak_cuda_job job = device->job;
+    const int never = MLAK_ROW_OK;
+    enum mlak_code code = MLAK_OK;
+    __atomic_store_n(&device->result->cancel, 0, __ATOMIC_RELAXED);
+    TRY(event_record, "", events[0], device->stream);
+    for (uint64_t i = 0; i < (uint64_t)rounds * count && code == MLAK_OK; i++) {
+        job.batch = batches[i % count];
+        job.count = job.batch.batch;
+        job.ticket = ++device->job.ticket;
+        code = enqueue(device, &job, fault);
+    }
+    if (code != MLAK_OK)
+        return code;
+    TRY(event_record, "", events[1], device->stream);
+    return await(device, job.ticket, &never, fault);
+}
+
+static enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                        uint32_t rounds, double *ns, struct mlak_fault *fault)
+{
+    CUevent events[2] = {NULL, NULL};
+    float milliseconds = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (batches[i].batch > MLAK_CUDA_MAX_REQUESTS || batches[i].deterministic)
+            return mlak_fail(fault, MLAK_UNSUPPORTED, "batch", "timed are batches of at most %d requests, not deterministic",
+                             MLAK_CUDA_MAX_REQUESTS);
+    TRY(context_set, "", device->context);
+    TRY(event_new, "", &events[0], CU_EVENT_DEFAULT);
+    CUresult result = device->cu->event_new(&events[1], CU_EVENT_DEFAULT);
+    enum mlak_code code = result == CUDA_SUCCESS ? time_launches(device, batches, count, rounds, events, fault)
+                                                 : mlak_driver_fail(fault, MLAK_MEMORY, "", "event_new", result);
+    if (code == MLAK_OK) {
+        while ((result = device->cu->stream_query(device->stream)) == CUDA_ERROR_NOT_READY)
+            sched_yield(); /* the second event comes after the completion word */
+        if (result == CUDA_SUCCESS)
+            result = device->cu->event_elapsed(&milliseconds, events[0], events[1]);
+        code = result == CUDA_SUCCESS ? MLAK_OK : lose(device, "event_elapsed", result, fault);
+    }
+    for (unsigned i = 0; i < 2; i++)
+        if (events[i])
+            device->cu->event_free(events[i]);
+    *ns = milliseconds * 1e6;
+    return code;
+}
+
 const struct mlak_backend mlak_cuda_backend = {
     .name = "cuda",
     .open = cuda_open,
@@ -402,4 +479,8 @@ const struct mlak_backend mlak_cuda_backend = {
     .release = cuda_release,
     .launch_batch = cuda_launch_batch,
     .lost = cuda_lost,
+    .memory_new = cuda_memory_new,
+    .memory_free = cuda_memory_free,
+    .memory_copy = cuda_memory_copy,
+    .time_batches = cuda_time_batches,
 };

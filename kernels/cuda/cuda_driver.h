@@ -24,6 +24,7 @@
     D(alloc, cuMemAlloc_v2, (CUdeviceptr *, size_t)) \
     D(free, cuMemFree_v2, (CUdeviceptr)) \
     D(set_bytes, cuMemsetD8_v2, (CUdeviceptr, unsigned char, size_t)) \
+    D(copy, cuMemcpy, (CUdeviceptr, CUdeviceptr, size_t)) \
     D(host_alloc, cuMemHostAlloc, (void **, size_t, unsigned)) \
     D(host_free, cuMemFreeHost, (void *)) \
     D(host_register, cuMemHostRegister_v2, (void *, size_t, unsigned)) \
@@ -46,6 +47,10 @@
     D(stream_new, cuStreamCreate, (CUstream *, unsigned)) \
     D(stream_free, cuStreamDestroy_v2, (CUstream)) \
     D(stream_query, cuStreamQuery, (CUstream)) \
+    D(event_new, cuEventCreate, (CUevent *, unsigned)) \
+    D(event_free, cuEventDestroy_v2, (CUevent)) \
+    D(event_record, cuEventRecord, (CUevent, CUstream)) \
+    D(event_elapsed, cuEventElapsedTime, (float *, CUevent, CUevent)) \
     D(module_load, cuModuleLoadData, (CUmodule *, const void *)) \
     D(module_unload, cuModuleUnload, (CUmodule)) \
     D(module_function, cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \

@@ -56,6 +56,56 @@ enum mlak_code test_device_check(const struct mlak_batch *batch, struct mlak_fau
     return mlak_check(batch, capabilities, count, fault);
 }
 
+/* ---- a device with memory of its own: its copy of a batch ---- */
+
+static const void **pointer_of(struct mlak_batch *batch, enum mlak_tensor tensor)
+{
+    switch (tensor) {
+    case MLAK_T_Q: return &batch->q;
+    case MLAK_T_KV: return &batch->kv;
+    case MLAK_T_BLOCK_TABLE: return (const void **)&batch->block_table;
+    case MLAK_T_SEQLENS: return (const void **)&batch->seqlens;
+    case MLAK_T_CU_Q: return (const void **)&batch->cu_q;
+    case MLAK_T_TREE_MASK: return (const void **)&batch->tree_mask;
+    case MLAK_T_SINK: return (const void **)&batch->sink;
+    case MLAK_T_Q_SCALE: return (const void **)&batch->q_scale.tensor;
+    case MLAK_T_K_SCALE: return (const void **)&batch->k_scale.tensor;
+    case MLAK_T_V_SCALE: return (const void **)&batch->v_scale.tensor;
+    case MLAK_T_OUT: return (const void **)&batch->out;
+    default: return (const void **)&batch->lse;
+    }
+}
+
+static void must_copy(void *to, const void *from, size_t bytes)
+{
+    if (backend->memory_copy(device, to, from, bytes) != MLAK_OK)
+        fail_msg("%s", backend->lost(device));
+}
+
+static enum mlak_code launch_copy(struct made *made, struct mlak_row *rows, struct mlak_fault *fault)
+{
+    struct mlak_batch batch = made->batch;
+    void *copies[MLAK_T_COUNT] = {NULL};
+    for (int i = 0; i < MLAK_T_COUNT; i++) {
+        const void **pointer = pointer_of(&batch, (enum mlak_tensor)i);
+        if (*pointer == NULL || made->tensor[i].bytes == 0)
+            continue;
+        copies[i] = backend->memory_new(device, made->tensor[i].bytes, fault);
+        if (copies[i] == NULL)
+            fail_msg("%s: %s", fault->field, fault->message);
+        must_copy(copies[i], made->tensor[i].data, made->tensor[i].bytes);
+        *pointer = copies[i];
+    }
+    enum mlak_code code = backend->launch_batch(device, &batch, 0, batch.batch, rows, fault);
+    for (int i = 0; i < MLAK_T_COUNT; i++) {
+        if (copies[i] == NULL)
+            continue;
+        must_copy(made->tensor[i].data, copies[i], made->tensor[i].bytes);
+        backend->memory_free(device, copies[i]);
+    }
+    return code;
+}
+
 enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, struct mlak_fault *fault)
 {
     memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
@@ -63,9 +113,11 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     *fault = (struct mlak_fault){0};
     if (test_device_check(&made->batch, fault) != MLAK_OK)
         fail_msg("%s: %s", fault->field, fault->message);
-    if (!test_device_takes_rows())
-        return backend->launch_batch(device, &made->batch, 0, made->batch.batch,
-                                     memset(rows, 0, made->batch.batch * sizeof *rows), fault);
+    if (!test_device_takes_rows()) {
+        memset(rows, 0, made->batch.batch * sizeof *rows);
+        return backend->memory_new ? launch_copy(made, rows, fault)
+                                   : backend->launch_batch(device, &made->batch, 0, made->batch.batch, rows, fault);
+    }
     int32_t *cu_q = malloc((made->batch.batch + UINT64_C(1)) * sizeof *cu_q);
     enum mlak_code code = mlak_prepare(&made->batch, cu_q, 0, made->batch.batch, rows, fault);
     free(cu_q);

@@ -236,6 +236,7 @@ static CUresult copy(void *to, const void *from, size_t n)
     if (!result && n) memmove(to, from, n);
     return result;
 }
+API(cuMemcpy, (CUdeviceptr to, CUdeviceptr from, size_t n), (to, from, n)) { return copy((void *)to, (void *)from, n); }
 API(cuMemcpyHtoD_v2, (CUdeviceptr to, const void *from, size_t n), (to, from, n)) { return copy((void *)to, from, n); }
 API(cuMemcpyDtoH_v2, (void *to, CUdeviceptr from, size_t n), (to, from, n)) { return copy(to, (void *)from, n); }
 API(cuMemcpyDtoD_v2, (CUdeviceptr to, CUdeviceptr from, size_t n), (to, from, n))

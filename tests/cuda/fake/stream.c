@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "mlak_cuda.h"
@@ -25,7 +26,7 @@ struct op {
     _Alignas(64) unsigned char job[sizeof(struct mlak_cuda_job)];
 };
 struct fake_stream { struct fake_stream *next; struct op *first, **last; unsigned queued, done; bool closing; };
-struct fake_event { unsigned pending; bool destroyed; };
+struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
 struct fake_function { struct fake_function *next; char name[128]; int shared; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the above */
@@ -43,7 +44,7 @@ static void run_op(struct op *op)
     case OP_COPY: memmove(op->to, op->from, op->n); break;
     case OP_SET: memset(op->to, op->value, op->n); break;
     case OP_CALL: op->call(op->to); break;
-    case OP_EVENT: break;
+    case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
         else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job)) fake_set_sticky(FAKE_LAUNCH_FAILED);
@@ -202,6 +203,14 @@ API(cuEventSynchronize, (CUevent e), (e))
     while (e->pending) pthread_cond_wait(&changed, &lock);
     pthread_mutex_unlock(&lock);
     return fake_sticky();
+}
+API(cuEventElapsedTime, (float *ms, CUevent from, CUevent to), (ms, from, to))
+{
+    pthread_mutex_lock(&lock);
+    bool busy = from->pending || to->pending;
+    *ms = (float)(to->at.tv_sec - from->at.tv_sec) * 1e3f + (float)(to->at.tv_nsec - from->at.tv_nsec) * 1e-6f;
+    pthread_mutex_unlock(&lock);
+    return busy ? FAKE_NOT_READY : fake_sticky();
 }
 API(cuEventDestroy_v2, (CUevent e), (e))
 {
