@@ -31,12 +31,9 @@ class View(NamedTuple):
     shape: Tuple[int, ...]
     strides: Tuple[int, ...]    # bytes
     dtype: str                  # a key of ITEM_BYTES, or the library's own name of another type
+    item: int                   # bytes of one element
     writable: bool
     stream: Optional[int]       # of a __cuda_array_interface__: what to wait for (None: nothing)
-
-    @property
-    def item(self):
-        return ITEM_BYTES[self.dtype]
 
     @property
     def size(self):
@@ -104,11 +101,11 @@ def view(array, field):
         name = next((ours for ours, theirs in _TORCH_NAMES.items() if theirs == text), text)
         item = array.element_size()
         device = array.device.index if array.device.type == "cuda" else None
-        return View("torch", device, array.data_ptr(), tuple(array.shape), tuple(s * item for s in array.stride()), name,
-                    True, None)
+        strides = tuple(s * item for s in array.stride())
+        return View("torch", device, array.data_ptr(), tuple(array.shape), strides, name, item, True, None)
     if isinstance(array, np.ndarray):
         return View("numpy", None, array.ctypes.data, array.shape, array.strides, _numpy_name(array.dtype),
-                    array.flags.writeable, None)
+                    array.itemsize, array.flags.writeable, None)
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None:
         raise invalid(field, f"a {type(array).__name__} is neither a numpy array, a torch tensor nor an object with "
@@ -123,7 +120,8 @@ def view(array, field):
     pointer, read_only = interface["data"]
     # Without "stream" (version 2) the producer may have used the default stream; None promises that nothing is to be
     # awaited.
-    return View("cuda", -1, pointer, shape, tuple(strides), _numpy_name(dtype), not read_only, interface.get("stream", 0))
+    return View("cuda", -1, pointer, shape, tuple(strides), _numpy_name(dtype), dtype.itemsize, not read_only,
+                interface.get("stream", 0))
 
 
 def require(seen, field, dtypes, *shapes):

@@ -113,9 +113,9 @@ def _count(value, field, low=0):
     return int(value)
 
 
-def describe(memory, q, kv, block_table, seqlens, *, softmax_scale, out=None, lse=None, return_lse=True, mask="causal",
-             cu_q=None, window=0, sink=None, q_scale=None, k_scale=None, v_scale=None, dcp=None, lse_base="e",
-             deterministic=False, copy_metadata=True):
+def describe(memory, copy_metadata, q, kv, block_table, seqlens, *, softmax_scale, out=None, lse=None, return_lse=True,
+             mask="causal", cu_q=None, window=0, sink=None, q_scale=None, k_scale=None, v_scale=None, dcp=None,
+             lse_base="e", deterministic=False):
     """The Description of one decode; Client.decode documents the arguments."""
     d = Description(memory, copy_metadata)
     b = d.batch
@@ -149,7 +149,10 @@ def describe(memory, q, kv, block_table, seqlens, *, softmax_scale, out=None, ls
 
     b.softmax_scale = float(softmax_scale)
     b.window = _count(window, "window")
-    world, rank, interleave = (1, 0, 1) if dcp is None else dcp
+    dcp = (1, 0, 1) if dcp is None else tuple(dcp)
+    if len(dcp) != 3:
+        raise invalid("dcp", f"it must be (world, rank, interleave), not {dcp}")
+    world, rank, interleave = dcp
     b.dcp_world, b.dcp_rank = _count(world, "dcp", 1), _count(rank, "dcp")
     b.dcp_interleave = _count(interleave, "dcp", 1)
     if lse_base not in _LSE_BASES:
@@ -161,6 +164,8 @@ def describe(memory, q, kv, block_table, seqlens, *, softmax_scale, out=None, ls
     out_seen = arrays.view(out, "out")
     b.out = d.packed(out, "out", ("bf16", "fp16"), rows + (LATENT,), written=True)
     b.out_dtype = _Q_TYPES[out_seen.dtype]
+    if lse is not None and not return_lse:
+        raise invalid("return_lse", "it is False and lse is given")
     if lse is None and return_lse:
         lse = _output(d, q, q_seen, "lse", "f32", rows)
     if lse is not None:

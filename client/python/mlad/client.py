@@ -174,7 +174,8 @@ class Client:
         return descriptor
 
     def close(self):
-        """End the session. Decodes in flight are abandoned; arrays from empty() stay valid as ordinary memory."""
+        """End the session, once no other thread uses it. Decodes in flight are abandoned; arrays from empty() stay valid, as
+        ordinary memory."""
         with self._lock:
             handle, self._handle = self._handle, None
             if handle is not None and self._pid == os.getpid():
@@ -271,15 +272,14 @@ class Client:
         with self._lock:
             self._use()
             self._sweep()
-            d = describe(self._memory, q, kv, block_table, seqlens, softmax_scale=softmax_scale, copy_metadata=False,
-                         **options)
+            d = describe(self._memory, False, q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
             return Plan(self, d, self._create(d.batch))
 
     def _start(self, *arguments, **options):
         with self._lock:
             self._use()
             self._sweep()
-            d = describe(self._memory, *arguments, **options)
+            d = describe(self._memory, True, *arguments, **options)
             cuda.drain(d.views)
             d.copy()
             entry = self._plans.pop(d.key, None) or (self._create(d.batch), d.segments)
