@@ -14,8 +14,8 @@ from .default import default_client, set_default_client
 from .errors import Error, InvalidArgument, NotConnected, RequestsFailed, Timeout
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Error", "Failure", "InvalidArgument", "NotConnected", "Pending", "Plan", "RequestsFailed", "Result",
-           "Timeout", "bfloat16", "default_client", "float8_e4m3", "library_version", "set_default_client"]
+__all__ = ["Client", "Error", "Failure", "InvalidArgument", "NotConnected", "Pending", "Plan", "RequestsFailed",
+           "Result", "Timeout", "bfloat16", "default_client", "float8_e4m3", "library_version", "set_default_client"]
 
 
 def library_version():

@@ -9,6 +9,8 @@ from . import _libmla, arrays
 from .errors import invalid
 
 LATENT, WIDTH, ROW656 = 512, 576, 656
+NOT_SHARED = ("a plan reads it at each submission, so it must be contiguous and shared with the daemon: allocate it "
+              "with client.empty(), or register it")
 _Q_TYPES = {"bf16": _libmla.BF16, "fp16": _libmla.FP16, "e4m3": _libmla.E4M3}
 _KV_FORMATS = {"bf16": _libmla.KV_BF16, "fp16": _libmla.KV_FP16, "e4m3": _libmla.KV_E4M3}
 _MASKS = {"none": _libmla.MASK_NONE, "causal": _libmla.MASK_CAUSAL}
@@ -27,8 +29,8 @@ def _template():
 class Description:
     """A batch and what it rests on.
 
-    `views`: the arrays, for waiting on their streams. `segments`: the registrations that it names. `keep`: objects that must
-    outlive a decode of it. `out`, `lse`: the outputs (lse may be None)."""
+    `views`: the arrays, for waiting on their streams. `segments`: the registrations that it names. `keep`: objects that
+    must outlive a decode of it. `out`, `lse`: the outputs (lse may be None)."""
 
     def __init__(self, memory, copy_metadata):
         self.memory, self.copy_metadata = memory, copy_metadata
@@ -72,8 +74,7 @@ class Description:
         if seen.packed() and (self.memory.locate(seen) or seen.kind == "cuda"):
             setattr(self.batch, field, self.place(array, seen, field))
         elif not self.copy_metadata:
-            raise invalid(field, "a plan reads it at each submission, so it must be shared with the daemon and contiguous: "
-                          "allocate it with client.empty(), or register it")
+            raise invalid(field, NOT_SHARED)
         elif seen.kind == "cuda":
             raise invalid(field, "it must be contiguous")
         else:
@@ -222,8 +223,7 @@ def _scale(d, scale, field):
     elif d.copy_metadata:
         d.copies.append((field, scale))
     else:
-        raise invalid(field, "a plan reads it at each submission, so it must be shared with the daemon: allocate it with "
-                      "client.empty(), or register it")
+        raise invalid(field, NOT_SHARED)
 
 
 def _output(d, q, q_seen, field, dtype, shape):

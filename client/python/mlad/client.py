@@ -42,8 +42,8 @@ def _result(raw):
 
 
 class Pending:
-    """A decode in flight. It keeps the arrays of the decode alive; dropping it uncollected leaves them to the client until the
-    decode has completed. To be used by one thread at a time."""
+    """A decode in flight. It keeps the arrays of the decode alive; dropping it uncollected leaves them to the client
+    until the decode has completed. To be used by one thread at a time."""
 
     def __init__(self, client, ticket, keep, out, lse):
         self._client, self._ticket, self._keep = client, ticket, keep
@@ -57,8 +57,8 @@ class Pending:
         return self._outcome is not None
 
     def wait(self, timeout=None):
-        """Wait at most `timeout` seconds (None: for ever; 0 only looks) and return the Result. Raises Timeout (wait again), or
-        what came of the decode: RequestsFailed, or another Error."""
+        """Wait at most `timeout` seconds (None: for ever; 0 only looks) and return the Result. Raises Timeout (wait
+        again), or what came of the decode: RequestsFailed, or another Error."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._outcome is None:
             left = SLICE_MS if deadline is None else int(max(0, deadline - time.monotonic()) * 1000)
@@ -97,8 +97,8 @@ class Pending:
 
 
 class Plan:
-    """One batch, validated once, for an engine's every step. Its arrays stay alive with it; their contents may change between
-    submissions. `out` and `lse` are written by each decode."""
+    """One batch, validated once, for an engine's every step. Its arrays stay alive with it; their contents may change
+    between submissions. `out` and `lse` are written by each decode."""
 
     def __init__(self, client, description, handle):
         self._client, self._handle = client, handle
@@ -106,8 +106,8 @@ class Plan:
         self.out, self.lse = description.out, description.lse
 
     def submit(self):
-        """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first. The contents of the
-        inputs must not change until it has completed."""
+        """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first. The contents
+        of the inputs must not change until it has completed."""
         client = self._client
         cuda.drain(self._views)
         with client._lock:
@@ -141,9 +141,9 @@ class Plan:
 class Client:
     """A connection to one device. Any thread may use it. After fork() the child must not.
 
-    socket: the daemon's; None: $MLAD_SOCKET, else /run/mlad/mlad.sock. device: "cpu", "GPU-<uuid>", ...; None: $MLAD_DEVICE,
-    else the first device served that is not `reference`. name: shown by `mlactl status`. reconnect_ms: how long a daemon that
-    is away is waited for, here and at every later call, before NotConnected is raised."""
+    socket: the daemon's; None: $MLAD_SOCKET, else /run/mlad/mlad.sock. device: "cpu", "GPU-<uuid>", ...; None:
+    $MLAD_DEVICE, else the first device served that is not `reference`. name: shown by `mlactl status`. reconnect_ms:
+    how long a daemon that is away is waited for, here and at every later call, before NotConnected is raised."""
 
     def __init__(self, socket=None, device=None, name=None, reconnect_ms=30000):
         self._handle, self._pid, self._lock = None, os.getpid(), threading.RLock()
@@ -166,7 +166,8 @@ class Client:
         return _libmla.library().mla_device(self._handle).decode()
 
     def fileno(self):
-        """A descriptor that polls readable when Pending.done() may have news, for an event loop. It belongs to the client."""
+        """A descriptor that polls readable when Pending.done() may have news, for an event loop. It belongs to the
+        client."""
         self._use()
         descriptor = _libmla.library().mla_fd(self._handle)
         if descriptor < 0:
@@ -174,8 +175,8 @@ class Client:
         return descriptor
 
     def close(self):
-        """End the session, once no other thread uses it. Decodes in flight are abandoned; arrays from empty() stay valid, as
-        ordinary memory."""
+        """End the session, once no other thread uses it. Decodes in flight are abandoned; arrays from empty() stay
+        valid, as ordinary memory."""
         with self._lock:
             handle, self._handle = self._handle, None
             if handle is not None and self._pid == os.getpid():
@@ -196,8 +197,8 @@ class Client:
     def empty(self, shape, dtype, like="numpy"):
         """An array of host memory that is shared with the daemon; its contents are unspecified.
 
-        dtype: numpy's, torch's, a name ("float32"), mlad.bfloat16 or mlad.float8_e4m3. like: "numpy", or "torch" for a CPU
-        tensor. The memory is the array's: it goes back when the last view of it dies, and outlives the client."""
+        dtype: numpy's, torch's, a name ("float32"), mlad.bfloat16 or mlad.float8_e4m3. like: "numpy", or "torch" for a
+        CPU tensor. The memory is the array's: it goes back when the last view of it dies, and outlives the client."""
         if like not in ("numpy", "torch"):
             raise invalid("like", f'it must be "numpy" or "torch", not {like!r}')
         name = arrays.dtype_name(dtype)
@@ -210,16 +211,16 @@ class Client:
 
     def register(self, array, access="readwrite"):
         """Share a GPU array with the daemon now (150 to 200 us) instead of at its first use, or for reading only
-        (access="read"). Of a torch tensor its whole storage is shared. It ends when the storage (of other libraries: the
-        object) dies, with forget() or with close(). Host arrays come from empty()."""
+        (access="read"). Of a torch tensor its whole storage is shared. It ends when the storage (of other libraries:
+        the object) dies, with forget() or with close(). Host arrays come from empty()."""
         with self._lock:
             self._use()
             self._sweep()
             self._memory.register(array, arrays.view(array, "array"), "array", access)
 
     def forget(self, array):
-        """End the sharing of a GPU array; the daemon lets go of it as soon as no decode in flight uses it. Memory of empty() is let
-        go when its last array dies."""
+        """End the sharing of a GPU array; the daemon lets go of it as soon as no decode in flight uses it. Memory of
+        empty() is let go when its last array dies."""
         with self._lock:
             self._use()
             self._sweep()
@@ -235,8 +236,9 @@ class Client:
         """Decode once and wait: returns (out, lse), or out alone if there is no lse.
 
         q               [B, q_len, H, 576], or [rows, H, 576] with cu_q; contiguous; bf16, fp16 or fp8 e4m3
-        kv              [pages, page_size, 576] or [pages, page_size, 1, 576] of bf16, fp16 or fp8 e4m3, or uint8 or fp8
-                        [.., 656]: 512 e4m3, 4 fp32 scales, 64 bf16. Pages and rows may be strided (multiples of 16 bytes)
+        kv              [pages, page_size, 576] or [pages, page_size, 1, 576] of bf16, fp16 or fp8 e4m3, or uint8 or
+                        fp8 [.., 656]: 512 e4m3, 4 fp32 scales, 64 bf16. Pages and rows may be strided, by multiples of
+                        16 bytes
         block_table     int32 [B, max_pages]
         seqlens         int32 [B], the new tokens included; with dcp the global lengths
         softmax_scale   required
@@ -252,10 +254,11 @@ class Client:
         deterministic   a request's bits do not depend on its batch-mates
         timeout         seconds; None: for ever
 
-        Arrays: numpy or CPU torch memory from empty(); CUDA torch tensors and objects with __cuda_array_interface__ (registered
-        at their first use) if the device is their GPU. Host memory of q, kv, out and lse that is not shared is refused. The
-        metadata (block_table, seqlens, cu_q, mask, sink, scales) may lie anywhere: where it is not shared it is copied, for
-        this decode, into host memory that is. For CUDA arrays the work of the current stream is waited for first.
+        Arrays: numpy or CPU torch memory from empty(); CUDA torch tensors and objects with __cuda_array_interface__
+        (registered at their first use) if the device is their GPU. Host memory of q, kv, out and lse that is not shared
+        is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales) may lie anywhere: where it is not
+        shared it is copied, for this decode, into host memory that is. For CUDA arrays the work of the current stream
+        is waited for first.
 
         Raises RequestsFailed if some requests failed, Timeout, InvalidArgument, NotConnected or another Error."""
         pending = self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
@@ -267,8 +270,8 @@ class Client:
         return self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
 
     def plan(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
-        """Validate the decode that decode() describes, once, for many submissions of the same arrays with new contents. All of
-        them must be shared, the metadata too."""
+        """Validate the decode that decode() describes, once, for many submissions of the same arrays with new contents.
+        All of them must be shared, the metadata too."""
         with self._lock:
             self._use()
             self._sweep()

@@ -10,7 +10,8 @@ _clients, _lock = {}, threading.Lock()
 
 
 def default_client(device=None):
-    """The client of a CUDA device (its ordinal here), or with None of the device that $MLAD_DEVICE or the daemon chooses.
+    """The client of a CUDA device (its ordinal here), or with None of the device that $MLAD_DEVICE or the daemon
+    chooses.
 
     Connected at the first call to $MLAD_SOCKET. For cuda:N the daemon's device is that GPU's, "GPU-<uuid>"."""
     with _lock:
@@ -20,8 +21,8 @@ def default_client(device=None):
 
 
 def set_default_client(client, device=None):
-    """Have default_client(device) return `client` (None: connect again when needed); returns the one it replaces, which stays
-    open and is the caller's to close."""
+    """Have default_client(device) return `client` (None: connect again when needed); returns the one it replaces, which
+    stays open and is the caller's to close."""
     with _lock:
         before = _clients.pop(device, None)
         if client is not None:

@@ -2,8 +2,8 @@
 
 
 class Error(Exception):
-    """`code` is the name of an mla_status ("busy"; README.md, "Errors"), `field` the argument or the path at fault ("" where
-    none is), `message` says what is wrong and what to do."""
+    """`code` is the name of an mla_status ("busy"; README.md, "Errors"), `field` the argument or the path at fault (""
+    where none is), `message` says what is wrong and what to do."""
 
     def __init__(self, code, field, message):
         super().__init__(f"{code}: {field}: {message}" if field else f"{code}: {message}")
@@ -19,15 +19,15 @@ class NotConnected(Error, ConnectionError):
 
 
 class Timeout(Error, TimeoutError):
-    """The wait ended first; the decode goes on. `pending` is it: wait again, or drop it. Until it has completed its inputs
-    must not change and its outputs may still be written; the client keeps their memory alive that long."""
+    """The wait ended first; the decode goes on. `pending` is it: wait again, or drop it. Until it has completed its
+    inputs must not change and its outputs may still be written; the client keeps their memory alive that long."""
 
     pending = None
 
 
 class RequestsFailed(Error):
-    """Some requests failed, and their rows are unspecified; all others are complete. `result.failures` says which and why;
-    `out` and `lse` are the outputs."""
+    """Some requests failed, and their rows are unspecified; all others are complete. `result.failures` says which and
+    why; `out` and `lse` are the outputs."""
 
     result = out = lse = None
 

@@ -1,21 +1,23 @@
 """Drop-in for the dense decode of FlashMLA: `from mlad.flash_mla import flash_mla_with_kvcache, get_mla_metadata`.
 
-Conventions are those of deepseek-ai/FlashMLA: shapes, natural-log LSE, +inf as the LSE of a row without keys. Arguments that
-mlad does not honour are refused by name. Decodes go to the default client of q's device (mlad.default_client): for CUDA tensors
-mlad must serve that GPU; CPU tensors q and k_cache must come from `mlad.default_client().empty(..., like="torch")`.
+Conventions are those of deepseek-ai/FlashMLA: shapes, natural-log LSE, +inf as the LSE of a row without keys. Arguments
+that mlad does not honour are refused by name. Decodes go to the default client of q's device (mlad.default_client): for
+CUDA tensors mlad must serve that GPU; CPU tensors q and k_cache must come from `mlad.default_client().empty(...,
+like="torch")`.
 """
 from .default import client_for
 from .errors import unsupported
 
 
 class FlashMLASchedMeta:
-    """What get_mla_metadata returns. It is empty: mlad schedules each launch itself, so it may be used for any batch."""
+    """What get_mla_metadata returns. It is empty: mlad schedules each launch itself, so it may be used for any
+    batch."""
 
 
 def get_mla_metadata(cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=1, num_heads_q=None,
                      is_fp8_kvcache=False, topk=None):
-    """Returns (FlashMLASchedMeta(), None). The arguments of FlashMLA's older interface shape a schedule that mlad does not need;
-    those that announce another decode (num_heads_k other than 1, topk) are refused."""
+    """Returns (FlashMLASchedMeta(), None). The arguments of FlashMLA's older interface shape a schedule that mlad does
+    not need; those that announce another decode (num_heads_k other than 1, topk) are refused."""
     del cache_seqlens, num_q_tokens_per_head_k, num_heads_q, is_fp8_kvcache
     if num_heads_k != 1:
         raise unsupported("num_heads_k", f"MLA has one KV head, not {num_heads_k}")
@@ -37,8 +39,8 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, t
     softmax_scale   None: 576 ** -0.5
     causal          query token t sees the first K - (Sq - 1) + t keys
 
-    Returns (out [B, Sq, H, 512] of q's type (bf16 for fp8 q), lse fp32 [B, H, Sq]). Sparse attention, attn_sink, extra caches
-    and CUDA graph capture are refused. Raises mlad.Error; mlad.RequestsFailed carries out as it is."""
+    Returns (out [B, Sq, H, 512] of q's type (bf16 for fp8 q), lse fp32 [B, H, Sq]). Sparse attention, attn_sink, extra
+    caches and CUDA graph capture are refused. Raises mlad.Error; mlad.RequestsFailed carries out as it is."""
     for name, value in (("num_splits", num_splits), ("indices", indices), ("attn_sink", attn_sink),
                         ("extra_k_cache", extra_k_cache), ("extra_indices_in_kvcache", extra_indices_in_kvcache),
                         ("topk_length", topk_length), ("extra_topk_length", extra_topk_length)):

@@ -35,7 +35,8 @@ class Segment:
 
 
 class Lease:
-    """The owner of arrays in one segment: numpy and torch keep it alive through the interface that they were made from."""
+    """The owner of arrays in one segment: numpy and torch keep it alive through the interface that they were made
+    from."""
 
     def __init__(self, segment, returned):
         self.segment = segment
@@ -62,8 +63,8 @@ class Lease:
 
 
 class Memory:
-    """All segments of one client. Not thread-safe: the client holds its lock. `drop(segment)` destroys the plans that name a
-    segment before it is freed."""
+    """All segments of one client. Not thread-safe: the client holds its lock. `drop(segment)` destroys the plans that
+    name a segment before it is freed."""
 
     def __init__(self, handle, drop):
         self.handle, self.drop = handle, drop
@@ -96,7 +97,8 @@ class Memory:
     # Memory that we own.
 
     def lease(self, size, device=None):
-        """A Lease on `size` bytes at least: of host memory, or of the GPU with that ordinal. Contents are unspecified."""
+        """A Lease on `size` bytes at least: of host memory, or of the GPU with that ordinal. Contents are
+        unspecified."""
         self.sweep()
         unit = PAGE if size < 1 << 20 else 1 << 20
         size = max(-(-size // unit) * unit, PAGE)
@@ -147,8 +149,8 @@ class Memory:
                 raise invalid("access", f"{field} is registered for {found[0].access} already; forget it first")
             return found
         if seen.device is None:
-            raise invalid(field, "this host memory is not shared with the daemon, and is not copied silently: allocate it "
-                          "with client.empty()")
+            raise invalid(field, "this host memory is not shared with the daemon, and is not copied silently: "
+                          "allocate it with client.empty()")
         base, size, gone = cuda.owner(array, seen, field)
         buffer = self._import(base, size, seen.device, access)
         segment = self._add(Segment(buffer, base, size, seen.device, access, gone=gone))

@@ -1,8 +1,8 @@
 """Drop-in for tokenspeed_mla's decode: `from mlad.tokenspeed_mla import tokenspeed_mla_decode`.
 
 Conventions are those of lightseekorg/tokenspeed: the page axis before the head axis of a 4-D cache, base-2 LSE in
-[B, q_len, H], bf16 out for fp8 inputs. Every mask is honoured for every type. Arguments that mlad does not honour are refused by
-name. Decodes go to the default client of the query's device, as in mlad.flash_mla.
+[B, q_len, H], bf16 out for fp8 inputs. Every mask is honoured for every type. Arguments that mlad does not honour are
+refused by name. Decodes go to the default client of the query's device, as in mlad.flash_mla.
 """
 from .default import client_for
 from .errors import unsupported
@@ -25,10 +25,11 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
     causal_seqs         int32 [B], the global lengths, for cp_world > 1
     cp_world, cp_rank, cp_interleave_size   which of the global keys this rank's pages hold
 
-    workspace_buffer, max_seq_len, is_var_seq, enable_pdl, enable_packed_q and min_split_kv tune the launch of the original's kernel and
-    change no result; mlad schedules itself, and they have no effect here.
+    workspace_buffer, max_seq_len, is_var_seq, enable_pdl, enable_packed_q and min_split_kv tune the launch of the
+    original's kernel and change no result; mlad schedules itself, and they have no effect here.
 
-    Returns out, or (out, lse fp32 [B, q_len, H], base 2) with return_lse. CUDA graph capture is refused. Raises mlad.Error."""
+    Returns out, or (out, lse fp32 [B, q_len, H], base 2) with return_lse. CUDA graph capture is refused. Raises
+    mlad.Error."""
     del workspace_buffer, max_seq_len, is_var_seq, enable_pdl, enable_packed_q, min_split_kv
     if (kv_lora_rank, qk_rope_head_dim) != (512, 64):
         name = "kv_lora_rank" if kv_lora_rank != 512 else "qk_rope_head_dim"
@@ -46,8 +47,8 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
     window = 0
     if window_left != -1:
         if window_left < 0 or not (causal_mask or query.shape[1] == 1):
-            raise unsupported("window_left", f"{window_left} is not honoured with causal_mask={causal_mask}: give -1, or 0 "
-                              "and more with a causal mask")
+            raise unsupported("window_left", f"{window_left} is not honoured with causal_mask={causal_mask}: give -1, "
+                              "or 0 and more with a causal mask")
         window = window_left + 1
     lengths = seq_lens
     if causal_seqs is not None:
@@ -55,11 +56,10 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
         _check_share(seq_lens, causal_seqs, cp_world, cp_rank, cp_interleave_size)
     elif cp_world != 1:
         raise unsupported("causal_seqs", "the global lengths are needed where cp_world is not 1")
-    result = client.decode(query, kv_cache, block_tables, lengths, softmax_scale=softmax_scale, out=out,
-                           return_lse=return_lse, mask="causal" if causal_mask else "none", window=window,
-                           v_scale=output_scale if fp8 else None, dcp=(cp_world, cp_rank, cp_interleave_size),
-                           lse_base="2")
-    return result
+    return client.decode(query, kv_cache, block_tables, lengths, softmax_scale=softmax_scale, out=out,
+                         return_lse=return_lse, mask="causal" if causal_mask else "none", window=window,
+                         v_scale=output_scale if fp8 else None, dcp=(cp_world, cp_rank, cp_interleave_size),
+                         lse_base="2")
 
 
 def _check_share(seq_lens, causal_seqs, world, rank, interleave):
