@@ -19,7 +19,6 @@ import mlad
 
 PAGE, DRAFTS = 64, 3
 LATENT, ROPE, VOCABULARY = 512, 64, 512
-INIT = float(__import__('os').environ.get('INIT','.05'))
 
 
 def build(seed, layers, device):
@@ -27,14 +26,15 @@ def build(seed, layers, device):
     compared and not the rounding of everything around them.
 
     Random logits lead by next to nothing, so that any rounding turns a token. Here each token has a preferred
-    successor (the head is the embedding, permuted), which the layers often overrule."""
+    successor (the head is the embedding, permuted), which the layers often overrule. With the default seed the closest
+    choice leads by several times what rounding queries and cache to fp16 changes, and the causal mask still decides."""
     transformers.set_seed(seed)
     config = transformers.DeepseekV3Config(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, moe_intermediate_size=128,
         num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16, n_routed_experts=8,
         num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=LATENT,
         qk_rope_head_dim=ROPE, qk_nope_head_dim=64, v_head_dim=64, max_position_embeddings=1024,
-        initializer_range=INIT, attn_implementation="eager")
+        initializer_range=0.08, attn_implementation="eager")
     model = transformers.DeepseekV3ForCausalLM(config).to(device, torch.float32).eval().requires_grad_(False)
     embedding = model.get_input_embeddings().weight
     embedding.normal_()
@@ -106,7 +106,7 @@ class Target:
                           for layer in model.model.layers]
 
     def step(self, tokens):
-        """The greedy successor of each of `tokens`, which follow the `past` ones."""
+        """The logits after each of `tokens`, which follow the `past` ones: [tokens, vocabulary]."""
         device = self.model.device
         ids = torch.tensor([tokens], device=device)
         positions = torch.arange(self.past, self.past + len(tokens), device=device)[None]
@@ -114,15 +114,15 @@ class Target:
             attention.past = self.past
             layer.self_attn = attention
         try:
-            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            return self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         finally:
             for layer, attention in zip(self.model.model.layers, self.attention):
                 layer.self_attn = attention.inner
-        return logits[0].argmax(-1).tolist()
 
 
 def truncated(model, layers):
-    """The drafter: the model's first layers alone, with their own attention. Any drafter will do: the target decides."""
+    """The drafter: the model's first layers alone, with their own attention. Any drafter will do: the target
+    decides."""
     drafter = copy.deepcopy(model)
     drafter.model.layers = drafter.model.layers[:layers]
     drafter.config.num_hidden_layers = layers
@@ -130,36 +130,40 @@ def truncated(model, layers):
 
 
 def speculate(target, drafter, prompt, count):
-    """`count` greedy tokens after prompt; (tokens, steps, drafts accepted)."""
-    tokens = prompt + [target.step(prompt)[-1]]
+    """`count` greedy tokens after prompt, and their logits; (tokens, logits, steps, drafts accepted)."""
+    rows = [target.step(prompt)[-1:]]
+    tokens = prompt + rows[0].argmax(-1).tolist()
     target.past = len(prompt)
     steps = accepted = 0
     while len(tokens) < len(prompt) + count:
         drafts = generate(drafter, tokens, DRAFTS)[0]
-        verdicts = target.step(tokens[-1:] + drafts)
+        logits = target.step(tokens[-1:] + drafts)
+        verdicts = logits.argmax(-1).tolist()
         right = 0
         while right < DRAFTS and drafts[right] == verdicts[right]:
             right += 1
         tokens += verdicts[:right + 1]      # the drafts that hold, and the target's own next token
+        rows.append(logits[:right + 1])
         target.past += right + 1            # rows of rejected tokens lie beyond: the next step writes over them
         steps, accepted = steps + 1, accepted + right
-    return tokens[len(prompt):len(prompt) + count], steps, accepted
+    return tokens[len(prompt):len(prompt) + count], torch.cat(rows)[:count], steps, accepted
 
 
 def generate(model, prompt, count):
-    """`count` greedy tokens by the model's own attention, and the smallest lead of a chosen token's logit."""
-    tokens, lead = list(prompt), float("inf")
+    """`count` greedy tokens after prompt by the model's own attention, and their logits."""
+    tokens, rows = list(prompt), []
     for _ in range(count):
-        top = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].topk(2)
-        lead = min(lead, float(top.values[0] - top.values[1]))
-        tokens.append(int(top.indices[0]))
-    return tokens[len(prompt):], lead
+        rows.append(model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1])
+        tokens.append(int(rows[-1].argmax()))
+    return tokens[len(prompt):], torch.stack(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of q and the cache")
+    # All else is fp32. What is compared are choices, of tokens and of experts, which rounding turns where they are
+    # close: bf16 rounds 8 times coarser than fp16 and does so now and then.
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of queries and cache")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompt", type=int, default=70, help="tokens in the prompt")
@@ -172,14 +176,17 @@ def main():
     client = mlad.default_client(torch.cuda.current_device() if given.device == "cuda" else None)
     drafter = truncated(model, given.layers - 1)
     target = Target(model, client, given.prompt + given.tokens + DRAFTS + 1, dtype, given.device)
-    tokens, steps, accepted = speculate(target, drafter, prompt, given.tokens)
-    expected, lead = generate(model, prompt, given.tokens)
+    tokens, logits, steps, accepted = speculate(target, drafter, prompt, given.tokens)
+    expected, right = generate(model, prompt, given.tokens)
 
-    print(f"{client.device}, {given.dtype}: {given.tokens} tokens in {steps} steps, {accepted} of {steps * DRAFTS} drafts "
-          f"accepted; smallest lead of a chosen logit {lead:.4f}")
-    if tokens != expected:
-        at = next(i for i, pair in enumerate(zip(tokens, expected)) if pair[0] != pair[1])
-        print(f"FAILED: token {at} is {tokens[at]}, the model's own attention gives {expected[at]}")
+    same = next((i for i, pair in enumerate(zip(tokens, expected)) if pair[0] != pair[1]), given.tokens)
+    top = right.topk(2).values
+    change, lead = float((logits - right)[:same + 1].abs().max()), float((top[:, 0] - top[:, 1]).min())
+    print(f"{client.device}, {given.dtype}: {given.tokens} tokens in {steps} steps, "
+          f"{accepted} of {steps * DRAFTS} drafts accepted")
+    print(f"logits differ by {change:.4f} at most; the closest choice has a lead of {lead:.4f}")
+    if same < given.tokens:
+        print(f"FAILED: token {same} is {tokens[same]}, and {expected[same]} by the model's own attention")
         return 1
     print("ok: the tokens equal those of the model's own attention")
     return 0
