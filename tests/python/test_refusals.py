@@ -1,4 +1,5 @@
 """What cannot be honoured is refused by name, and what fails in the daemon arrives as the right exception."""
+import os
 import unittest
 
 import numpy as np
@@ -109,6 +110,17 @@ class Refusals(unittest.TestCase):
         with self.assertRaises(mlad.NotConnected) as caught:
             mlad.Client(socket="/nonexistent/mlad.sock", device="cpu", reconnect_ms=0)
         self.assertEqual(caught.exception.code, "not_connected")
+
+    def test_a_child_must_not_use_it(self):
+        child = os.fork()
+        if child == 0:
+            try:
+                self.decode()
+            except mlad.InvalidArgument as error:
+                os._exit(0 if error.field == "client" else 2)
+            os._exit(1)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.decode()
 
     def test_registering(self):
         with self.assertRaises(mlad.InvalidArgument) as caught:

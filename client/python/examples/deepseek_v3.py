@@ -42,14 +42,19 @@ def build(seed, layers, device):
     return model
 
 
+def shared(client, shape, dtype, device):
+    """A tensor that decodes can name: on the CPU in the daemon's shared memory, on a GPU any will do."""
+    if device == "cpu":
+        return client.empty(shape, dtype, like="torch")
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class Cache:
     """A paged latent cache of one layer for one sequence, in pages that are deliberately out of order."""
 
     def __init__(self, client, capacity, dtype, device):
         pages = -(-capacity // PAGE)
-        shape = (pages, PAGE, LATENT + ROPE)
-        self.kv = (client.empty(shape, dtype, like="torch") if device == "cpu" else
-                   torch.empty(shape, dtype=dtype, device=device))
+        self.kv = shared(client, (pages, PAGE, LATENT + ROPE), dtype, device)
         self.table = torch.arange(pages - 1, -1, -1, dtype=torch.int32, device=device)[None]
 
     def write(self, start, rows):
@@ -65,6 +70,8 @@ class MladAttention(torch.nn.Module):
     def __init__(self, attention, client, cache):
         super().__init__()
         self.inner, self.client, self.cache, self.past = attention, client, cache, 0
+        kv = cache.kv
+        self.query = shared(client, (1, 64, attention.num_heads, LATENT + ROPE), kv.dtype, kv.device.type)
         up = attention.kv_b_proj.weight.view(attention.num_heads, -1, LATENT)
         self.up_k, self.up_v = up.split([attention.qk_nope_head_dim, attention.v_head_dim], dim=1)
 
@@ -87,13 +94,8 @@ class MladAttention(torch.nn.Module):
     def decode(self, query, length):
         """query [1, q_len, H, 576] -> [1, q_len, H, 512] in fp32; the last query token is the sequence's
         `length`-th."""
-        kv = self.cache.kv
-        if kv.device.type == "cpu":
-            q = self.client.empty(query.shape, kv.dtype, like="torch")
-            q.copy_(query)
-        else:
-            q = query.to(kv.dtype).contiguous()
-        return self.client.decode(q, kv, self.cache.table, [length], softmax_scale=self.inner.scaling,
+        q = self.query[:, :query.shape[1]].copy_(query)
+        return self.client.decode(q, self.cache.kv, self.cache.table, [length], softmax_scale=self.inner.scaling,
                                   return_lse=False).float()
 
 

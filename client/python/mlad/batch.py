@@ -5,7 +5,7 @@ field of the batch.
 """
 import numpy as np
 
-from . import _libmla, arrays
+from . import _libmla, arrays, cuda
 from .errors import invalid
 
 LATENT, WIDTH, ROW656 = 512, 576, 656
@@ -44,6 +44,8 @@ class Description:
 
     def see(self, array, field):
         seen = arrays.view(array, field)
+        if seen.kind == "torch" and seen.device is not None:
+            cuda.refuse_capture(seen.device)
         self.views.append(seen)
         self.keep.append(array)
         return seen

@@ -109,6 +109,8 @@ class Plan:
         """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first. The contents
         of the inputs must not change until it has completed."""
         client = self._client
+        for device in {seen.device for seen in self._views if seen.kind == "torch" and seen.device is not None}:
+            cuda.refuse_capture(device)
         cuda.drain(self._views)
         with client._lock:
             client._use()
@@ -212,7 +214,8 @@ class Client:
     def register(self, array, access="readwrite"):
         """Share a GPU array with the daemon now (150 to 200 us) instead of at its first use, or for reading only
         (access="read"). Of a torch tensor its whole storage is shared. It ends when the storage (of other libraries:
-        the object) dies, with forget() or with close(). Host arrays come from empty()."""
+        the object) dies, with forget() or with close(), so a tensor that is made anew for each step is registered anew.
+        Host arrays come from empty()."""
         with self._lock:
             self._use()
             self._sweep()

@@ -33,16 +33,21 @@ def owner(array, seen, field):
     return seen.pointer, seen.span, lambda: reference() is None
 
 
+def refuse_capture(device):
+    """Refuse while the current stream of a GPU is being captured into a CUDA graph."""
+    torch = sys.modules["torch"]
+    with guard(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise unsupported("stream", f"the current stream of cuda:{device} is being captured into a CUDA graph; a "
+                              "decode runs in the daemon and cannot be captured: call it outside the graph")
+
+
 def drain(views):
     """Wait for all work of this process that may still write these arrays: the current stream of every GPU among
-    torch's, and the stream that each __cuda_array_interface__ names. Refused while a stream is being captured into a
-    CUDA graph."""
+    torch's, and the stream that each __cuda_array_interface__ names."""
     for device in {seen.device for seen in views if seen.kind == "torch" and seen.device is not None}:
         torch = sys.modules["torch"]
         with guard(device):
-            if torch.cuda.is_current_stream_capturing():
-                raise unsupported("stream", f"the current stream of cuda:{device} is being captured into a CUDA graph; "
-                                  "a decode runs in the daemon and cannot be captured: call it outside the graph")
             _libmla.call("mla_stream_drain", torch.cuda.current_stream(device).cuda_stream)
     for stream in {seen.stream for seen in views if seen.kind == "cuda" and seen.stream is not None}:
         _libmla.call("mla_stream_drain", stream)
