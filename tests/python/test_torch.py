@@ -75,6 +75,17 @@ class Torch(unittest.TestCase):
             self.client.decode(torch.randn(2, 4, 6, 576).half(), kv, self.table, self.lengths, softmax_scale=SCALE)
         self.assertIn("client.empty", str(caught.exception))
 
+    def test_a_storage_is_registered_whole_and_watched(self):
+        from mlad import arrays, cuda
+        tensor = torch.empty(10, 4)
+        view = tensor[3:]
+        base, size, gone = cuda.owner(view, arrays.view(view, "x"), "x")
+        self.assertEqual((base, size), (tensor.data_ptr(), 160))
+        del tensor
+        self.assertFalse(gone())
+        del view
+        self.assertTrue(gone())
+
     def flash(self, q, kv, **changes):
         given = {"block_table": self.table, "cache_seqlens": self.lengths, "head_dim_v": 512,
                  "tile_scheduler_metadata": get_mla_metadata()[0], "softmax_scale": SCALE, "causal": True}
