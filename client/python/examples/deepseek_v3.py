@@ -35,11 +35,11 @@ def build(seed, layers, device):
         num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=LATENT,
         qk_rope_head_dim=ROPE, qk_nope_head_dim=64, v_head_dim=64, max_position_embeddings=1024,
         initializer_range=0.08, attn_implementation="eager")
-    model = transformers.DeepseekV3ForCausalLM(config).to(device, torch.float32).eval().requires_grad_(False)
+    model = transformers.DeepseekV3ForCausalLM(config).to(torch.float32).eval().requires_grad_(False)
     embedding = model.get_input_embeddings().weight
     embedding.normal_()
     model.lm_head.weight.copy_(embedding[torch.randperm(VOCABULARY)] / 16)
-    return model
+    return model.to(device)     # made on the CPU, so that a seed means the same model everywhere
 
 
 def shared(client, shape, dtype, device):
