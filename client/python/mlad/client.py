@@ -1,0 +1,330 @@
+"""A connection to one device of a daemon, its plans, and decodes in flight."""
+import collections
+import ctypes
+import os
+import threading
+import time
+from typing import NamedTuple, Tuple
+
+import numpy as np
+
+from . import _libmla, arrays, cuda
+from .batch import describe
+from .errors import Error, Timeout, invalid
+from .memory import Memory
+
+PLANS = 256             # kept by Client.decode; the daemon allows each user 4096 by default
+SLICE_MS = 200          # a wait returns to Python that often, so that signals are handled
+
+
+class Failure(NamedTuple):
+    """One request that failed."""
+    request: int            # its index in the batch
+    field: str              # such as "block_table[3][7]"
+    message: str
+
+
+class Result(NamedTuple):
+    """What came of a decode."""
+    failed: int                     # requests that failed
+    failures: Tuple[Failure, ...]   # the first 32 of them
+    kv_tokens: int                  # KV tokens of the batch
+    receive_ns: int                 # in the daemon: to queued,
+    queue_ns: int                   # to launched,
+    kernel_ns: int                  # to complete
+    replays: int                    # times it was submitted again after a death of the daemon
+
+
+def _result(raw):
+    failures = tuple(Failure(f.request, f.field.decode(errors="replace"), f.message.decode(errors="replace"))
+                     for f in raw.failures[:raw.listed])
+    return Result(raw.failed, failures, raw.kv_tokens, raw.receive_ns, raw.queue_ns, raw.kernel_ns, raw.replays)
+
+
+class Pending:
+    """A decode in flight. It keeps the arrays of the decode alive; dropping it uncollected leaves them to the client
+    until the decode has completed. To be used by one thread at a time."""
+
+    def __init__(self, client, ticket, keep, out, lse):
+        self._client, self._ticket, self._keep = client, ticket, keep
+        self.out, self.lse = out, lse
+        self._outcome = None        # a Result or an Error, once collected
+
+    def done(self):
+        """Has it completed? Never blocks. wait() then returns, or raises, at once."""
+        if self._outcome is None:
+            self._collect("mla_poll", 0)
+        return self._outcome is not None
+
+    def wait(self, timeout=None):
+        """Wait at most `timeout` seconds (None: for ever; 0 only looks) and return the Result. Raises Timeout (wait
+        again), or what came of the decode: RequestsFailed, or another Error."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._outcome is None:
+            left = SLICE_MS if deadline is None else int(max(0, deadline - time.monotonic()) * 1000)
+            self._collect("mla_wait", min(left, SLICE_MS))
+            if self._outcome is None and deadline is not None and time.monotonic() >= deadline:
+                error = Timeout("timeout", "", f"the decode did not complete within {timeout} s; it goes on")
+                error.pending = self
+                raise error
+        if isinstance(self._outcome, Error):
+            raise self._outcome
+        return self._outcome
+
+    def _collect(self, function, timeout_ms):
+        self._client._use()
+        raw, error, done = _libmla.mla_result(), _libmla.mla_error(), ctypes.c_int(1)
+        library, by = _libmla.library(), ctypes.byref
+        if function == "mla_poll":
+            status = library.mla_poll(self._client._handle, self._ticket, by(done), by(raw), by(error))
+        else:
+            status = library.mla_wait(self._client._handle, self._ticket, timeout_ms, by(raw), by(error))
+        if not done.value or status == _libmla.TIMEOUT:
+            return
+        if status == _libmla.OK:
+            self._outcome = _result(raw)
+        else:
+            try:
+                _libmla.fail(error, _result(raw))
+            except Error as failure:
+                self._outcome = failure
+                failure.out, failure.lse = self.out, self.lse
+        self._keep = None
+
+    def __del__(self):
+        if getattr(self, "_outcome", True) is None:
+            self._client._orphans.append((self._ticket, self._keep))
+
+
+class Plan:
+    """One batch, validated once, for an engine's every step. Its arrays stay alive with it; their contents may change
+    between submissions. `out` and `lse` are written by each decode."""
+
+    def __init__(self, client, description, handle):
+        self._client, self._handle = client, handle
+        self._views, self._keep, self._segments = description.views, description.keep, description.segments
+        self.out, self.lse = description.out, description.lse
+
+    def submit(self):
+        """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first. The contents
+        of the inputs must not change until it has completed."""
+        client = self._client
+        for device in {seen.device for seen in self._views if seen.kind == "torch" and seen.device is not None}:
+            cuda.refuse_capture(device)
+        cuda.drain(self._views)
+        with client._lock:
+            client._use()
+            if self._handle is None:
+                raise invalid("plan", "it was closed")
+            client._sweep()
+            return client._submit(self._handle, self._keep, self.out, self.lse)
+
+    def decode(self, timeout=None):
+        """Submit, wait at most `timeout` seconds (None: for ever) and return the Result."""
+        return self.submit().wait(timeout)
+
+    def close(self):
+        """Free the plan. Decodes in flight complete. Otherwise done when it is collected."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._client._closed_plans.append(handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+class Client:
+    """A connection to one device. Any thread may use it. After fork() the child must not.
+
+    socket: the daemon's; None: $MLAD_SOCKET, else /run/mlad/mlad.sock. device: "cpu", "GPU-<uuid>", ...; None:
+    $MLAD_DEVICE, else the first device served that is not `reference`. name: shown by `mlactl status`. reconnect_ms:
+    how long a daemon that is away is waited for, here and at every later call, before NotConnected is raised."""
+
+    def __init__(self, socket=None, device=None, name=None, reconnect_ms=30000):
+        self._handle, self._pid, self._lock = None, os.getpid(), threading.RLock()
+        options, handle = _libmla.mla_options(), ctypes.c_void_p()
+        _libmla.library().mla_options_init(ctypes.byref(options))
+        options.socket, options.device, options.name = (
+            os.fsencode(text) if text is not None else None for text in (socket, device, name))
+        options.reconnect_ms = reconnect_ms
+        _libmla.call("mla_connect", ctypes.byref(handle), ctypes.byref(options))
+        self._handle = handle
+        self._plans = collections.OrderedDict()     # bytes of a batch -> (plan, segments), least recently used first
+        self._orphans = collections.deque()         # (ticket, keep) of decodes that nobody will collect
+        self._closed_plans = collections.deque()
+        self._memory = Memory(handle, self._drop_plans)
+
+    @property
+    def device(self):
+        """The device's name."""
+        self._use()
+        return _libmla.library().mla_device(self._handle).decode()
+
+    def fileno(self):
+        """A descriptor that polls readable when Pending.done() may have news, for an event loop. It belongs to the
+        client."""
+        self._use()
+        descriptor = _libmla.library().mla_fd(self._handle)
+        if descriptor < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return descriptor
+
+    def close(self):
+        """End the session, once no other thread uses it. Decodes in flight are abandoned; arrays from empty() stay
+        valid, as ordinary memory."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+            if handle is not None and self._pid == os.getpid():
+                _libmla.library().mla_close(handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    # Memory.
+
+    def empty(self, shape, dtype, like="numpy"):
+        """An array of host memory that is shared with the daemon; its contents are unspecified.
+
+        dtype: numpy's, torch's, a name ("float32"), mlad.bfloat16 or mlad.float8_e4m3. like: "numpy", or "torch" for a
+        CPU tensor. The memory is the array's: it goes back when the last view of it dies, and outlives the client."""
+        if like not in ("numpy", "torch"):
+            raise invalid("like", f'it must be "numpy" or "torch", not {like!r}')
+        name = arrays.dtype_name(dtype)
+        shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+        size = int(np.prod(shape, dtype=object)) * arrays.ITEM_BYTES[name]
+        with self._lock:
+            self._use()
+            self._sweep()
+            return self._memory.lease(size).array(like, name, shape)
+
+    def register(self, array, access="readwrite"):
+        """Share a GPU array with the daemon now (150 to 200 us) instead of at its first use, or for reading only
+        (access="read"). Of a torch tensor its whole storage is shared. It ends when the storage (of other libraries:
+        the object) dies, with forget() or with close(), so a tensor that is made anew for each step is registered anew.
+        Host arrays come from empty()."""
+        with self._lock:
+            self._use()
+            self._sweep()
+            self._memory.register(array, arrays.view(array, "array"), "array", access)
+
+    def forget(self, array):
+        """End the sharing of a GPU array; the daemon lets go of it as soon as no decode in flight uses it. Memory of
+        empty() is let go when its last array dies."""
+        with self._lock:
+            self._use()
+            self._sweep()
+            found = self._memory.locate(arrays.view(array, "array"))
+            if found is None or found[0].keep is not None:
+                raise invalid("array", "it is not registered" if found is None else
+                              "it was allocated by the client and is let go when the last array in it dies")
+            self._memory.release(found[0])
+
+    # Decodes.
+
+    def decode(self, q, kv, block_table, seqlens, *, softmax_scale, timeout=None, **options):
+        """Decode once and wait: returns (out, lse), or out alone if there is no lse.
+
+        q               [B, q_len, H, 576], or [rows, H, 576] with cu_q; contiguous; bf16, fp16 or fp8 e4m3
+        kv              [pages, page_size, 576] or [pages, page_size, 1, 576] of bf16, fp16 or fp8 e4m3, or uint8 or
+                        fp8 [.., 656]: 512 e4m3, 4 fp32 scales, 64 bf16. Pages and rows may be strided, by multiples of
+                        16 bytes
+        block_table     int32 [B, max_pages]
+        seqlens         int32 [B], the new tokens included; with dcp the global lengths
+        softmax_scale   required
+        out             [.., H, 512], rows as q has them; None: a new array of q's kind, of q's type (bf16 for fp8 q)
+        lse             fp32 [.., H]; None: a new array, unless return_lse=False
+        mask            "causal", "none", or a tree mask: uint64 (or int64 of the same bits) [rows] or [B, q_len]
+        cu_q            int32 [B + 1]: the first row of each request and the end, for ragged q_len 0..64
+        window          keys, 0: none
+        sink            fp32 [H]
+        q_scale, k_scale, v_scale   numbers, or arrays of one fp32
+        dcp             (world, rank, interleave); None: (1, 0, 1)
+        lse_base        "e" or "2"
+        deterministic   a request's bits do not depend on its batch-mates
+        timeout         seconds; None: for ever
+
+        Arrays: numpy or CPU torch memory from empty(); CUDA torch tensors and objects with __cuda_array_interface__
+        (registered at their first use) if the device is their GPU. Host memory of q, kv, out and lse that is not shared
+        is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales) may lie anywhere: where it is not
+        shared it is copied, for this decode, into host memory that is. For CUDA arrays the work of the current stream
+        is waited for first.
+
+        Raises RequestsFailed if some requests failed, Timeout, InvalidArgument, NotConnected or another Error."""
+        pending = self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+        pending.wait(timeout)
+        return pending.out if pending.lse is None else (pending.out, pending.lse)
+
+    def submit(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
+        """Start the decode that decode() describes and return it as Pending, with `out` and `lse`."""
+        return self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+
+    def plan(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
+        """Validate the decode that decode() describes, once, for many submissions of the same arrays with new contents.
+        All of them must be shared, the metadata too."""
+        with self._lock:
+            self._use()
+            self._sweep()
+            d = describe(self._memory, False, q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+            return Plan(self, d, self._create(d.batch))
+
+    def _start(self, *arguments, **options):
+        with self._lock:
+            self._use()
+            self._sweep()
+            d = describe(self._memory, True, *arguments, **options)
+            cuda.drain(d.views)
+            d.copy()
+            entry = self._plans.pop(d.key, None) or (self._create(d.batch), d.segments)
+            self._plans[d.key] = entry
+            while len(self._plans) > PLANS:
+                _, (plan, _) = self._plans.popitem(last=False)
+                _libmla.library().mla_plan_destroy(plan)
+            return self._submit(entry[0], d.keep, d.out, d.lse)
+
+    def _create(self, batch):
+        plan = ctypes.c_void_p()
+        _libmla.call("mla_plan_create", self._handle, ctypes.byref(batch), ctypes.byref(plan))
+        return plan
+
+    def _submit(self, plan, keep, out, lse):
+        ticket = ctypes.c_uint64()
+        _libmla.call("mla_submit", self._handle, plan, ctypes.byref(ticket))
+        return Pending(self, ticket.value, keep, out, lse)
+
+    # Upkeep.
+
+    def _use(self):
+        if self._handle is None:
+            raise invalid("client", "it was closed")
+        if self._pid != os.getpid():
+            raise invalid("client", "it belongs to the parent process; connect again after fork()")
+
+    def _sweep(self):
+        """Finish what the garbage collector may only note down. Locked."""
+        while self._closed_plans:
+            _libmla.library().mla_plan_destroy(self._closed_plans.popleft())
+        for _ in range(len(self._orphans)):
+            ticket, keep = self._orphans.popleft()
+            done = ctypes.c_int(1)
+            _libmla.library().mla_poll(self._handle, ticket, ctypes.byref(done), None, None)
+            if not done.value:
+                self._orphans.append((ticket, keep))
+        self._memory.sweep()
+
+    def _drop_plans(self, segment):
+        for key in [key for key, (_, segments) in self._plans.items() if segment in segments]:
+            _libmla.library().mla_plan_destroy(self._plans.pop(key)[0])

@@ -1,0 +1,53 @@
+"""What depends on CUDA: whose memory an array lies in, and waiting for the work that writes it."""
+import contextlib
+import sys
+import weakref
+
+from . import _libmla
+from .errors import unsupported
+
+
+def guard(device):
+    """Make a GPU (its ordinal; None or -1: no matter) current, as far as torch is there to do so."""
+    torch = sys.modules.get("torch")
+    if torch is None or device is None or device < 0:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def owner(array, seen, field):
+    """(address, bytes, gone) of the memory to register for a GPU array; gone() asks whether its owner has died.
+
+    Of a torch tensor that is its whole storage. Of another library's array it is the extent of that array, which is let
+    go when the object dies, or by client.forget if it cannot be watched."""
+    if seen.kind == "torch":
+        from torch.multiprocessing.reductions import StorageWeakRef
+        storage = array.untyped_storage()
+        return storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage).expired
+    if min(seen.strides, default=0) < 0:
+        raise unsupported(field, "an array with negative strides cannot be shared")
+    try:
+        reference = weakref.ref(array)
+    except TypeError:
+        return seen.pointer, seen.span, None
+    return seen.pointer, seen.span, lambda: reference() is None
+
+
+def refuse_capture(device):
+    """Refuse while the current stream of a GPU is being captured into a CUDA graph."""
+    torch = sys.modules["torch"]
+    with guard(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise unsupported("stream", f"the current stream of cuda:{device} is being captured into a CUDA graph; a "
+                              "decode runs in the daemon and cannot be captured: call it outside the graph")
+
+
+def drain(views):
+    """Wait for all work of this process that may still write these arrays: the current stream of every GPU among
+    torch's, and the stream that each __cuda_array_interface__ names."""
+    for device in {seen.device for seen in views if seen.kind == "torch" and seen.device is not None}:
+        torch = sys.modules["torch"]
+        with guard(device):
+            _libmla.call("mla_stream_drain", torch.cuda.current_stream(device).cuda_stream)
+    for stream in {seen.stream for seen in views if seen.kind == "cuda" and seen.stream is not None}:
+        _libmla.call("mla_stream_drain", stream)
