@@ -224,9 +224,9 @@ static void handle(struct mlad_peer *peer, const char *datagram, long length, un
                       "a request's sequence is 1 or more; 0 could not be answered");
     else if (code != MLAP_code_OK)
         mlad_peer_refuse(peer, header.sequence, code, fault.field, fault.message);
-    else if ((int)n_fds != mlap_type_fds(header.type)) {
+    else if (!mlap_fds_fit(header.type, n_fds)) { /* n_fds only says whether any came */
         snprintf(why, sizeof why, "%s carries %s file descriptor", mlap_type_name(header.type),
-                 mlap_type_fds(header.type) ? "one" : "no");
+                 mlap_type_fds(header.type) ? "at least one" : "no");
         mlad_peer_refuse(peer, header.sequence, MLAP_code_FDS, "", why);
     } else
         serve(peer, &header, &body);

@@ -174,16 +174,17 @@ struct mlak_device;
 enum mlak_memory_kind {
     MLAK_MEMORY_HOST,     /* pages mapped in this process at `host`, shared with the client */
     MLAK_MEMORY_CUDA_IPC, /* an allocation named by a legacy CUDA IPC handle */
-    MLAK_MEMORY_CUDA_VMM  /* an allocation behind a POSIX descriptor that the client exported */
+    MLAK_MEMORY_CUDA_VMM  /* allocations behind POSIX descriptors that the client exported, mapped end to end */
 };
 struct mlak_memory {
     enum mlak_memory_kind kind;
     void *host;                   /* HOST: page-aligned */
     uint8_t handle[64];           /* CUDA_IPC: a bearer secret, never logged; the caller wipes it */
-    int fd;                       /* CUDA_VMM: stays the caller's */
+    const int *fds;               /* CUDA_VMM: [n_fds], stay the caller's */
+    uint32_t n_fds;
     char gpu[64];                 /* CUDA_*: "GPU-..." on which the memory lies, as the client says; checked */
-    uint64_t allocation;          /* CUDA_VMM: bytes of the whole allocation, a multiple of its granularity */
-    uint64_t offset;              /* CUDA_*: from the start of the allocation to the buffer */
+    uint64_t allocation;          /* CUDA_VMM: bytes of each allocation, a multiple of its granularity; up to 2^48 */
+    uint64_t offset;              /* CUDA_*: from the start of the (first) allocation to the buffer */
     uint64_t bytes;               /* of the buffer */
     bool writable;
 };
@@ -191,7 +192,7 @@ struct mlak_mapping {
     void *pointer;                /* where kernels see the buffer's first byte */
     bool host;                    /* host memory */
     bool local;                   /* on the device's own memory, not on a peer's or the host's */
-    uint8_t identity[16];         /* same allocation <=> same identity, as far as the driver tells */
+    uint8_t identity[16];         /* same allocation <=> same identity, as far as the driver tells: not of CUDA_VMM */
     uint64_t first;               /* the buffer's first byte within what `identity` names */
     void *owner;                  /* the backend's */
 };

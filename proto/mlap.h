@@ -52,7 +52,8 @@ enum mlap_code mlap_decode(const void *bytes, size_t length, struct mlap_header 
 
 /* Facts about a type; NULL or -1 if unknown. */
 const char *mlap_type_name(uint32_t type);          /* "REGISTER" */
-int mlap_type_fds(uint32_t type);                   /* file descriptors it carries */
+int mlap_type_fds(uint32_t type);                   /* most file descriptors it carries; unless 0, at least one */
+bool mlap_fds_fit(uint32_t type, unsigned n_fds);
 enum mlap_from { MLAP_FROM_CLIENT, MLAP_FROM_DAEMON, MLAP_FROM_INTERNAL };
 int mlap_type_from(uint32_t type);                  /* enum mlap_from */
 
@@ -70,6 +71,8 @@ MLAP_ENUMS(MLAP_DECLARE_TEXT)
  * always added. Returns 0, or -1 with errno (EAGAIN: full, or the kernel lacks memory; EPIPE, ECONNRESET: the peer has
  * gone). */
 int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags);
+/* The same with up to MLAP_MAX_FDS descriptors. They stay the caller's. */
+int mlap_send_fds(int socket, const void *bytes, size_t length, const int *fds, unsigned n_fds, int flags);
 
 /* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set.
  * With fds NULL descriptors are not taken at all, and *n_fds says 1 if any came: closing a stranger's descriptor can block,

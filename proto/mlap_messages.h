@@ -22,7 +22,7 @@
 
 #define MLAP_VERSION 1u            /* the protocol version in each header */
 #define MLAP_MAX_MESSAGE 65536u    /* bytes in one datagram, header included */
-#define MLAP_MAX_FDS 1u            /* file descriptors in one datagram */
+#define MLAP_MAX_FDS 252u          /* file descriptors in one datagram: Linux carries one more, so that more can be told */
 #define MLAP_MAX_DEVICES 16
 #define MLAP_MAX_CAPABILITIES 64
 #define MLAP_MAX_SESSIONS_LISTED 64
@@ -268,6 +268,16 @@
     F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; offset + bytes may not pass the allocation's end") \
     F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
 
+/* File descriptors do not tell whether two of them are one allocation: `address` does, within a process. */
+#define MLAP_FIELDS_import_vmm(F, M) \
+    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session and with those of REGISTER") \
+    F(M, STR, gpu, _, 1, 63, REQ, "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
+    F(M, U64, allocation, _, 1, 281474976710656, REQ, "bytes of each allocation (cuMemCreate); all have one size, and lie end to end in the order of their descriptors") \
+    F(M, U64, offset, _, 0, 281474976710655, REQ, "bytes from the start of the first allocation to the buffer, less than allocation") \
+    F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; there are as many descriptors as offset + bytes needs allocations, neither fewer nor more") \
+    F(M, U64, address, _, 0, MLAP_I64_MAX, REQ, "where the client has it mapped; only compared: buffers of this message overlap where their addresses do") \
+    F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
+
 #define MLAP_FIELDS_unregister(F, M) \
     F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "a registered buffer; answered when it is unmapped")
 
@@ -362,7 +372,8 @@
 #define MLAP_FIELDS_report(F, M) \
     F(M, MSG, device, device, 0, 0, REQ, "state and figures; the answer to QUERY")
 
-/* X(TYPE, message, number, fds, FROM, "documentation"); FROM is CLIENT, DAEMON or INTERNAL */
+/* X(TYPE, message, number, fds, FROM, "documentation"); FROM is CLIENT, DAEMON or INTERNAL; fds is 0, or n for 1 to n
+ * file descriptors */
 #define MLAP_MESSAGES(X) \
     X(HELLO, hello, 1, 0, CLIENT, "The first message of a connection. Answer: WELCOME.") \
     X(WELCOME, welcome, 2, 0, DAEMON, "The session is open; its limits.") \
@@ -386,6 +397,7 @@
     X(DRAIN, drain, 20, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once nothing is in flight.") \
     X(EVICT, evict, 21, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once the session is closed.") \
     X(IMPORT, import, 22, 0, CLIENT, "Map a buffer in GPU memory, on a GPU's device. Answer: OK.") \
+    X(IMPORT_VMM, import_vmm, 23, MLAP_MAX_FDS, CLIENT, "Map a buffer in GPU memory from cuMemCreate, by descriptors from cuMemExportToShareableHandle. Answer: OK.") \
     X(CONFIGURE, configure, 64, 0, INTERNAL, "Limits, at start and after a reload.") \
     X(ATTACH, attach, 65, 1, INTERNAL, "An accepted connection for this worker.") \
     X(READY, ready, 66, 0, INTERNAL, "The worker serves; its capability table.") \

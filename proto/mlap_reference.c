@@ -48,6 +48,8 @@ static void print_messages(FILE *to, const char *title, enum mlap_from from)
             continue;
         fprintf(to, "### %s (%u)\n\n%s%s\n\n", message->type, type, message->doc,
                 message->fds == 1 ? " Carries one file descriptor." : "");
+        if (message->fds > 1)
+            fprintf(to, "Carries 1 to %d file descriptors.\n\n", message->fds);
         print_table(to, message->table);
         fputc('\n', to);
     }

@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Room for one descriptor more than is legal: the padding has it anyway, so the kernel may deliver it. */
+/* Room for one descriptor more than is legal: with padding the kernel may deliver it anyway. */
 union control {
     struct cmsghdr align;
     char bytes[CMSG_SPACE(sizeof(int) * (MLAP_MAX_FDS + 1))];
@@ -22,23 +22,33 @@ static int not_now(void)
     return -1;
 }
 
-int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags)
+int mlap_send_fds(int socket, const void *bytes, size_t length, const int *fds, unsigned n_fds, int flags)
 {
     struct iovec part = {(void *)(uintptr_t)bytes, length};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1};
     union control control = {0};
-    if (fd != -1) {
+    if (n_fds > MLAP_MAX_FDS) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (n_fds > 0) {
+        size_t room = n_fds * sizeof *fds;
         datagram.msg_control = control.bytes;
-        datagram.msg_controllen = CMSG_SPACE(sizeof fd);
+        datagram.msg_controllen = CMSG_SPACE(room);
         struct cmsghdr *rights = CMSG_FIRSTHDR(&datagram);
-        *rights = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-        memcpy(CMSG_DATA(rights), &fd, sizeof fd);
+        *rights = (struct cmsghdr){.cmsg_len = CMSG_LEN(room), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+        memcpy(CMSG_DATA(rights), fds, room);
     }
     ssize_t sent;
     do
         sent = sendmsg(socket, &datagram, flags | MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
     return sent < 0 ? not_now() : 0;
+}
+
+int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags)
+{
+    return mlap_send_fds(socket, bytes, length, &fd, fd != -1, flags);
 }
 
 long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags)

@@ -100,6 +100,12 @@ int mlap_type_fds(uint32_t type)
     return message != NULL ? message->fds : -1;
 }
 
+bool mlap_fds_fit(uint32_t type, unsigned n_fds)
+{
+    int most = mlap_type_fds(type);
+    return most > 0 ? n_fds >= 1 && n_fds <= (unsigned)most : n_fds == 0;
+}
+
 int mlap_type_from(uint32_t type)
 {
     const struct mlap_message *message = mlap_message_of(type);

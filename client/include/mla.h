@@ -130,11 +130,14 @@ MLA_API mla_status mla_buffer_alloc(mla_client *client, size_t bytes, mla_buffer
 MLA_API mla_status mla_buffer_import(mla_client *client, int memfd, uint64_t offset, size_t bytes, mla_access access,
                                      mla_buffer **buffer, mla_error *error);
 
-/* Register `bytes` of this process's GPU memory from `pointer`, for a client of a GPU's device: the KV cache on that GPU
- * itself, all else there, in host memory or on a GPU that it can access. The memory must come from cudaMalloc (cuMemAlloc):
- * what cannot be shared is refused with what to change. It stays the caller's and must outlive the buffer; work of this
- * process that writes it must have finished before a decode that reads it is submitted (mla_stream_drain), since the daemon
- * follows no stream. Takes 150 to 200 us: not for the decode path. */
+/* Register `bytes` of this process's GPU memory from `pointer`, for a client of a GPU's device: the KV cache on that
+ * GPU itself, all else there, in host memory or on a GPU that it can access. The memory must come from cudaMalloc
+ * (cuMemAlloc), or from cuMemCreate with POSIX file descriptors (PyTorch's expandable segments): then it may span up to
+ * 252 allocations of one size. What cannot be shared is refused with what to change. It stays the caller's and must
+ * outlive the buffer, mapped where it is, because a new worker has to be given it again; work of this process that
+ * writes it must have finished before a decode that reads it is submitted (mla_stream_drain), since the daemon follows
+ * no stream. Call it from a thread in which the GPU's context is current (cudaSetDevice). Takes 150 to 200 us, and 250
+ * us for each allocation of cuMemCreate: not for the decode path. */
 MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, size_t bytes, mla_access access,
                                             mla_buffer **buffer, mla_error *error);
 /* Wait for all work on a CUDA stream of this process (a cudaStream_t; NULL: the default one). */

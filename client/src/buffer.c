@@ -1,8 +1,8 @@
 /* buffer.c - memory shared with the daemon and its registration there: a memfd with its mapping here, or GPU memory.
  *
  * A buffer belongs to its client and to whoever holds it: mla_buffer_free ends it, mla_close too. The memfd stays open
- * as long as the buffer, because a new worker has to be given it again. */
-#include "cuda.h"
+ * as long as the buffer, because a new worker has to be given it again. Descriptors of GPU memory are not kept, since a
+ * KV cache may be hundreds of them: they are exported again from the memory, which outlives the buffer. */
 #include "mlac.h"
 
 #include <errno.h>
@@ -41,10 +41,24 @@ static bool map(mla_buffer *buffer)
     return buffer->data;
 }
 
+static struct mlac_call *vmm_call(uint64_t id, const mla_buffer *buffer, const struct mlac_export *exported,
+                                  mla_error *error)
+{
+    struct mlap_import_vmm body = {.buffer = (uint32_t)id, .allocation = exported->vmm.bytes,
+                                   .offset = exported->offset, .bytes = buffer->size,
+                                   .address = exported->vmm.start + exported->offset,
+                                   .access = (enum mlap_access)buffer->access};
+    memcpy(body.gpu, exported->gpu, sizeof body.gpu);
+    mlap_set(&body, import_vmm, access);
+    return mlac_call_new(id, MLAP_IMPORT_VMM, &body, error);
+}
+
 /* The call that registers it. */
 static struct mlac_call *register_call(uint64_t id, const mla_buffer *buffer, const struct mlac_export *exported,
                                        mla_error *error)
 {
+    if (exported && exported->vmm.count)
+        return vmm_call(id, buffer, exported, error);
     if (exported) {
         struct mlap_import body = {.buffer = (uint32_t)id, .offset = exported->offset, .bytes = buffer->size,
                                    .access = (enum mlap_access)buffer->access};
@@ -179,6 +193,8 @@ MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, s
     if (status != MLA_OK)
         return status;
     mla_buffer *buffer = new_buffer(client, -1, 0, bytes, access);
+    if (buffer)
+        buffer->vmm = exported.vmm;
     status = buffer ? publish(client, buffer, &exported, out, error)
                     : mlac_fail(error, MLA_MEMORY, "", "out of memory in this process");
     explicit_bzero(&exported, sizeof exported);

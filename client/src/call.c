@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { REFUSED_PAUSE_MS = 5, FULL_PAUSE_MS = 10 };
 
@@ -61,6 +62,11 @@ struct mlac_call *mlac_call_new(uint64_t id, enum mlap_type type, const void *bo
     call->length = (size_t)length;
     memcpy(call->bytes, bytes, (size_t)length);
     return call;
+}
+
+bool mlac_registers(const struct mlac_call *call)
+{
+    return call->type == MLAP_REGISTER || call->type == MLAP_IMPORT || call->type == MLAP_IMPORT_VMM;
 }
 
 static void enqueue(struct mla_client *client, struct mlac_call *call)
@@ -168,7 +174,7 @@ static void unregistered(struct mla_client *client, struct mlac_call *call)
 /* What became of a call that did not end in a DONE: accepted, or refused with `error`. */
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
-    bool lasting = call->type == MLAP_REGISTER || call->type == MLAP_IMPORT || call->type == MLAP_PLAN;
+    bool lasting = mlac_registers(call) || call->type == MLAP_PLAN;
     if (error && call->established) {
         mla_error dead;
         mlac_fail(&dead, error->code, error->field, "the session could not be restored: %.480s", error->message);
@@ -185,6 +191,24 @@ static void settle(struct mla_client *client, struct mlac_call *call, const mla_
     }
 }
 
+/* Send it with the descriptors that it carries. 0; -1 with errno as mlap_send; 1: they cannot be had, says `error`. */
+static int send_call(const struct mla_client *client, const struct mlac_call *call, mla_error *error)
+{
+    int fds[MLAP_MAX_FDS];
+    if (call->type != MLAP_IMPORT_VMM)
+        return mlap_send(client->socket, call->bytes, call->length,
+                         call->type == MLAP_REGISTER ? call->buffer->memfd : -1, MSG_DONTWAIT);
+    const struct mlac_vmm *vmm = &call->buffer->vmm;
+    if (mlac_cuda_descriptors(vmm, fds, error) != MLA_OK)
+        return 1;
+    int sent = mlap_send_fds(client->socket, call->bytes, call->length, fds, vmm->count, MSG_DONTWAIT);
+    int number = errno;
+    for (uint32_t i = 0; i < vmm->count; i++)
+        close(fds[i]);
+    errno = number;
+    return sent;
+}
+
 void mlac_flush(struct mla_client *client, int64_t now)
 {
     if (now < client->paused_until)
@@ -192,12 +216,15 @@ void mlac_flush(struct mla_client *client, int64_t now)
     client->paused_until = 0;
     struct mlac_call *call;
     while (!client->broken && (call = TAILQ_FIRST(&client->outbox))) {
-        int fd = call->type == MLAP_REGISTER ? call->buffer->memfd : -1;
-        if (mlap_send(client->socket, call->bytes, call->length, fd, MSG_DONTWAIT) == 0) {
+        mla_error error;
+        int sent = send_call(client, call, &error);
+        if (sent == 0) {
             dequeue(client, call);
             call->state = MLAC_SENT;
             client->unanswered++;
             mlac_wake(client, call->id);
+        } else if (sent > 0) {
+            settle(client, call, &error);
         } else if (errno == EAGAIN) {
             if (client->unanswered == 0)    /* no answer will bring us back here, so time must */
                 client->paused_until = now + FULL_PAUSE_MS * MLAC_MS;
@@ -205,7 +232,6 @@ void mlac_flush(struct mla_client *client, int64_t now)
         } else if (errno == EPIPE || errno == ECONNRESET) {
             client->broken = true;          /* the receiver finds the end of file, and what was said before it */
         } else if (errno != EINTR) {
-            mla_error error;
             mlac_fail(&error, MLA_INTERNAL, "", "the socket to the daemon fails: %s", strerror(errno));
             settle(client, call, &error);
         }

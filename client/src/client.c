@@ -123,7 +123,7 @@ MLA_API void mla_close(mla_client *client)
     client->link = MLAC_DEAD;           /* nothing is sent any more; the daemon cleans up at the end of file */
     struct mlac_call *call;
     while ((call = TAILQ_LAST(&client->calls, mlac_calls))) {   /* users before what they use */
-        mla_buffer *buffer = call->type == MLAP_REGISTER || call->type == MLAP_IMPORT ? call->buffer : NULL;
+        mla_buffer *buffer = mlac_registers(call) ? call->buffer : NULL;
         mla_plan *plan = call->type == MLAP_PLAN ? call->plan : NULL;
         mlac_call_free(client, call);
         if (buffer) {

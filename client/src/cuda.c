@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Numbers of the driver's cuda.h. */
 enum {
@@ -12,7 +13,10 @@ enum {
     ATTRIBUTE_IS_MANAGED = 8,
     ATTRIBUTE_DEVICE_ORDINAL = 9,
     ATTRIBUTE_IS_LEGACY_IPC_CAPABLE = 10,
-    MEMORY_TYPE_DEVICE = 2
+    ATTRIBUTE_MEMPOOL_HANDLE = 17,
+    MEMORY_TYPE_DEVICE = 2,
+    HANDLE_TYPE_POSIX_FD = 1,
+    ERROR_INVALID_CONTEXT = 201
 };
 
 struct ipc_handle {
@@ -21,6 +25,12 @@ struct ipc_handle {
 struct uuid {
     unsigned char bytes[16];
 };
+struct properties { /* CUmemAllocationProp */
+    int type, handle_types, location[2];
+    void *windows;
+    unsigned char flags[8];
+};
+_Static_assert(sizeof(struct properties) == 32, "the driver's");
 
 /* D(member, symbol, parameters); all return a CUresult, 0 for success. */
 #define DRIVER(D)                                                                                                      \
@@ -31,6 +41,10 @@ struct uuid {
     D(attribute, cuPointerGetAttribute, (void *, int, uint64_t))                                                       \
     D(range, cuMemGetAddressRange_v2, (uint64_t *, size_t *, uint64_t))                                                \
     D(export, cuIpcGetMemHandle, (struct ipc_handle *, uint64_t))                                                      \
+    D(retain, cuMemRetainAllocationHandle, (uint64_t *, void *))                                                       \
+    D(release, cuMemRelease, (uint64_t))                                                                               \
+    D(properties, cuMemGetAllocationPropertiesFromHandle, (struct properties *, uint64_t))                             \
+    D(export_fd, cuMemExportToShareableHandle, (void *, uint64_t, int, unsigned long long))                            \
     D(drain, cuStreamSynchronize, (void *))
 
 static struct {
@@ -70,12 +84,14 @@ static mla_status driver_fail(mla_error *error, const char *field, const char *c
 {
     const char *text = NULL;
     driver.error_text(code, &text);
-    return mlac_fail(error, MLA_BUFFER, field, "%s: %s (%d)", call, text ? text : "unknown error", code);
+    return mlac_fail(error, MLA_BUFFER, field, "%s: %s (%d)%s", call, text ? text : "unknown error", code,
+                     code == ERROR_INVALID_CONTEXT ? "; call cudaSetDevice in this thread first" : "");
 }
 
-static int attribute(int which, uint64_t pointer)
+/* Attributes have 1, 4 or 8 bytes. */
+static uint64_t attribute(int which, uint64_t pointer)
 {
-    int value = 0; /* some drivers do not know every attribute; those are then not set */
+    uint64_t value = 0; /* some drivers do not know every attribute; those are then not set */
     return driver.attribute(&value, which, pointer) == 0 ? value : 0;
 }
 
@@ -97,11 +113,123 @@ static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
     return MLA_OK;
 }
 
+/* ---- cuMemAlloc ---- */
+
+static mla_status export_legacy(uint64_t pointer, uint64_t base, size_t size, size_t bytes, struct mlac_export *out,
+                                mla_error *error)
+{
+    struct ipc_handle handle;
+    if (bytes > size - (pointer - base))
+        return mlac_fail(error, MLA_BUFFER, "bytes",
+                         "%zu bytes pass the end of the allocation, which has %zu from there on", bytes,
+                         size - (size_t)(pointer - base));
+    int code = driver.export(&handle, pointer);
+    if (code != 0)
+        return driver_fail(error, "pointer", "cuIpcGetMemHandle", code);
+    for (unsigned i = 0; i < sizeof handle; i++)
+        snprintf(out->handle + i * 2, 3, "%02x", handle.bytes[i]);
+    explicit_bzero(&handle, sizeof handle);
+    return MLA_OK;
+}
+
+/* ---- cuMemCreate ---- */
+
+/* Can this allocation be exported? `object` is one that was retained. */
+static mla_status check_object(uint64_t object, mla_error *error)
+{
+    struct properties properties = {0};
+    int code = driver.properties(&properties, object);
+    if (code != 0)
+        return driver_fail(error, "pointer", "cuMemGetAllocationPropertiesFromHandle", code);
+    if (properties.handle_types & HANDLE_TYPE_POSIX_FD)
+        return MLA_OK;
+    return mlac_fail(error, MLA_BUFFER, "pointer",
+                     "its allocator (cuMemCreate with requestedHandleTypes %d) makes memory that cannot be exported as "
+                     "a file descriptor; create it with CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, or under PyTorch set "
+                     "expandable_segments:False", properties.handle_types);
+}
+
+/* One descriptor of the allocation that is mapped at `at`. */
+static mla_status export_one(uint64_t at, int *fd, mla_error *error)
+{
+    uint64_t object;
+    int code = driver.retain(&object, (void *)(uintptr_t)at);
+    if (code != 0)
+        return driver_fail(error, "pointer", "cuMemRetainAllocationHandle", code);
+    mla_status status = check_object(object, error);
+    if (status == MLA_OK) {
+        code = driver.export_fd(fd, object, HANDLE_TYPE_POSIX_FD, 0);
+        if (code != 0)
+            status = driver_fail(error, "pointer", "cuMemExportToShareableHandle", code);
+    }
+    driver.release(object);
+    return status;
+}
+
+mla_status mlac_cuda_descriptors(const struct mlac_vmm *vmm, int *fds, mla_error *error)
+{
+    mla_status status = MLA_OK;
+    uint32_t made = 0;
+    while (made < vmm->count && (status = export_one(vmm->start + made * vmm->bytes, &fds[made], error)) == MLA_OK)
+        made++;
+    while (status != MLA_OK && made > 0)
+        close(fds[--made]);
+    return status;
+}
+
+/* The allocations from the first one, [base, base + size), to the one that holds the buffer's last byte. */
+static mla_status list_allocations(uint64_t pointer, uint64_t base, size_t size, size_t bytes, struct mlac_vmm *vmm,
+                                   mla_error *error)
+{
+    uint64_t needed = (pointer - base + bytes - 1) / size + 1;
+    if (needed > MLAP_MAX_FDS)
+        return mlac_fail(error, MLA_BUFFER, "bytes",
+                         "they span %llu allocations of %zu bytes (cuMemCreate), and one buffer takes at most %u; "
+                         "register parts of at most %llu bytes, or under PyTorch set expandable_segments:False",
+                         (unsigned long long)needed, size, MLAP_MAX_FDS,
+                         (unsigned long long)(size * MLAP_MAX_FDS - (pointer - base)));
+    for (uint64_t i = 1; i < needed; i++) {
+        uint64_t next = base + i * size, start = 0;
+        size_t length = 0;
+        int code = driver.range(&start, &length, next);
+        if (code != 0 || start != next)
+            return mlac_fail(error, MLA_BUFFER, "bytes",
+                             "%zu bytes pass the end of the memory that is mapped there, which has %llu from there on",
+                             bytes, (unsigned long long)(next - pointer));
+        if (length != size)
+            return mlac_fail(error, MLA_BUFFER, "bytes",
+                             "they span allocations (cuMemCreate) of different sizes, %zu and %zu bytes; register the "
+                             "%llu bytes up to there and the rest apart",
+                             size, length, (unsigned long long)(next - pointer));
+    }
+    *vmm = (struct mlac_vmm){base, size, (uint32_t)needed};
+    return MLA_OK;
+}
+
+static mla_status export_vmm(uint64_t pointer, uint64_t base, size_t size, size_t bytes, struct mlac_export *out,
+                             mla_error *error)
+{
+    uint64_t object;
+    if (attribute(ATTRIBUTE_MEMPOOL_HANDLE, pointer))
+        return mlac_fail(error, MLA_BUFFER, "pointer",
+                         "its allocator (cudaMallocAsync, or PyTorch with backend:cudaMallocAsync) makes memory that "
+                         "has no handle of its own to share; use cudaMalloc, or PyTorch with backend:native");
+    int code = driver.retain(&object, (void *)(uintptr_t)pointer);
+    if (code != 0)
+        return driver_fail(error, "pointer", "its allocator is neither cuMemAlloc nor cuMemCreate: "
+                                             "cuMemRetainAllocationHandle", code);
+    mla_status status = check_object(object, error);
+    driver.release(object);
+    return status == MLA_OK ? list_allocations(pointer, base, size, bytes, &out->vmm, error) : status;
+}
+
+/* ---- the door ---- */
+
 mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
 {
     uint64_t pointer = (uintptr_t)memory, base = 0;
     size_t size = 0;
-    struct ipc_handle handle;
+    *out = (struct mlac_export){0};
     mla_status status = need_driver(error);
     if (status != MLA_OK)
         return status;
@@ -115,24 +243,10 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     int code = driver.range(&base, &size, pointer);
     if (code != 0)
         return driver_fail(error, "pointer", "cuMemGetAddressRange", code);
-    if (bytes > size - (pointer - base))
-        return mlac_fail(error, MLA_BUFFER, "bytes",
-                         "%zu bytes pass the end of the allocation, which has %zu from there on", bytes,
-                         size - (size_t)(pointer - base));
-    if (!attribute(ATTRIBUTE_IS_LEGACY_IPC_CAPABLE, pointer))
-        return mlac_fail(
-            error, MLA_BUFFER, "pointer",
-            "its allocator (cudaMallocAsync, or PyTorch with backend:cudaMallocAsync or "
-            "expandable_segments:True) makes memory without an IPC handle; use cudaMalloc, or PyTorch with "
-            "expandable_segments:False");
-    code = driver.export(&handle, pointer);
-    if (code != 0)
-        return driver_fail(error, "pointer", "cuIpcGetMemHandle", code);
-    for (unsigned i = 0; i < sizeof handle; i++)
-        snprintf(out->handle + i * 2, 3, "%02x", handle.bytes[i]);
-    explicit_bzero(&handle, sizeof handle);
+    bool legacy = attribute(ATTRIBUTE_IS_LEGACY_IPC_CAPABLE, pointer);
+    status = (legacy ? export_legacy : export_vmm)(pointer, base, size, bytes, out, error);
     out->offset = pointer - base;
-    return name_gpu(pointer, out->gpu, error);
+    return status == MLA_OK ? name_gpu(pointer, out->gpu, error) : status;
 }
 
 MLA_API mla_status mla_stream_drain(void *stream, mla_error *error)

@@ -5,13 +5,24 @@
 
 #include "mla.h"
 
+/* VMM memory (cuMemCreate): `count` allocations of `bytes` each, end to end from `start`. count 0: it is none. */
+struct mlac_vmm {
+    uint64_t start, bytes;
+    uint32_t count;
+};
+
 struct mlac_export {
-    char handle[129]; /* the allocation's legacy IPC handle in hexadecimal: a secret */
-    char gpu[64];     /* "GPU-..." */
-    uint64_t offset;  /* from the allocation's start to the pointer */
+    char handle[129];    /* the allocation's legacy IPC handle in hexadecimal: a secret; empty for VMM memory */
+    char gpu[64];        /* "GPU-..." */
+    uint64_t offset;     /* from the (first) allocation's start to the pointer */
+    struct mlac_vmm vmm; /* VMM memory */
 };
 
 /* Say how the daemon can map [pointer, pointer + bytes). MLA_OK; MLA_BUFFER or MLA_NO_DEVICE with what to change. */
 mla_status mlac_cuda_export(const void *pointer, size_t bytes, struct mlac_export *out, mla_error *error);
+
+/* One new descriptor for each of the allocations, fds[0..vmm->count), the caller's to close; none is left open without
+ * success. From any thread: it needs no context. */
+mla_status mlac_cuda_descriptors(const struct mlac_vmm *vmm, int *fds, mla_error *error);
 
 #endif

@@ -20,6 +20,7 @@
 #ifndef MLAC_H
 #define MLAC_H
 
+#include "cuda.h"
 #include "mla.h"
 #include "mlap.h"
 
@@ -71,7 +72,7 @@ struct mlac_call {
     uint32_t deaths;    /* sessions that died with this call in flight */
     uint32_t replays;
     int64_t retry_until;    /* until when to try again what is refused for the moment only; 0: not refused yet */
-    struct mla_buffer *buffer;          /* REGISTER, IMPORT, UNREGISTER */
+    struct mla_buffer *buffer;          /* REGISTER, IMPORT, IMPORT_VMM, UNREGISTER */
     struct mla_plan *plan;              /* PLAN, SUBMIT */
     struct mla_buffer *uses[MLAC_MAX_TENSORS];  /* PLAN, DECODE: each counted in buffer->uses */
     uint32_t n_uses;
@@ -88,9 +89,10 @@ TAILQ_HEAD(mlac_calls, mlac_call);
 
 struct mla_buffer {
     struct mla_client *client;
-    struct mlac_call *call;     /* its REGISTER or IMPORT */
+    struct mlac_call *call;     /* its REGISTER, IMPORT or IMPORT_VMM */
     int memfd;                  /* -1: GPU memory */
     void *data;                 /* mapped here, or NULL: an import that was not asked for yet */
+    struct mlac_vmm vmm;        /* GPU memory that goes by descriptors, made anew for each sending */
     uint64_t offset;            /* in the memfd */
     size_t size;
     mla_access access;
@@ -164,6 +166,8 @@ void mlac_unlock(struct mla_client *client);    /* also brings mla_fd up to date
 uint64_t mlac_next_id(struct mla_client *client);
 /* A call that encodes `body`, not yet in the list. NULL: out of memory, or (a bug of ours) a body out of bounds. */
 struct mlac_call *mlac_call_new(uint64_t id, enum mlap_type type, const void *body, mla_error *error);
+/* Does it register a buffer? */
+bool mlac_registers(const struct mlac_call *call);
 /* Put it into the list and send it as soon as may be. */
 void mlac_call_start(struct mla_client *client, struct mlac_call *call);
 struct mlac_call *mlac_call_find(struct mla_client *client, uint64_t id);

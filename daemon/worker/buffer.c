@@ -168,24 +168,27 @@ static bool read_handle(const char *text, uint8_t handle[64])
     return true;
 }
 
-static enum mlap_code import_gpu(struct mlad_holder *holder, const struct mlap_import *request,
-                                 struct mlak_memory *memory, struct mlad_buffer **buffer, struct mlap_fault *fault)
+static enum mlap_code need_gpu(const struct mlad_holder *holder, struct mlap_fault *fault)
 {
-    if (!has_import(holder))
-        return mlap_fail(
-            fault, MLAP_code_UNSUPPORTED, "gpu",
-            "this device reads host memory only; send a memfd with REGISTER, or connect to a GPU's device");
-    if (!read_handle(request->handle, memory->handle))
-        return mlap_fail(fault, MLAP_code_INVALID, "handle", "it is no 64 bytes in lower-case hexadecimal");
-    enum mlap_code code = mlad_user_take_buffer(holder->user, request->bytes, fault);
+    if (has_import(holder))
+        return MLAP_code_OK;
+    return mlap_fail(fault, MLAP_code_UNSUPPORTED, "gpu",
+                     "this device reads host memory only; send a memfd with REGISTER, or connect to a GPU's device");
+}
+
+/* Make buffer `id` of what `memory` says. Its identity is the device's. */
+static enum mlap_code import_gpu(struct mlad_holder *holder, uint32_t id, const struct mlak_memory *memory,
+                                 struct mlad_buffer **buffer, struct mlap_fault *fault)
+{
+    enum mlap_code code = mlad_user_take_buffer(holder->user, memory->bytes, fault);
     if (code != MLAP_code_OK)
         return code;
     struct mlad_buffer *made = malloc(sizeof *made);
     if (made) {
         *made = (struct mlad_buffer){
             .holder = holder,
-            .bytes = request->bytes,
-            .id = request->buffer,
+            .bytes = memory->bytes,
+            .id = id,
             .refs = 1,
             .writable = memory->writable,
         };
@@ -195,7 +198,7 @@ static enum mlap_code import_gpu(struct mlad_holder *holder, const struct mlap_i
     }
     if (code != MLAP_code_OK) {
         free(made);
-        mlad_user_give_buffer(holder->user, request->bytes);
+        mlad_user_give_buffer(holder->user, memory->bytes);
         return code;
     }
     memcpy(made->identity, made->mapping.identity, sizeof made->identity);
@@ -214,11 +217,51 @@ enum mlap_code mlad_buffer_import_gpu(struct mlad_holder *holder, const struct m
         .writable = request->access == MLAP_access_READWRITE,
     };
     memcpy(memory.gpu, request->gpu, sizeof memory.gpu);
-    enum mlap_code code = import_gpu(holder, request, &memory, buffer, fault);
+    enum mlap_code code = need_gpu(holder, fault);
+    if (code == MLAP_code_OK && !read_handle(request->handle, memory.handle))
+        code = mlap_fail(fault, MLAP_code_INVALID, "handle", "it is no 64 bytes in lower-case hexadecimal");
+    if (code == MLAP_code_OK)
+        code = import_gpu(holder, request->buffer, &memory, buffer, fault);
     explicit_bzero(memory.handle, sizeof memory.handle);
     return code;
 }
 _Static_assert(sizeof((struct mlap_import *)0)->gpu == sizeof((struct mlak_memory *)0)->gpu, "copied whole");
+
+enum mlap_code mlad_buffer_import_vmm(struct mlad_holder *holder, const int *fds, unsigned n_fds,
+                                      const struct mlap_import_vmm *request, struct mlad_buffer **buffer,
+                                      struct mlap_fault *fault)
+{
+    struct mlak_memory memory = {
+        .kind = MLAK_MEMORY_CUDA_VMM,
+        .fds = fds,
+        .n_fds = n_fds,
+        .allocation = request->allocation,
+        .offset = request->offset,
+        .bytes = request->bytes,
+        .writable = request->access == MLAP_access_READWRITE,
+    };
+    memcpy(memory.gpu, request->gpu, sizeof memory.gpu);
+    enum mlap_code code = need_gpu(holder, fault);
+    if (code != MLAP_code_OK)
+        return code;
+    if (request->offset >= request->allocation)
+        return mlap_fail(fault, MLAP_code_INVALID, "offset",
+                         "%" PRIu64 " lies past the first allocation, which has %" PRIu64 " bytes; leave that one out",
+                         request->offset, request->allocation);
+    uint64_t needed = (request->offset + request->bytes - 1) / request->allocation + 1;
+    if (needed != n_fds)
+        return mlap_fail(fault, MLAP_code_FDS, "fd",
+                         "%" PRIu64 " bytes from offset %" PRIu64 " need %" PRIu64 " allocations of %" PRIu64
+                         " bytes, but %u file descriptors came; at most %u go with one buffer",
+                         request->bytes, request->offset, needed, request->allocation, n_fds, MLAP_MAX_FDS);
+    code = import_gpu(holder, request->buffer, &memory, buffer, fault);
+    if (code == MLAP_code_OK) {
+        memset((*buffer)->identity, 0xff, sizeof (*buffer)->identity); /* no file's: the client's addresses */
+        (*buffer)->offset = request->address;
+    }
+    return code;
+}
+_Static_assert(sizeof((struct mlap_import_vmm *)0)->gpu == sizeof((struct mlak_memory *)0)->gpu, "copied whole");
 _Static_assert(sizeof((struct mlad_buffer *)0)->identity == sizeof((struct mlak_mapping *)0)->identity, "copied whole");
 
 void mlad_buffer_ref(struct mlad_buffer *buffer)

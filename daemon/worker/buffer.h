@@ -12,7 +12,8 @@
  * thread's.
  *
  * A device with memory of its own (a GPU) is given each buffer through its backend, host memory too; handles of GPU
- * memory are bearer secrets: no copy is kept here. */
+ * memory are bearer secrets: no copy is kept here. Nothing tells whether two descriptors of GPU memory are one
+ * allocation, so overlap goes by the addresses that the client says; one that lies spoils its own outputs. */
 #ifndef MLAD_BUFFER_H
 #define MLAD_BUFFER_H
 
@@ -53,9 +54,14 @@ struct mlad_buffer {
 enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const struct mlap_register *request,
                                   struct mlad_buffer **buffer, struct mlap_fault *fault);
 
-/* The same for GPU memory. MLAP_code_UNSUPPORTED on a device that has none. */
+/* The same for GPU memory behind a legacy handle. MLAP_code_UNSUPPORTED on a device that has none. */
 enum mlap_code mlad_buffer_import_gpu(struct mlad_holder *holder, const struct mlap_import *request,
                                       struct mlad_buffer **buffer, struct mlap_fault *fault);
+
+/* The same for GPU memory behind descriptors, fds[0..n_fds); they stay the caller's. */
+enum mlap_code mlad_buffer_import_vmm(struct mlad_holder *holder, const int *fds, unsigned n_fds,
+                                      const struct mlap_import_vmm *request, struct mlad_buffer **buffer,
+                                      struct mlap_fault *fault);
 
 void mlad_buffer_ref(struct mlad_buffer *buffer);
 void mlad_buffer_unref(struct mlad_buffer *buffer);

@@ -101,7 +101,7 @@ static void receive(struct mlad_link *link)
     message.received = mlad_now_ns();
     if (length < 0)
         mlap_fail(&message.fault, MLAP_code_MALFORMED, "",
-                  "a datagram was cut: at most %u bytes and %u file descriptor are allowed", MLAP_MAX_MESSAGE,
+                  "a datagram was cut: at most %u bytes and %u file descriptors are allowed", MLAP_MAX_MESSAGE,
                   MLAP_MAX_FDS);
     else
         mlap_decode(incoming, (size_t)length, &message.header, &incoming_body, &message.fault);

@@ -20,7 +20,7 @@ struct mlad_message {
     struct mlap_header header;
     const union mlap_body *body;
     struct mlap_fault fault; /* code OK: the body is good */
-    int fds[MLAP_MAX_FDS];   /* closed after the callback, but for those that it sets to -1 */
+    int fds[MLAP_MAX_FDS];   /* [n_fds], closed after the callback, but for those that it sets to -1 */
     unsigned n_fds;
     uint64_t received; /* nanoseconds, monotonic */
 };

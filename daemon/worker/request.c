@@ -55,6 +55,17 @@ static enum mlap_code on_import(struct mlad_session *session, struct mlad_messag
     return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
 }
 
+static enum mlap_code on_import_vmm(struct mlad_session *session, struct mlad_message *message,
+                                    struct mlap_fault *fault)
+{
+    const struct mlap_import_vmm *request = &message->body->import_vmm_;
+    struct mlad_buffer *buffer;
+    enum mlap_code code = check_free(session, request->buffer, fault);
+    if (code == MLAP_code_OK)
+        code = mlad_buffer_import_vmm(&session->holder, message->fds, message->n_fds, request, &buffer, fault);
+    return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
+}
+
 static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_message *message,
                                     struct mlap_fault *fault)
 {
@@ -147,6 +158,7 @@ static handler *find_handler(uint32_t type)
     switch (type) {
     case MLAP_REGISTER: return on_register;
     case MLAP_IMPORT: return on_import;
+    case MLAP_IMPORT_VMM: return on_import_vmm;
     case MLAP_UNREGISTER: return on_unregister;
     case MLAP_PLAN: return on_plan;
     case MLAP_DROP: return on_drop;
@@ -166,9 +178,10 @@ static enum mlap_code dispatch(struct mlad_session *session, struct mlad_message
                          type == MLAP_HELLO ? "it was greeted already" : "connect with a HELLO that names none");
     if (!handle)
         return mlap_fail(fault, MLAP_code_UNKNOWN_TYPE, "", "%s is never sent by a client", mlap_type_name(type));
-    if (message->n_fds != (unsigned)mlap_type_fds(type))
-        return mlap_fail(fault, MLAP_code_FDS, "fd", "%s carries %d file descriptors, but %u came with it",
-                         mlap_type_name(type), mlap_type_fds(type), message->n_fds);
+    if (!mlap_fds_fit(type, message->n_fds))
+        return mlap_fail(fault, MLAP_code_FDS, "fd", "%s carries %s%d file descriptors, but %u came with it",
+                         mlap_type_name(type), mlap_type_fds(type) > 1 ? "1 to " : "", mlap_type_fds(type),
+                         message->n_fds);
     return handle(session, message, fault);
 }
 

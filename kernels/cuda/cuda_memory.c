@@ -13,10 +13,9 @@ struct cuda_opened {
     CUdevice gpu; /* on which it lies, except HOST */
     bool local;
     CUdeviceptr base;
-    size_t bytes;
-    void *host;                          /* HOST */
-    uint8_t handle[64];                  /* CUDA_IPC */
-    CUmemGenericAllocationHandle object; /* CUDA_VMM */
+    size_t bytes; /* of all that was opened */
+    void *host;         /* HOST */
+    uint8_t handle[64]; /* CUDA_IPC */
 };
 _Static_assert(sizeof(CUipcMemHandle) == 64, "a handle is copied whole");
 
@@ -135,37 +134,50 @@ failed:
     return fault->code;
 }
 
+/* Map the allocation behind `fd` at `at`. The mapping keeps it, so its handle is given back at once. */
+static enum mlak_code map_one(const struct mlak_driver *cu, const struct mlak_memory *what, int fd, CUdevice gpu,
+                              CUdeviceptr at, struct mlak_fault *fault)
+{
+    CUmemAllocationProp properties = {0};
+    CUmemGenericAllocationHandle object;
+    CUresult result = cu->import_fd(&object, (void *)(uintptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+    if (result != CUDA_SUCCESS)
+        return mlak_driver_fail(fault, result == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_INVALID, "fd",
+                                "import_fd", result);
+    TRY(allocation_properties, "fd", &properties, object);
+    if (properties.location.type == CU_MEM_LOCATION_TYPE_DEVICE && properties.location.id == gpu)
+        TRY(map, "allocation", at, what->allocation, 0, object, 0);
+    else
+        mlak_fail(fault, MLAK_INVALID, "gpu", "the allocation does not lie on %.48s; give the GPU it was made on",
+                  what->gpu);
+failed:
+    cu->release(object);
+    return fault->code;
+}
+
 static enum mlak_code open_vmm(const struct cuda_memory *memory, const struct mlak_memory *what, CUdevice gpu,
                                struct cuda_opened *opened, struct mlak_fault *fault)
 {
     const struct mlak_driver *cu = memory->cu;
-    CUmemAllocationProp properties = {0};
     CUmemAccessDesc access = {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = memory->gpu},
                               .flags =
                                   what->writable ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ};
-    bool imported = false, reserved = false, mapped = false;
-    opened->bytes = what->allocation;
-    TRY(import_fd, "fd", &opened->object, (void *)(uintptr_t)what->fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    imported = true;
-    TRY(allocation_properties, "fd", &properties, opened->object);
-    if (properties.location.type != CU_MEM_LOCATION_TYPE_DEVICE || properties.location.id != gpu) {
-        mlak_fail(fault, MLAK_INVALID, "gpu", "the allocation does not lie on %.48s; give the GPU it was made on",
-                  what->gpu);
-        goto failed;
-    }
-    TRY(address_reserve, "allocation", &opened->base, opened->bytes, 0, 0, 0);
-    reserved = true;
-    TRY(map, "allocation", opened->base, opened->bytes, 0, opened->object, 0);
-    mapped = true;
+    uint32_t mapped = 0;
+    fault->code = MLAK_OK;
+    opened->bytes = what->allocation * what->n_fds;
+    CUresult result = cu->address_reserve(&opened->base, opened->bytes, 0, 0, 0);
+    if (result != CUDA_SUCCESS)
+        return mlak_driver_fail(fault, result == CUDA_ERROR_OUT_OF_MEMORY ? MLAK_MEMORY : MLAK_INVALID, "allocation",
+                                "address_reserve", result);
+    for (; mapped < what->n_fds; mapped++)
+        if (map_one(cu, what, what->fds[mapped], gpu, opened->base + mapped * what->allocation, fault) != MLAK_OK)
+            goto failed;
     TRY(set_access, "access", opened->base, opened->bytes, &access, 1);
     return MLAK_OK;
 failed:
     if (mapped)
-        cu->unmap(opened->base, opened->bytes);
-    if (reserved)
-        cu->address_free(opened->base, opened->bytes);
-    if (imported)
-        cu->release(opened->object);
+        cu->unmap(opened->base, mapped * what->allocation);
+    cu->address_free(opened->base, opened->bytes);
     return fault->code;
 }
 
@@ -180,7 +192,6 @@ static void close_opened(const struct mlak_driver *cu, struct cuda_opened *opene
     case MLAK_MEMORY_CUDA_VMM:
         cu->unmap(opened->base, opened->bytes);
         cu->address_free(opened->base, opened->bytes);
-        cu->release(opened->object);
     }
     free(opened);
 }

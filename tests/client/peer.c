@@ -92,7 +92,7 @@ static void serve(struct peer *peer, int socket, union mlap_body *body)
             return;
         struct mlap_fault fault;
         if (mlap_decode(inbox, (size_t)length, &a.header, body, &fault) != MLAP_code_OK ||
-            (int)n_fds != mlap_type_fds(a.header.type)) {
+            !mlap_fds_fit(a.header.type, n_fds)) {
             fprintf(stderr, "peer: %s %s\n", fault.field, fault.message);
             abort();
         }

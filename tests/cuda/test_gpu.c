@@ -131,7 +131,8 @@ static void unusable_memory_is_refused_by_name(void **state)
     bad = e.memory;
     memset(bad.handle, 0x5a, sizeof bad.handle);
     refuse(device, bad, "handle", "cuIpcOpenMemHandle");
-    bad = (struct mlak_memory){.kind = MLAK_MEMORY_CUDA_VMM, .fd = 0, .gpu = GPU, .allocation = 1 << 21, .bytes = 1};
+    bad = (struct mlak_memory){.kind = MLAK_MEMORY_CUDA_VMM, .fds = (int[]){0}, .n_fds = 1, .gpu = GPU,
+                               .allocation = 1 << 21, .bytes = 1};
     refuse(device, bad, "fd", "cuMemImportFromShareableHandle");
     inject("own_ipc=1 devices=2 peer=1");
     bad = e.memory;

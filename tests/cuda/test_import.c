@@ -3,6 +3,7 @@
 #include "fake/fake_cuda.h"
 #include "mlak.h"
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -141,7 +142,8 @@ static struct mlak_memory by_ipc(bool peer)
 static struct mlak_memory by_vmm(bool peer)
 {
     struct mlak_memory memory = {.kind = MLAK_MEMORY_CUDA_VMM, .bytes = BYTES, .allocation = BYTES, .writable = true};
-    memory.fd = peer ? exported.peer_fd : exported.fd;
+    memory.fds = peer ? &exported.peer_fd : &exported.fd;
+    memory.n_fds = 1;
     strcpy(memory.gpu, peer ? PEER : GPU);
     return memory;
 }
@@ -180,12 +182,14 @@ static void another_process_memory_is_the_same_memory(void **state)
     backend->release(device, &two);
 }
 
-/* A descriptor of a peer's memory is only refused here: the fake driver does not know where such memory lies. */
 static void memory_of_a_peer_is_not_local(void **state)
 {
     (void)state;
     struct mlak_mapping mapping;
     import(by_ipc(true), &mapping);
+    assert_false(mapping.local);
+    backend->release(device, &mapping);
+    import(by_vmm(true), &mapping);
     assert_false(mapping.local);
     backend->release(device, &mapping);
     inject("peer=0");
@@ -205,8 +209,75 @@ static void a_buffer_lies_inside_its_allocation(void **state)
     memory.bytes = 2 * BYTES;
     refuse(memory, MLAK_INVALID, "allocation", "cuMemMap");
     memory = by_vmm(false);
+    memory.fds = (int[]){exported.fd, exported.peer_fd}; /* the second one lies elsewhere */
+    memory.n_fds = 2;
+    refuse(memory, MLAK_INVALID, "gpu", "does not lie on");
+    memory.fds = (int[]){exported.fd, STDIN_FILENO};
+    refuse(memory, MLAK_INVALID, "fd", "cuMemImportFromShareableHandle");
+    memory = by_vmm(false);
     strcpy(memory.gpu, PEER);
     refuse(memory, MLAK_INVALID, "gpu", "does not lie on");
+}
+
+static void allocations_are_mapped_end_to_end(void **state)
+{
+    (void)state;
+    struct mlak_mapping twice, once;
+    struct mlak_memory memory = by_vmm(false);
+    memory.fds = (int[]){exported.fd, exported.fd}; /* the same one twice, which shows where each begins */
+    memory.n_fds = 2;
+    memory.offset = 4096;
+    memory.bytes = 2 * BYTES - 4096;
+    import(memory, &twice);
+    import(by_vmm(false), &once);
+    *(volatile int *)((uint8_t *)once.pointer + 8192) = 77;
+    assert_int_equal(*(volatile int *)((uint8_t *)twice.pointer + 4096), 77);
+    assert_int_equal(*(volatile int *)((uint8_t *)twice.pointer + 4096 + BYTES), 77);
+    backend->release(device, &once);
+    backend->release(device, &twice);
+}
+
+static void what_is_registered_read_only_is_mapped_so(void **state)
+{
+    (void)state;
+    struct mlak_mapping mapping;
+    struct mlak_memory memory = by_vmm(false);
+    int status = 0;
+    memory.writable = false;
+    import(memory, &mapping);
+    pid_t writer = fork();
+    if (writer == 0) {
+        signal(SIGSEGV, SIG_DFL);
+        *(volatile int *)mapping.pointer = 1;
+        _exit(0);
+    }
+    assert_int_equal(waitpid(writer, &status, 0), writer);
+    assert_true(WIFSIGNALED(status) || WEXITSTATUS(status) != 0);
+    backend->release(device, &mapping);
+}
+
+static unsigned open_descriptors(void)
+{
+    unsigned count = 0;
+    DIR *folder = opendir("/proc/self/fd");
+    assert_non_null(folder);
+    while (readdir(folder))
+        count++;
+    closedir(folder);
+    return count;
+}
+
+/* Device memory that this process has mapped or reserved: the fake driver's addresses begin with 7ea to 7ed. */
+static unsigned mapped_ranges(void)
+{
+    unsigned count = 0;
+    char line[512];
+    FILE *maps = fopen("/proc/self/maps", "r");
+    assert_non_null(maps);
+    while (fgets(line, sizeof line, maps))
+        count += strncmp(line, "7ea", 3) >= 0 && strncmp(line, "7ee", 3) < 0;
+    fclose(maps);
+    return count;
 }
 
 static void each_call_of_an_import_may_fail(void **state)
@@ -215,27 +286,39 @@ static void each_call_of_an_import_may_fail(void **state)
     static const struct {
         bool vmm;
         const char *call;
-    } calls[] = {{false, "cuIpcOpenMemHandle"},
-                 {false, "cuMemGetAddressRange"},
-                 {false, "cuPointerGetAttribute"},
-                 {true, "cuMemImportFromShareableHandle"},
-                 {true, "cuMemGetAllocationPropertiesFromHandle"},
-                 {true, "cuMemAddressReserve"},
-                 {true, "cuMemMap"},
-                 {true, "cuMemSetAccess"}};
+        int n; /* which one */
+    } calls[] = {{false, "cuIpcOpenMemHandle", 1},
+                 {false, "cuMemGetAddressRange", 1},
+                 {false, "cuPointerGetAttribute", 1},
+                 {true, "cuMemImportFromShareableHandle", 1},
+                 {true, "cuMemImportFromShareableHandle", 3},
+                 {true, "cuMemGetAllocationPropertiesFromHandle", 2},
+                 {true, "cuMemAddressReserve", 1},
+                 {true, "cuMemMap", 1},
+                 {true, "cuMemMap", 3},
+                 {true, "cuMemSetAccess", 1}};
+    unsigned before = open_descriptors(), maps = mapped_ranges();
     for (unsigned i = 0; i < sizeof calls / sizeof calls[0]; i++) {
         char words[96];
         struct mlak_fault fault = {0};
         struct mlak_mapping mapping;
         struct mlak_memory memory = calls[i].vmm ? by_vmm(false) : by_ipc(false);
-        snprintf(words, sizeof words, "fail=%s:1", calls[i].call);
+        const int thrice[] = {exported.fd, exported.fd, exported.fd};
+        if (calls[i].vmm) {
+            memory.fds = thrice;
+            memory.n_fds = 3;
+        }
+        snprintf(words, sizeof words, "fail=%s:%d", calls[i].call, calls[i].n);
         inject(words);
         assert_int_equal(backend->import(device, &memory, &mapping, &fault), MLAK_INVALID);
         if (!strstr(fault.message, calls[i].call))
             fail_msg("%s: %s", calls[i].call, fault.message);
         inject("");
-        import(memory, &mapping); /* and then it works */
+        assert_int_equal(mapped_ranges(), maps); /* nothing stays mapped or reserved */
+        import(memory, &mapping);                /* and then it works */
         backend->release(device, &mapping);
+        assert_int_equal(open_descriptors(), before);
+        assert_int_equal(mapped_ranges(), maps);
     }
 }
 
@@ -248,6 +331,8 @@ int main(void)
         cmocka_unit_test(another_process_memory_is_the_same_memory),
         cmocka_unit_test(memory_of_a_peer_is_not_local),
         cmocka_unit_test(a_buffer_lies_inside_its_allocation),
+        cmocka_unit_test(allocations_are_mapped_end_to_end),
+        cmocka_unit_test(what_is_registered_read_only_is_mapped_so),
         cmocka_unit_test(each_call_of_an_import_may_fail),
     };
     int failures = cmocka_run_group_tests(tests, start, stop);

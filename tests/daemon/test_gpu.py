@@ -1,7 +1,7 @@
 """A GPU's device from end to end, over the fake driver of tests/cuda/fake: two processes share GPU memory, the kernels are
 emulated, and the driver fails on demand.
 
-usage: test_gpu.py, with MLAD_BIN, MLACTL_BIN, MLAD_SOURCE, LD_LIBRARY_PATH"""
+usage: test_gpu.py, with MLAD_BIN, MLACTL_BIN, VMM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
 import os
 import signal
 import subprocess
@@ -10,10 +10,11 @@ import tempfile
 import threading
 import time
 
-sys.path.insert(0, os.path.join(os.environ["MLAD_SOURCE"], "tests/mlactl"))
+sys.path[:0] = [os.path.join(os.environ["MLAD_SOURCE"], "tests", folder) for folder in ("mlactl", "proto")]
 CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=False)
 os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
 from daemon import CAPTURE, Daemon, run  # noqa: E402
+from mlad_client import Client, Refused  # noqa: E402
 
 GPU = "GPU-fa4e0000-0000-4000-8000-000000000000"
 times = 0
@@ -105,6 +106,109 @@ def a_client_killed_in_mid_decode_leaves_nothing(daemon):
     assert decode(daemon).returncode == 0
 
 
+# Memory from cuMemCreate, by tests/cuda/vmm_client.c
+
+def vmm_client(daemon, *arguments, **extra):
+    """Start it: its driver has nothing injected but `extra`."""
+    environment = dict(os.environ, MLAD_SOCKET=daemon.socket, MLAD_DEVICE=GPU, MLAD_FAKE_CUDA_CONTROL="", **extra)
+    return subprocess.Popen([os.environ["VMM_CLIENT"], *arguments], env=environment, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def worker_holds(daemon):
+    """Descriptors of the worker, and ranges of device memory that it has mapped or reserved."""
+    pid = daemon.devices()[GPU]["pid"]
+    with open(f"/proc/{pid}/maps") as maps:
+        ranges = sum("7ea" <= line[:3] <= "7ed" and len(line.split("-")[0]) == 12 for line in maps)
+    return len(os.listdir(f"/proc/{pid}/fd")), ranges
+
+
+def vmm(daemon, *arguments, **extra):
+    """Run it; it must succeed and leave nothing in the worker."""
+    nothing_stays_held(daemon)
+    before = worker_holds(daemon)
+    client = vmm_client(daemon, *arguments, **extra)
+    output, errors = client.communicate(timeout=60)
+    assert client.returncode == 0, (arguments, extra, output, errors)
+    nothing_stays_held(daemon)
+    deadline = time.monotonic() + 10
+    while worker_holds(daemon) != before:
+        assert time.monotonic() < deadline, (arguments, extra, before, worker_holds(daemon))
+        time.sleep(0.05)
+    return output
+
+
+def vmm_memory_decodes_as_any_other(daemon):
+    vmm(daemon, "decode")
+
+
+def vmm_outputs_may_not_lie_in_inputs(daemon):
+    vmm(daemon, "overlap")
+
+
+def memory_that_cannot_be_shared_is_refused_with_what_to_change(daemon):
+    vmm(daemon, "refusals")
+
+
+def a_buffer_takes_252_allocations(daemon):
+    vmm(daemon, "many")
+
+
+def any_driver_call_of_a_vmm_registration_may_fail(daemon):
+    for call, count in (("cuMemGetAddressRange", 3), ("cuMemRetainAllocationHandle", 4), ("cuPointerGetAttribute", 5),
+                        ("cuMemGetAllocationPropertiesFromHandle", 4), ("cuMemExportToShareableHandle", 3),
+                        ("cuDeviceGetUuid", 1)):
+        for n in range(count, 0, -1 if count < 5 else -count):  # of the attributes only the last one must not fail
+            word = "pass the end" if call == "cuMemGetAddressRange" and n > 1 else \
+                "cuDeviceGetUuid" if call == "cuPointerGetAttribute" else call
+            vmm(daemon, "failing", word, MLAD_FAKE_CUDA=f"fail={call}:{n}")
+    for call, count in (("cuMemImportFromShareableHandle", 3), ("cuMemGetAllocationPropertiesFromHandle", 3),
+                        ("cuMemAddressReserve", 1), ("cuMemMap", 3), ("cuMemSetAccess", 1)):
+        for n in range(1, count + 1):
+            inject(f"fail={call}:{n}")
+            vmm(daemon, "failing", call)
+    inject()
+
+
+def wrong_descriptors_are_refused_by_name(daemon):
+    nothing_stays_held(daemon)
+    before = worker_holds(daemon)
+    good = dict(buffer=9, gpu=GPU, allocation=2 << 20, offset=0, bytes=2 << 20, address=1 << 32)
+    null = os.open("/dev/null", os.O_RDWR)
+    with Client(daemon.socket, GPU) as client:
+        for changed, count, code, field, word in (
+                ({}, 0, "fds", "fd", "carries 1 to 252 file descriptors, but 0 came"),
+                ({}, 2, "fds", "fd", "need 1 allocations of 2097152 bytes, but 2 file descriptors came"),
+                (dict(offset=1), 1, "fds", "fd", "need 2 allocations"),
+                (dict(offset=2 << 20), 1, "invalid", "offset", "past the first allocation"),
+                (dict(bytes=2**63 - 1, offset=2**48 - 1, allocation=2**48), 1, "fds", "fd", "need 32769 allocations"),
+                (dict(bytes=2**63 - 1, allocation=1), 252, "fds", "fd", "at most 252"),
+                (dict(bytes=252, allocation=1), 252, "buffer", "allocation", "cuMemAddressReserve"),
+                ({}, 1, "buffer", "fd", "cuMemImportFromShareableHandle"),
+                (dict(gpu="GPU-none"), 1, "buffer", "gpu", "sees no GPU GPU-none")):
+            try:
+                client.call("IMPORT_VMM", {**good, **changed}, [null] * count)
+                raise AssertionError(f"{changed} with {count} descriptors was not refused")
+            except Refused as error:
+                assert (error.code, error.field) == (code, field) and word in error.message, error
+    os.close(null)
+    nothing_stays_held(daemon)
+    assert worker_holds(daemon) == before, (before, worker_holds(daemon))
+
+
+def vmm_memory_is_exported_again_for_another_worker(daemon):
+    client = vmm_client(daemon, "replay")
+    assert client.stdout.readline() == "ready\n", client.communicate()
+    worker = daemon.devices()[GPU]["pid"]
+    assert worker > 1, "no worker to kill"
+    os.kill(worker, signal.SIGKILL)
+    output, errors = client.communicate("go\n", timeout=60)
+    assert client.returncode == 0, (output, errors)
+    daemon.wait_ready()
+    assert daemon.devices()[GPU]["pid"] != worker
+    nothing_stays_held(daemon)
+
+
 def a_gpu_that_is_not_there_is_absent_with_its_reason():
     for device, words, reason in (("GPU-none", "", "none is GPU-none"), (GPU, "cc=7.5", "compute capability is 7.5"),
                                   (GPU, "no_driver_device=1", "cuInit")):
@@ -129,6 +233,10 @@ try:
     run([every_combination_meets_the_bar, nothing_stays_held, a_failed_import_is_the_clients_error_and_only_that,
          a_sticky_error_is_a_delay_for_the_client,
          a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
-         a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held], Daemon(f"reference,{GPU}"))
+         a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
+         vmm_memory_decodes_as_any_other, vmm_outputs_may_not_lie_in_inputs,
+         memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
+         any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
+         vmm_memory_is_exported_again_for_another_worker, nothing_stays_held], Daemon(f"reference,{GPU}"))
 finally:
     os.unlink(CONTROL.name)

@@ -140,6 +140,13 @@ def refusals_name_their_field():
                                      ("invalid", "bytes", dict(bytes=0))):
             assert "89abcdef" not in refuse(code, field, "IMPORT", {**gpu, **changed})  # the handle is a secret
         refuse("fds", "fd", "IMPORT", gpu, [fd])
+        vmm = dict(buffer=9, gpu="GPU-0", allocation=1 << 21, offset=0, bytes=64, address=0)
+        refuse("unsupported", "gpu", "IMPORT_VMM", vmm, [fd])
+        refuse("exists", "buffer", "IMPORT_VMM", {**vmm, "buffer": 1}, [fd])
+        refuse("invalid", "allocation", "IMPORT_VMM", {**vmm, "allocation": 0}, [fd])
+        refuse("missing_field", "address", "IMPORT_VMM", {k: v for k, v in vmm.items() if k != "address"}, [fd])
+        assert "1 to 252" in refuse("fds", "fd", "IMPORT_VMM", vmm)
+        assert "2 came" in refuse("fds", "fd", "REGISTER", register, [fd, fd])
         refuse("not_found", "plan", "SUBMIT", dict(plan=2))
         refuse("not_found", "plan", "DROP", dict(plan=2))
         refuse("exists", "plan", "PLAN", dict(plan=1, batch=case.batch))
@@ -247,7 +254,7 @@ def broken_messages_end_only_their_session():
             assert code is None or message[2]["code"] == code, (data[:20], message)
             assert sequence is None or message[1] == sequence, (data[:20], message)
         session = worker.attach()
-        session.send_raw(good, pipe)                                        # two descriptors
+        session.send_raw(good, [pipe[0]] * 253)                             # one descriptor too many for any message
         assert session.ended()[0][2]["code"] == "malformed"
         assert worker.report()["dropped"] == len(broken) + 1
         assert other.ask("SUBMIT", dict(plan=1))[0] == "DONE" and case.right()

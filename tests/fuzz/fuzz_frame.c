@@ -14,7 +14,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOST_DESCRIPTORS = 31, SMALL_BUFFER = 48 };
+enum { MOST_DESCRIPTORS = MLAP_MAX_FDS + 1, SMALL_BUFFER = 48 };
 
 static void require(int condition)
 {

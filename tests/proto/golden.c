@@ -46,6 +46,8 @@ static const struct mlap_import import_body = {.present = ALL(import), .buffer =
     .handle = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
               "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
     .gpu = "GPU-1", .offset = 512, .bytes = 4096, .access = MLAP_access_READ};
+static const struct mlap_import_vmm import_vmm_body = {.present = ALL(import_vmm), .buffer = 10, .gpu = "GPU-1",
+    .allocation = 20 << 20, .offset = 512, .bytes = 40 << 20, .address = 0x7f3a00000200, .access = MLAP_access_READ};
 static const struct mlap_unregister unregister_body = {.present = ALL(unregister), .buffer = 1};
 static const struct mlap_plan plan_body = {.present = ALL(plan), .plan = 7, .batch = BATCH};
 static const struct mlap_drop drop_body = {.present = ALL(drop), .plan = 7};
@@ -190,6 +192,9 @@ const struct golden golden[] = {
      "94 01 16 18 86 a6'buffer' 09 a6'handle' "
      "d980'0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
      "0123456789abcdef' a3'gpu' a5'GPU-1' a6'offset' cd0200 a5'bytes' cd1000 a6'access' a4'read'"},
+    {MLAP_IMPORT_VMM, 27, &import_vmm_body, sizeof import_vmm_body,
+     "94 01 17 1b 87 a6'buffer' 0a a3'gpu' a5'GPU-1' aa'allocation' ce01400000 a6'offset' cd0200 a5'bytes' ce02800000 "
+     "a7'address' cf00007f3a00000200 a6'access' a4'read'"},
     {MLAP_CONFIGURE, 22, &configure_body, sizeof configure_body,
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},

@@ -309,12 +309,17 @@ static void type_facts(void **state)
     assert_string_equal(mlap_type_name(MLAP_REGISTER), "REGISTER");
     assert_int_equal(mlap_type_fds(MLAP_REGISTER), 1);
     assert_int_equal(mlap_type_fds(MLAP_SUBMIT), 0);
+    assert_int_equal(mlap_type_fds(MLAP_IMPORT_VMM), MLAP_MAX_FDS);
+    assert_true(mlap_fds_fit(MLAP_SUBMIT, 0) && !mlap_fds_fit(MLAP_SUBMIT, 1));
+    assert_true(!mlap_fds_fit(MLAP_REGISTER, 0) && mlap_fds_fit(MLAP_REGISTER, 1) && !mlap_fds_fit(MLAP_REGISTER, 2));
+    assert_true(!mlap_fds_fit(MLAP_IMPORT_VMM, 0) && mlap_fds_fit(MLAP_IMPORT_VMM, 1) &&
+                mlap_fds_fit(MLAP_IMPORT_VMM, MLAP_MAX_FDS) && !mlap_fds_fit(MLAP_IMPORT_VMM, MLAP_MAX_FDS + 1));
     assert_int_equal(mlap_type_from(MLAP_SUBMIT), MLAP_FROM_CLIENT);
     assert_int_equal(mlap_type_from(MLAP_DONE), MLAP_FROM_DAEMON);
     assert_int_equal(mlap_type_from(MLAP_ATTACH), MLAP_FROM_INTERNAL);
     assert_null(mlap_type_name(0));
     assert_int_equal(mlap_type_fds(UINT32_MAX), -1);
-    assert_int_equal(mlap_type_from(23), -1);
+    assert_int_equal(mlap_type_from(24), -1);
 }
 
 static void a_fault_can_always_be_sent(void **state)

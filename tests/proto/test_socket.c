@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -46,7 +47,7 @@ static int teardown(void **state)
 static void send_with_descriptors(const void *bytes, size_t length, int fd, unsigned count)
 {
     struct iovec part = {(void *)(uintptr_t)bytes, length};
-    union { struct cmsghdr align; char bytes[CMSG_SPACE(16 * sizeof(int))]; } control = {0};
+    union { struct cmsghdr align; char bytes[CMSG_SPACE((MLAP_MAX_FDS + 1) * sizeof(int))]; } control = {0};
     struct msghdr datagram = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.bytes,
                               .msg_controllen = CMSG_SPACE(count * sizeof(int))};
     struct cmsghdr *rights = CMSG_FIRSTHDR(&datagram);
@@ -112,16 +113,59 @@ static void surplus_descriptors_are_refused_and_closed(void **state)
 {
     (void)state;
     unsigned before = open_descriptors();
-    for (unsigned count = 2; count <= 16; count++) {
-        char buffer[64];
-        int fds[MLAP_MAX_FDS];
-        unsigned n_fds;
-        send_with_descriptors("x", 1, ends[0], count);
-        assert_int_equal(receive(buffer, sizeof buffer, fds, &n_fds), -1);
-        assert_int_equal(errno, EMSGSIZE);
-        assert_int_equal(n_fds, 0);
-        assert_int_equal(open_descriptors(), before);
+    char buffer[64];
+    int fds[MLAP_MAX_FDS + 1];
+    unsigned n_fds;
+    send_with_descriptors("x", 1, ends[0], MLAP_MAX_FDS + 1);
+    assert_int_equal(receive(buffer, sizeof buffer, fds, &n_fds), -1);
+    assert_int_equal(errno, EMSGSIZE);
+    assert_int_equal(n_fds, 0);
+    assert_int_equal(open_descriptors(), before);
+    assert_int_equal(mlap_send_fds(ends[0], "x", 1, fds, MLAP_MAX_FDS + 1, 0), -1);
+    assert_int_equal(errno, EINVAL);
+}
+
+static void as_many_descriptors_as_are_legal_arrive_in_order(void **state)
+{
+    (void)state;
+    char buffer[64];
+    int sent[MLAP_MAX_FDS], fds[MLAP_MAX_FDS];
+    unsigned n_fds;
+    for (unsigned i = 0; i < MLAP_MAX_FDS; i++)
+        sent[i] = ends[i % 2];
+    assert_int_equal(mlap_send_fds(ends[0], "x", 1, sent, MLAP_MAX_FDS, 0), 0);
+    assert_int_equal(receive(buffer, sizeof buffer, fds, &n_fds), 1);
+    assert_int_equal(n_fds, MLAP_MAX_FDS);
+    for (unsigned i = 0; i < n_fds; i++) {
+        struct stat got, meant;
+        assert_return_code(fstat(fds[i], &got), errno);
+        assert_return_code(fstat(sent[i], &meant), errno);
+        assert_int_equal(got.st_ino, meant.st_ino);
+        close(fds[i]);
     }
+}
+
+/* Whoever has no room for them all refuses the datagram and keeps none. */
+static void descriptors_without_room_are_refused_and_closed(void **state)
+{
+    (void)state;
+    unsigned before = open_descriptors();
+    struct rlimit limit, little;
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    little = limit;
+    little.rlim_cur = 40;
+    char buffer[64];
+    int fds[MLAP_MAX_FDS];
+    unsigned n_fds;
+    send_with_descriptors("x", 1, ends[0], 100);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &little), 0);
+    long length = receive(buffer, sizeof buffer, fds, &n_fds);
+    int number = errno;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    assert_int_equal(length, -1);
+    assert_int_equal(number, EMSGSIZE);
+    assert_int_equal(n_fds, 0);
+    assert_int_equal(open_descriptors(), before);
 }
 
 static void a_long_datagram_is_refused_with_its_descriptor(void **state)
@@ -210,6 +254,8 @@ int main(void)
         SOCKET_TEST(datagrams_keep_their_bounds),
         SOCKET_TEST(a_descriptor_arrives_close_on_exec),
         SOCKET_TEST(surplus_descriptors_are_refused_and_closed),
+        SOCKET_TEST(as_many_descriptors_as_are_legal_arrive_in_order),
+        SOCKET_TEST(descriptors_without_room_are_refused_and_closed),
         SOCKET_TEST(a_long_datagram_is_refused_with_its_descriptor),
         SOCKET_TEST(an_empty_datagram_is_the_end_even_with_a_descriptor),
         SOCKET_TEST(end_of_file_comes_after_what_was_sent),

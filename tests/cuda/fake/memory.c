@@ -104,7 +104,7 @@ static CUresult release(CUdeviceptr p)
     char path[4096];
     LOCK();
     struct fake_range *r = fake_find(p, false);
-    bool ok = r && r->base == p && (r->kind == FAKE_LEGACY || r->kind == FAKE_POOL);
+    bool ok = r && r->base == p && r->kind <= FAKE_MANAGED;
     if (ok) {
         fake_file_path(path, sizeof path, (int)getpid(), r->id, r->fd);
         if (getenv("MLAD_FAKE_CUDA_DIR")) unlink(path);
@@ -119,6 +119,10 @@ static CUresult release(CUdeviceptr p)
 API(cuMemAlloc_v2, (CUdeviceptr *p, size_t n), (p, n)) { return allocate(p, n, FAKE_LEGACY); }
 API(cuMemFree_v2, (CUdeviceptr p), (p)) { return p ? (fake_sync_all(), release(p)) : FAKE_OK; }
 API(cuMemAllocAsync, (CUdeviceptr *p, size_t n, CUstream s), (p, n, s)) { return (void)s, allocate(p, n, FAKE_POOL); }
+API(cuMemAllocManaged, (CUdeviceptr *p, size_t n, unsigned flags), (p, n, flags))
+{
+    return flags == 1 || flags == 2 ? allocate(p, n, FAKE_MANAGED) : FAKE_INVALID_VALUE;
+}
 API(cuMemFreeAsync, (CUdeviceptr p, CUstream s), (p, s)) { return fake_stream_settle(s), release(p); }
 API(cuMemGetInfo_v2, (size_t *available, size_t *total), (available, total))
 {
@@ -173,6 +177,7 @@ API(cuMemHostGetDevicePointer_v2, (CUdeviceptr *out, void *p, unsigned flags), (
 
 API(cuMemGetAddressRange_v2, (CUdeviceptr *base, size_t *size, CUdeviceptr p), (base, size, p))
 {
+    if (fake_current_device() < 0) return FAKE_INVALID_CONTEXT;
     LOCK();
     struct fake_range *r = fake_find(p, false);
     if (r && base) *base = r->base;
@@ -183,7 +188,9 @@ API(cuMemGetAddressRange_v2, (CUdeviceptr *base, size_t *size, CUdeviceptr p), (
 static CUresult attribute(void *data, int which, CUdeviceptr p, bool *known)
 {
     LOCK();
-    struct fake_range *found = fake_find(p, false), r = found ? *found : (struct fake_range){0};
+    struct fake_range *found = fake_find(p, false), *whole = fake_find(p, true);
+    struct fake_range r = found ? *found : (struct fake_range){0};
+    if (found && whole) r.base = whole->base, r.size = whole->size; /* attributes 11 and 12 are the reservation's */
     UNLOCK();
     *known = found != NULL;
     if (!found) return FAKE_INVALID_VALUE;
@@ -196,14 +203,15 @@ static CUresult attribute(void *data, int which, CUdeviceptr p, bool *known)
         if (!host) return FAKE_INVALID_VALUE;
         *(uint64_t *)data = p;
         break;
-    case 6: case 8: *(bool *)data = false; break;
+    case 6: *(bool *)data = false; break;
+    case 8: *(bool *)data = r.kind == FAKE_MANAGED; break;
     case 7: *(uint64_t *)data = r.id; break;
     case 9: *(int *)data = r.device; break;
     case 10: *(bool *)data = r.kind == FAKE_LEGACY; break;
     case 11: *(CUdeviceptr *)data = r.base; break;
     case 12: *(size_t *)data = r.size; break;
     case 13: *(bool *)data = true; break;
-    case 14: *(uint64_t *)data = r.kind == FAKE_MAPPED; break;
+    case 14: *(uint64_t *)data = (uint64_t)r.handles; break;
     case 17: *(uint64_t *)data = r.kind == FAKE_POOL ? 1 : 0; break;
     default: return FAKE_INVALID_VALUE;
     }

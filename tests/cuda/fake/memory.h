@@ -4,7 +4,9 @@
 
 #include "fake_cuda.h"
 
-enum fake_kind { FAKE_LEGACY, FAKE_POOL, FAKE_MAPPED, FAKE_IMPORT, FAKE_HOST, FAKE_REGISTERED, FAKE_RESERVED };
+enum fake_kind {
+    FAKE_LEGACY, FAKE_POOL, FAKE_MANAGED, FAKE_MAPPED, FAKE_IMPORT, FAKE_HOST, FAKE_REGISTERED, FAKE_RESERVED
+};
 
 struct fake_range {
     struct fake_range *next;
@@ -15,6 +17,7 @@ struct fake_range {
     int owner;                   /* pid of the exporter of an import */
     uint64_t owner_id;
     struct fake_physical *physical; /* of FAKE_MAPPED */
+    int handles;                    /* of it: the types it may be exported as */
 };
 
 extern pthread_mutex_t fake_memory_lock; /* over the functions below */

@@ -1,8 +1,10 @@
 /* share.c - memory of other processes: legacy IPC handles and the virtual memory functions.
- * A legacy handle names the exporter's memfd through /proc (or its file); once opened it outlives the exporter. */
+ * A legacy handle names the exporter's memfd through /proc (or its file); once opened it outlives the exporter.
+ * The memfd of a VMM allocation has its device in its name; what is refused is as by a real driver (580.159, H100). */
 #include "memory.h"
 
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -10,7 +12,7 @@
 #include <unistd.h>
 
 struct ipc { uint64_t magic, id, size; int pid, fd, device; };
-struct fake_physical { struct fake_physical *next; int fd, device, refs; size_t size; };
+struct fake_physical { struct fake_physical *next; int fd, device, refs, handles; size_t size; };
 
 static const uint64_t MAGIC = 0x4d4c414446414b45;
 static const size_t GRANULE = 2 << 20;
@@ -74,10 +76,11 @@ API(cuIpcCloseMemHandle, (CUdeviceptr p), (p))
 }
 
 /* With the lock. */
-static struct fake_physical *physical_new(int fd, size_t size, int device)
+static struct fake_physical *physical_new(int fd, size_t size, int device, int handles)
 {
     struct fake_physical *p = calloc(1, sizeof *p);
-    if (p) *p = (struct fake_physical){.next = physicals, .fd = fd, .device = device, .refs = 1, .size = size}, physicals = p;
+    if (p) *p = (struct fake_physical){.next = physicals, .fd = fd, .device = device, .refs = 1,
+                                         .handles = handles, .size = size}, physicals = p;
     return p;
 }
 static struct fake_physical *known(CUhandle h)
@@ -124,10 +127,12 @@ API(cuMemCreate, (CUhandle *out, size_t size, const CUmemAllocationProp *prop, u
 {
     if (!size || size % GRANULE || flags || !prop || prop->type != 1 || prop->location.type != 1) return FAKE_INVALID_VALUE;
     if (size > fake_settings().memory) return FAKE_OUT_OF_MEMORY;
-    int fd = memfd_create("fake_cuda", MFD_CLOEXEC);
+    char name[32];
+    snprintf(name, sizeof name, "fake_cuda.%d", prop->location.id);
+    int fd = memfd_create(name, MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, (off_t)size) != 0) return FAKE_OUT_OF_MEMORY;
     LOCK();
-    *out = (CUhandle)(uintptr_t)physical_new(fd, size, prop->location.id);
+    *out = (CUhandle)(uintptr_t)physical_new(fd, size, prop->location.id, prop->handles);
     UNLOCK();
     return FAKE_OK;
 }
@@ -144,20 +149,32 @@ API(cuMemMap, (CUdeviceptr at, size_t size, size_t offset, CUhandle h, uint64_t 
     LOCK();
     struct fake_physical *p = known(h);
     struct fake_range *r = fake_find(at, true), *m = NULL;
-    bool ok = p && r && size == p->size && !offset && !flags && size <= r->size - (at - r->base) && !fake_find(at, false) &&
+    if (p && size != p->size) { UNLOCK(); return FAKE_NOT_SUPPORTED; }
+    bool ok = p && r && !offset && !flags && size <= r->size - (at - r->base) && !fake_find(at, false) &&
               mmap((void *)at, size, PROT_NONE, MAP_SHARED | MAP_FIXED, p->fd, 0) != MAP_FAILED;
-    if (ok && (m = fake_add(FAKE_MAPPED, at, size, p->device, -1))) m->physical = p, p->refs++;
+    if (ok && (m = fake_add(FAKE_MAPPED, at, size, p->device, -1))) m->physical = p, m->handles = p->handles, p->refs++;
     UNLOCK();
     return m ? FAKE_OK : FAKE_INVALID_VALUE;
+}
+/* With the lock: is it one mapping after another, each whole? */
+static bool whole_mappings(uint64_t at, size_t size)
+{
+    while (size) {
+        struct fake_range *r = fake_find(at, false);
+        if (!r || r->kind != FAKE_MAPPED || r->base != at || r->size > size) return false;
+        at += r->size, size -= r->size;
+    }
+    return true;
 }
 API(cuMemUnmap, (CUdeviceptr at, size_t size), (at, size))
 {
     LOCK();
-    struct fake_range *r = fake_find(at, false);
-    bool ok = r && r->kind == FAKE_MAPPED && r->base == at && r->size == size;
-    if (ok) {
-        mmap((void *)at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    bool ok = whole_mappings(at, size);
+    while (ok && size) {
+        struct fake_range *r = fake_find(at, false);
+        mmap((void *)at, r->size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
         unref(r->physical);
+        at += r->size, size -= r->size;
         fake_drop(r);
     }
     UNLOCK();
@@ -166,8 +183,7 @@ API(cuMemUnmap, (CUdeviceptr at, size_t size), (at, size))
 API(cuMemSetAccess, (CUdeviceptr at, size_t size, const CUmemAccessDesc *d, size_t n), (at, size, d, n))
 {
     LOCK();
-    struct fake_range *r = fake_find(at, false);
-    bool ok = r && r->kind == FAKE_MAPPED && d && n && size <= r->size - (at - r->base);
+    bool ok = size && d && n && whole_mappings(at, size);
     int protection = !ok || !d[0].flags ? PROT_NONE : d[0].flags == 1 ? PROT_READ : PROT_READ | PROT_WRITE;
     if (ok) ok = mprotect((void *)at, size, protection) == 0;
     UNLOCK();
@@ -177,19 +193,23 @@ API(cuMemExportToShareableHandle, (void *out, CUhandle h, int type, uint64_t fla
 {
     LOCK();
     struct fake_physical *p = known(h);
-    int fd = p && type == 1 && !flags ? fcntl(p->fd, F_DUPFD_CLOEXEC, 3) : -1;
+    int fd = p && type == 1 && p->handles & type && !flags ? fcntl(p->fd, F_DUPFD_CLOEXEC, 3) : -1;
     UNLOCK();
     return fd < 0 ? FAKE_INVALID_VALUE : (*(int *)out = fd, FAKE_OK);
 }
 API(cuMemImportFromShareableHandle, (CUhandle *out, void *os, int type), (out, os, type))
 {
     struct stat st;
+    char path[64], file[64] = "";
+    int device;
     int fd = type == 1 ? fcntl((int)(intptr_t)os, F_DUPFD_CLOEXEC, 3) : -1;
     if (fd < 0) return FAKE_INVALID_VALUE;
-    if (fcntl(fd, F_GET_SEALS) < 0 || fstat(fd, &st) || !st.st_size || (size_t)st.st_size % GRANULE)
-        return close(fd), FAKE_INVALID_VALUE;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    bool ours = readlink(path, file, sizeof file - 1) > 0 && sscanf(file, "/memfd:fake_cuda.%d", &device) == 1;
+    if (!ours || fstat(fd, &st))
+        return close(fd), FAKE_UNKNOWN;
     LOCK();
-    *out = (CUhandle)(uintptr_t)physical_new(fd, (size_t)st.st_size, 0);
+    *out = (CUhandle)(uintptr_t)physical_new(fd, (size_t)st.st_size, device, type);
     UNLOCK();
     return FAKE_OK;
 }
@@ -206,7 +226,7 @@ API(cuMemGetAllocationPropertiesFromHandle, (CUmemAllocationProp *out, CUhandle 
 {
     LOCK();
     struct fake_physical *p = known(h);
-    if (p) *out = (CUmemAllocationProp){.type = 1, .handles = 1, .location = {1, p->device}};
+    if (p) *out = (CUmemAllocationProp){.type = 1, .handles = p->handles, .location = {1, p->device}};
     UNLOCK();
     return p ? FAKE_OK : FAKE_INVALID_VALUE;
 }
