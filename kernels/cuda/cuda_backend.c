@@ -17,7 +17,7 @@
 
 enum {
     ITEMS_PER_BLOCK = 4, /* target items of the schedule, for each block that the device holds at a time */
-    MOST_SLOTS = 8192,   /* of scratch: 269 MB */
+    MOST_SLOTS = 8192,   /* of scratch: 539 MB */
     LEAST_SLOTS = 4096,
     SPIN = 2000, /* looks at the completion word before the thread gives way */
     NAP_NS = 20000,
@@ -31,9 +31,9 @@ struct mlak_device {
     CUdevice gpu;
     CUcontext context;
     CUmodule module;
-    CUfunction prepare, split[MLAK_CUDA_TYPES], combine;
+    CUfunction prepare, split[MLAK_CUDA_TYPES], wide[MLAK_CUDA_TYPES], combine; /* wide: NULL without the room */
     CUstream stream;
-    unsigned split_grid, combine_grid, split_shared;
+    unsigned split_grid, combine_grid, split_shared, most_shared;
     struct cuda_memory memory;
     bool memory_ready;
     struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
@@ -92,12 +92,19 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
                          "the GPU gives a block %d bytes of shared memory; the kernels need %d", shared,
                          MLAK_CUDA_SPLIT_SHARED_1);
     device->split_shared = shared >= MLAK_CUDA_SPLIT_SHARED_2 ? MLAK_CUDA_SPLIT_SHARED_2 : MLAK_CUDA_SPLIT_SHARED_1;
+    device->most_shared = (unsigned)shared;
     for (unsigned i = 0; i < MLAK_CUDA_TYPES; i++) {
         char name[64];
         snprintf(name, sizeof name, "mlak_cuda_split_%s", types[i]);
         TRY(module_function, "kernels", &device->split[i], device->module, name);
         TRY(function_attribute, "kernels", device->split[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
             (int)device->split_shared);
+        if (shared < MLAK_CUDA_SPLIT_SHARED_WIDE)
+            continue;
+        snprintf(name, sizeof name, "mlak_cuda_split_wide_%s", types[i]);
+        TRY(module_function, "kernels", &device->wide[i], device->module, name);
+        TRY(function_attribute, "kernels", device->wide[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            MLAK_CUDA_SPLIT_SHARED_WIDE);
     }
     TRY(occupancy, "kernels", &resident, device->split[0], MLAK_CUDA_THREADS, device->split_shared);
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
@@ -247,7 +254,7 @@ static void pass_progress_on(struct mlak_device *device)
 {
     uint64_t now = __atomic_load_n(&device->result->progress, __ATOMIC_RELAXED);
     if (now != device->progress_seen && device->progress)
-        __atomic_fetch_add(device->progress, now - device->progress_seen, __ATOMIC_RELAXED);
+        __atomic_fetch_add(device->progress, 1, __ATOMIC_RELAXED);
     device->progress_seen = now;
 }
 
@@ -268,12 +275,16 @@ static CUresult drain(struct mlak_device *device)
 static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
 {
     void *parameters[] = {job};
+    enum mlak_cuda_types types = types_of(&job->batch);
+    job->rows_per_item = mlak_cuda_rows(&job->batch, device->most_shared);
+    bool wide = job->rows_per_item == 32;
     const struct {
         CUfunction kernel;
         unsigned grid, block, shared;
     } kernels[] = {
         {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
-        {device->split[types_of(&job->batch)], device->split_grid, MLAK_CUDA_THREADS, device->split_shared},
+        {wide ? device->wide[types] : device->split[types], device->split_grid, MLAK_CUDA_THREADS,
+         wide ? MLAK_CUDA_SPLIT_SHARED_WIDE : device->split_shared},
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
     };
     for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {

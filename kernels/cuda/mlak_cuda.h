@@ -6,25 +6,26 @@
  *     mlak_cuda_combine         merges the parts of split requests, in split order; then the results and `done`
  * Nothing of it depends on a length that the host knows, so a captured graph may be replayed with other lengths.
  *
- * An item is one block of MLAK_CUDA_M folded rows (token * heads + head) of one request over one range of key tiles. */
+ * An item is one block of job.rows_per_item folded rows (token * heads + head) of one request over one range of key tiles. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
 #include "mlak.h"
 
 enum {
-    MLAK_CUDA_M = 16,              /* folded rows of an item */
+    MLAK_CUDA_M = 32,              /* folded rows of an item at most: 16 or 32, see mlak_cuda_rows */
     MLAK_CUDA_TILE = 64,           /* keys of a tile */
     MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
     MLAK_CUDA_PREPARE_THREADS = 1024,
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
-    MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [16][512], maximum [16] (of log2
-                                                         * scores), sum [16] */
+    MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [32][512], maximum [32] (of log2
+                                                         * scores), sum [32] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
-    MLAK_CUDA_PREPARE_SHARED = 17 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_PREPARE_SHARED = 25 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
+    MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
     MLAK_CUDA_COMBINE_SHARED = 16
 };
 
@@ -33,7 +34,9 @@ struct mlak_cuda_schedule {
     uint32_t items;                /* of all requests; 0 when the batch is refused */
     uint32_t slots;                /* parts in use */
     uint32_t split_tiles;          /* tiles of a split, except with batch.deterministic */
+    uint32_t merges;               /* folded rows that were split, which combine merges */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
+    unsigned long long progress;   /* items completed, ever growing */
 };
 
 /* What the schedule says of a request; device memory. */
@@ -44,13 +47,14 @@ struct mlak_cuda_request {
     uint32_t first_slot;           /* slot of (block, split): first_slot + block * splits + split */
     uint32_t first_tile;           /* tiles are counted from local key lo rounded down to a multiple of 64 */
     uint32_t tiles;
+    uint32_t first_merge;          /* its folded rows among those that combine merges */
 };
 
 /* Pinned host memory, written by the device. */
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
 struct mlak_cuda_result {
     uint64_t done;                 /* = job.ticket once everything else is visible to the host */
-    uint64_t progress;             /* items completed, ever growing */
+    uint64_t progress;             /* changes while items are completed */
     int32_t batch_code;            /* 0, or MLAK_BATCH: cu_q is wrong; then nothing ran */
     uint32_t batch_index;          /* of the entry at fault */
     int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
@@ -61,6 +65,7 @@ struct mlak_cuda_result {
 struct mlak_cuda_job {
     struct mlak_batch batch;       /* pointers are the device's */
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
+    uint32_t rows_per_item;        /* 16, or 32 with the wide kernels */
     uint32_t target_items;         /* about how many items fill the device */
     uint32_t max_slots;            /* room in parts: 2 * target_items + count; deterministic: FIXED_SLOTS * count */
     uint64_t ticket;
@@ -73,7 +78,7 @@ struct mlak_cuda_job {
     struct mlak_cuda_row_result *row_results; /* [count] */
 };
 
-/* Which split kernel: by what the batch's tensors hold. Names follow the order "mlak_cuda_split_" + one of these. */
+/* Which split kernel: by what the batch's tensors hold, and by rows_per_item. */
 enum mlak_cuda_types {
     MLAK_CUDA_BF16,
     MLAK_CUDA_FP16,
@@ -82,6 +87,15 @@ enum mlak_cuda_types {
     MLAK_CUDA_BF16_656,
     MLAK_CUDA_TYPES
 };
+/* Rows of an item: 32 where most requests have more than 16 folded rows, as one walk over the keys then serves them
+ * all. Of a deterministic batch from the heads alone, since the blocks decide where a request is split. */
+static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t shared_bytes)
+{
+    uint64_t rows = batch->deterministic ? batch->heads : batch->q_rows * batch->heads / batch->batch;
+    return rows > 16 && shared_bytes >= MLAK_CUDA_SPLIT_SHARED_WIDE ? 32 : 16;
+}
+
+/* "mlak_cuda_split_" or "mlak_cuda_split_wide_" and one of these */
 #define MLAK_CUDA_TYPE_NAMES {"bf16", "fp16", "fp8", "bf16_fp8", "bf16_656"}
 
 #endif

@@ -10,14 +10,15 @@
 #define ITEM_LOG2_E 1.4426950408889634f
 #define ITEM_LN_2 0.6931471805599453f
 
-/* The request of an item: the last one whose first item is not beyond it. Requests without items share their first item
- * with the next one, and are passed over. */
-__device__ static inline uint32_t item_request(const struct mlak_cuda_job *job, uint32_t item)
+/* The last request whose first item (or first merge) is not beyond `at`. Requests without any share theirs with the next
+ * one, and are passed over. */
+template <uint32_t mlak_cuda_request::*FIRST>
+__device__ static inline uint32_t item_request(const struct mlak_cuda_job *job, uint32_t at)
 {
     uint32_t low = 0, high = job->count;
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (job->requests[middle].first_item <= item)
+        if (job->requests[middle].*FIRST <= at)
             low = middle;
         else
             high = middle;

@@ -4,7 +4,7 @@
  *     thread i      1. copies entries i, i + 1024, ... of cu_q, and judges the copies (the first fault counts)
  *                   2. fills row i from the batch; reads its length, its tree masks once
  *                   3. counts its items; sums over the block give its first item and slot
- *     shared        struct prepare_shared, 16.4 KB
+ *     shared        struct prepare_shared, 24.6 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
  * on lengths and splits whatever the client does. */
@@ -16,8 +16,8 @@ struct prepare_shared {
     unsigned long long work; /* tiles of all blocks of all requests */
     uint32_t first_fault;    /* entry of cu_q */
     float q_scale, k_scale, v_scale;
-    uint32_t items[2][MLAK_CUDA_PREPARE_THREADS],
-        slots[2][MLAK_CUDA_PREPARE_THREADS]; /* running sums, two steps of them */
+    uint32_t items[2][MLAK_CUDA_PREPARE_THREADS], slots[2][MLAK_CUDA_PREPARE_THREADS],
+        merges[2][MLAK_CUDA_PREPARE_THREADS]; /* running sums, two steps of them */
 };
 
 enum { PREPARE_MIN_TILES = 4 }; /* of a split: the combine of shorter ones costs more than it spreads */
@@ -64,9 +64,10 @@ __device__ static void prepare_row(const struct mlak_cuda_job *job, const struct
 }
 
 /* Blocks and tiles of a row. A row without a visible key has no tile, and still outputs to write. */
-__device__ static void prepare_extent(const struct mlak_row *row, struct mlak_cuda_request *request)
+__device__ static void prepare_extent(const struct mlak_row *row, uint32_t rows_per_item,
+                                      struct mlak_cuda_request *request)
 {
-    request->blocks = row->code == MLAK_ROW_OK ? (row->q_len * row->heads + MLAK_CUDA_M - 1) / MLAK_CUDA_M : 0;
+    request->blocks = row->code == MLAK_ROW_OK ? (row->q_len * row->heads + rows_per_item - 1) / rows_per_item : 0;
     request->first_tile = request->tiles = 0;
     if (request->blocks == 0)
         return;
@@ -90,7 +91,7 @@ __device__ static uint32_t prepare_split_tiles(const struct mlak_cuda_job *job, 
     return (uint32_t)row_most((request->tiles + most - 1) / most, MLAK_CUDA_FIXED_TILES);
 }
 
-MLAK_KERNEL(mlak_cuda_prepare, struct mlak_cuda_job job)
+MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
 {
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const struct mlak_batch *batch = &job.batch;
@@ -112,7 +113,7 @@ MLAK_KERNEL(mlak_cuda_prepare, struct mlak_cuda_job job)
             job.result->batch_value = job.cu_q[fault];
             job.result->batch_before = fault ? job.cu_q[fault - 1] : 0;
             job.result->batch_code = MLAK_BATCH;
-            job.schedule->items = job.schedule->slots = 0;
+            job.schedule->items = job.schedule->slots = job.schedule->merges = 0;
         }
         return;
     }
@@ -120,7 +121,7 @@ MLAK_KERNEL(mlak_cuda_prepare, struct mlak_cuda_job job)
     struct mlak_cuda_request request = {};
     if (thread < job.count) {
         prepare_row(&job, shared, thread);
-        prepare_extent(&job.rows[thread], &request);
+        prepare_extent(&job.rows[thread], job.rows_per_item, &request);
         atomicAdd(&shared->work, (unsigned long long)request.blocks * request.tiles);
     }
     __syncthreads();
@@ -128,11 +129,13 @@ MLAK_KERNEL(mlak_cuda_prepare, struct mlak_cuda_job job)
     request.splits =
         request.tiles > request.split_tiles ? (request.tiles + request.split_tiles - 1) / request.split_tiles : 1;
     uint32_t items = request.blocks * request.splits, slots = request.splits > 1 ? items : 0;
+    uint32_t merges = request.splits > 1 && request.blocks > 0 ? job.rows[thread].q_len * job.rows[thread].heads : 0;
 
     /* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. */
     uint32_t now = 0;
     shared->items[0][thread] = items;
     shared->slots[0][thread] = slots;
+    shared->merges[0][thread] = merges;
     __syncthreads();
     for (uint32_t reach = 1; reach < MLAK_CUDA_PREPARE_THREADS; reach *= 2, now ^= 1) {
         uint32_t before = thread >= reach ? thread - reach : UINT32_MAX;
@@ -140,15 +143,19 @@ MLAK_KERNEL(mlak_cuda_prepare, struct mlak_cuda_job job)
             shared->items[now][thread] + (before != UINT32_MAX ? shared->items[now][before] : 0);
         shared->slots[now ^ 1][thread] =
             shared->slots[now][thread] + (before != UINT32_MAX ? shared->slots[now][before] : 0);
+        shared->merges[now ^ 1][thread] =
+            shared->merges[now][thread] + (before != UINT32_MAX ? shared->merges[now][before] : 0);
         __syncthreads();
     }
     request.first_item = shared->items[now][thread] - items;
     request.first_slot = shared->slots[now][thread] - slots;
+    request.first_merge = shared->merges[now][thread] - merges;
     if (thread < job.count)
         job.requests[thread] = request;
     if (thread == MLAK_CUDA_PREPARE_THREADS - 1) {
         job.schedule->items = shared->items[now][thread];
         job.schedule->slots = shared->slots[now][thread];
+        job.schedule->merges = shared->merges[now][thread];
         job.schedule->split_tiles = request.split_tiles;
         job.result->batch_code = MLAK_OK;
     }

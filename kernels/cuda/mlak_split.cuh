@@ -1,21 +1,22 @@
-/* mlak_split.cuh - kernel 2 of a launch: attention of 16 folded rows over a range of key tiles; sm_80 and up.
+/* mlak_split.cuh - kernel 2 of a launch: attention of 16 or 32 folded rows over a range of key tiles; sm_80 and up.
  *
- *   Tile     16 rows (token * heads + head) x 64 keys; 8 warps
- *   scores   warp w: keys 8w..8w+7, 36 steps of m16n8k16 over the 576 dimensions
- *   values   warp w: columns 64w..64w+63 of O, 32 fp32 a thread, 4 steps of 16 keys
+ *   Tile     ROWS rows (token * heads + head) x 64 keys; 8 warps. GROUPS = ROWS / 16 groups of rows, as an mma takes
+ *   scores   warp w: rows of group w % GROUPS; 8 GROUPS keys from 8 GROUPS (w / GROUPS) on; 36 steps of 16 dimensions,
+ *            with most of the rows' q in registers for the whole item
+ *   values   warp w: columns 64w..64w+63 of O of all rows, 32 fp32 a thread and group, 4 steps of 16 keys
  *
- *   Shared memory, bytes    one stage  two stages
- *   q      16 x 1152            18432       18432
- *   keys   64 x 1152            73728      147456  both in chunks of 16 bytes, chunk c of row r at c ^ (r & 7)
- *   scales 64 x 4 fp32           1024        2048  656-byte rows only
- *   p      16 x 68 fp32          4352        4352  padded: rows start 4 banks apart
- *   struct split_shared, below
- *   all of it, at most         101376      177152
+ *   Shared memory, bytes    16 rows, one tile   two tiles   32 rows, two tiles
+ *   q      ROWS x 1152                  18432       18432                36864
+ *   keys   64 x 1152                    73728      147456               147456   both in chunks of 16 bytes, chunk c
+ *   scales 64 x 4 fp32                   1024        2048                 2048   of row r at c ^ (r & 7); scales are
+ *   p      ROWS x 68 fp32                4352        4352                 8704   of 656-byte rows only; rows of p
+ *   struct split_shared, below                                                   start 4 banks apart
+ *   all of it, at most                 101376      177152               201728
  *
  *   Pipeline, a tile             who
- *   addresses of tile n+1        threads 0..63, a key each: table -> page id -> bounds check -> address
  *   keys of tile n+1 set off     all (cp.async; fp8 through registers, widened to bf16, which loses nothing)
- *   scores, running maximum      all; maxima of the 8 warps meet in shared memory
+ *   page ids of tile n+2         threads 0..63, a key each: asked for before tile n is computed, checked after it
+ *   scores, running maximum      all; maxima of the warps of a group meet in shared memory
  *   O = O * shrink + P V         all, each warp its own columns
  *
  * Keys that no row of the item sees are zeros in shared memory, so what lies there in the client's pool, NaN or
@@ -26,38 +27,39 @@
 enum {
     SPLIT_ROW = MLAK_D * 2, /* bytes of a row of q or keys in shared memory */
     SPLIT_CHUNKS = SPLIT_ROW / 16,
+    SPLIT_STEPS = MLAK_D / 16,         /* of the scores */
     SPLIT_P = MLAK_CUDA_TILE + 4,      /* floats of a row of p */
     SPLIT_SCALES = MLAK_CUDA_TILE * 4, /* floats: one a key and group of 128 */
     SPLIT_WARPS = MLAK_CUDA_THREADS / 32,
     SPLIT_NOBODY = -1 /* address of a key that no row sees */
 };
 
-struct split_shared {
-    struct mlak_row row;                /* a copy: 16 rows ask it for every key of a masked tile */
-    int64_t address[2][MLAK_CUDA_TILE]; /* of each key of a tile, from row.kv on; or SPLIT_NOBODY */
-    int64_t lo[MLAK_CUDA_M], base[MLAK_CUDA_M], hi[MLAK_CUDA_M]; /* what each row sees */
-    uint64_t bits[MLAK_CUDA_M];                                  /* its tree mask */
-    float reduced[2][SPLIT_WARPS][MLAK_CUDA_M];
+template <int GROUPS> struct split_shared {
+    enum { ROWS = 16 * GROUPS };
+    struct mlak_row row;                /* a copy: the rows ask it for every key of a masked tile */
+    int64_t address[2][MLAK_CUDA_TILE]; /* of each key of a tile, from row.kv on; or SPLIT_NOBODY; even and odd tiles */
+    int64_t lo[ROWS], base[ROWS], hi[ROWS]; /* what each row sees */
+    uint64_t bits[ROWS];                    /* its tree mask */
+    float reduced[2][SPLIT_WARPS / GROUPS][ROWS];
     int failed; /* the request has a bad page, or the launch is cancelled */
 };
 
 /* Placed in this order in dynamic shared memory. */
-#define SPLIT_Q_BYTES (MLAK_CUDA_M * SPLIT_ROW)
 #define SPLIT_KEYS_BYTES (MLAK_CUDA_TILE * SPLIT_ROW)
 #define SPLIT_SCALES_BYTES (SPLIT_SCALES * (int)sizeof(float))
-#define SPLIT_P_BYTES (MLAK_CUDA_M * SPLIT_P * (int)sizeof(float))
-static_assert(SPLIT_Q_BYTES + 2 * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES) + SPLIT_P_BYTES +
-                      sizeof(struct split_shared) <=
-                  MLAK_CUDA_SPLIT_SHARED_2,
-              "two stages");
-static_assert(SPLIT_Q_BYTES + SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES + SPLIT_P_BYTES + sizeof(struct split_shared) <=
-                  MLAK_CUDA_SPLIT_SHARED_1,
-              "one stage");
+#define SPLIT_Q_BYTES(groups) (16 * (groups) * SPLIT_ROW)
+#define SPLIT_P_BYTES(groups) (16 * (groups) * SPLIT_P * (int)sizeof(float))
+#define SPLIT_BYTES(groups, stages)                                                                                    \
+    (SPLIT_Q_BYTES(groups) + (stages) * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES) + SPLIT_P_BYTES(groups) +              \
+     sizeof(struct split_shared<groups>))
+static_assert(SPLIT_BYTES(1, 1) <= MLAK_CUDA_SPLIT_SHARED_1, "16 rows, one tile");
+static_assert(SPLIT_BYTES(1, 2) <= MLAK_CUDA_SPLIT_SHARED_2, "16 rows, two tiles");
+static_assert(SPLIT_BYTES(2, 2) <= MLAK_CUDA_SPLIT_SHARED_WIDE, "32 rows, two tiles");
 
 /* An item in work: what it is, and where its things lie. */
-struct split {
+template <int GROUPS> struct split {
     const struct mlak_cuda_job *job;
-    struct split_shared *shared;
+    struct split_shared<GROUPS> *shared;
     unsigned char *q, *keys; /* keys and scales: of stage 0, those of stage 1 follow */
     float *scales, *p;
     uint32_t index, block, split; /* request, row block, split */
@@ -114,10 +116,10 @@ __device__ static inline unsigned char *split_at(unsigned char *rows, uint32_t r
 
 /* ---- loads ---- */
 
-template <enum mlak_cuda_types TYPES> __device__ static void split_load_q(const struct split *s)
+template <enum mlak_cuda_types TYPES, int GROUPS> __device__ static void split_load_q(const struct split<GROUPS> *s)
 {
     const uint8_t *from = s->shared->row.q;
-    for (uint32_t i = threadIdx.x; i < MLAK_CUDA_M * SPLIT_CHUNKS; i += MLAK_CUDA_THREADS) {
+    for (uint32_t i = threadIdx.x; i < 16 * GROUPS * SPLIT_CHUNKS; i += MLAK_CUDA_THREADS) {
         uint32_t r = i / SPLIT_CHUNKS, chunk = i % SPLIT_CHUNKS;
         uint64_t row = s->first_row + r;
         uint4 value = make_uint4(0, 0, 0, 0); /* rows beyond the request's: their scores are never looked at */
@@ -131,39 +133,75 @@ template <enum mlak_cuda_types TYPES> __device__ static void split_load_q(const 
     }
 }
 
-/* Where the keys of a tile lie. A page is needed iff some row of the item sees one of its keys; one that is needed and
- * out of range fails the request, and nothing is read from it. */
-__device__ static void split_address(const struct split *s, uint32_t tile, uint32_t stage)
+/* Steps of the scores whose q stays in registers for the whole item: as many as leave no spill. Even. */
+template <enum mlak_cuda_types TYPES, int GROUPS> struct split_held {
+    enum { STEPS = TYPES == MLAK_CUDA_BF16_656 ? (GROUPS == 2 ? 14 : 26) : GROUPS == 2 ? 24 : 32 };
+};
+
+/* The warp's rows of q as a fragment: lanes 0..15 name the rows of the lower half of a step's 16 dimensions, 16..31
+ * those of the upper. */
+template <int GROUPS>
+__device__ static inline void split_get_q(const struct split<GROUPS> *s, uint32_t step, uint32_t a[4])
+{
+    uint32_t lane = threadIdx.x % 32, group = threadIdx.x / 32 % GROUPS;
+    load_matrices(a, split_at(s->q, group * 16 + lane % 16, step * 2 + lane / 16));
+}
+
+/* A key of a tile on its way to its address: the page id is asked for early and used late. */
+struct split_key {
+    bool seen;
+    uint32_t column, slot; /* of the block table; of the page */
+    int32_t page;
+};
+
+/* Thread i < 64: key i of the tile. A page is needed iff some row of the item sees one of its keys. */
+template <int GROUPS> __device__ static inline struct split_key split_ask(const struct split<GROUPS> *s, uint32_t tile)
 {
     const struct mlak_row *row = &s->shared->row;
-    int64_t c = (int64_t)tile * MLAK_CUDA_TILE + threadIdx.x, address = SPLIT_NOBODY;
+    int64_t c = (int64_t)tile * MLAK_CUDA_TILE + threadIdx.x;
+    struct split_key key = {false, 0, 0, 0};
+    if (threadIdx.x >= MLAK_CUDA_TILE || c < s->any.lo || c >= s->any.hi ||
+        (c >= s->any.base && !row_tree_sees(row, s->any_bits, c)))
+        return key;
+    key.seen = true;
+    key.column = (uint32_t)c / row->page_size; /* lengths are int32: so are keys */
+    key.slot = (uint32_t)c - key.column * row->page_size;
+    key.page = read_once(&row->block_table[key.column]);
+    return key;
+}
+
+/* A page that is needed and out of range fails the request, and nothing is read from it. */
+template <int GROUPS>
+__device__ static inline void split_settle(const struct split<GROUPS> *s, uint32_t tile, const struct split_key *key)
+{
+    const struct mlak_row *row = &s->shared->row;
+    int64_t address = SPLIT_NOBODY;
     if (threadIdx.x >= MLAK_CUDA_TILE)
         return;
-    if (c >= s->any.lo && c < s->any.hi && (c < s->any.base || row_tree_sees(row, s->any_bits, c))) {
-        uint32_t column = (uint32_t)(c / row->page_size);
-        int32_t page = read_once(&row->block_table[column]);
-        if (page >= 0 && (uint32_t)page < row->pages) {
-            address = (int64_t)((uint64_t)page * row->page_stride + (uint64_t)(c % row->page_size) * row->row_stride);
-        } else {
-            struct mlak_row *shared_by_all = &s->job->rows[s->index];
-            if (atomicCAS((unsigned long long *)&shared_by_all->detail[0], (unsigned long long)-1,
-                          (unsigned long long)column) == (unsigned long long)-1) {
-                shared_by_all->detail[1] = page;
-                shared_by_all->code = MLAK_ROW_PAGE_RANGE;
-            }
-            s->shared->failed = 1;
+    if (key->seen && key->page >= 0 && (uint32_t)key->page < row->pages) {
+        address = (int64_t)((uint64_t)key->page * row->page_stride + (uint64_t)key->slot * row->row_stride);
+    } else if (key->seen) {
+        struct mlak_row *shared_by_all = &s->job->rows[s->index];
+        if (atomicCAS((unsigned long long *)&shared_by_all->detail[0], (unsigned long long)-1,
+                      (unsigned long long)key->column) == (unsigned long long)-1) {
+            shared_by_all->detail[1] = key->page;
+            shared_by_all->code = MLAK_ROW_PAGE_RANGE;
         }
+        s->shared->failed = 1;
     }
-    s->shared->address[stage][threadIdx.x] = address;
+    s->shared->address[tile % 2][threadIdx.x] = address;
 }
 
 /* Set off the copies of a tile's keys. */
-template <enum mlak_cuda_types TYPES> __device__ static void split_load_keys(const struct split *s, uint32_t stage)
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static void split_load_keys(const struct split<GROUPS> *s, uint32_t tile, uint32_t stage)
 {
     const uint8_t *kv = s->shared->row.kv;
+    const int64_t *addresses = s->shared->address[tile % 2];
+#pragma unroll 6
     for (uint32_t i = threadIdx.x; i < MLAK_CUDA_TILE * SPLIT_CHUNKS; i += MLAK_CUDA_THREADS) {
         uint32_t key = i / SPLIT_CHUNKS, chunk = i % SPLIT_CHUNKS;
-        int64_t address = s->shared->address[stage][key];
+        int64_t address = addresses[key];
         bool seen = address != SPLIT_NOBODY;
         const uint8_t *from = kv + (seen ? address : 0);
         unsigned char *to = split_at(s->keys + stage * SPLIT_KEYS_BYTES, key, chunk);
@@ -182,7 +220,7 @@ template <enum mlak_cuda_types TYPES> __device__ static void split_load_keys(con
     }
     if (TYPES == MLAK_CUDA_BF16_656) { /* 64 keys x 4 scales: one a thread */
         uint32_t key = threadIdx.x / 4, group = threadIdx.x % 4;
-        int64_t address = s->shared->address[stage][key];
+        int64_t address = addresses[key];
         (s->scales + stage * SPLIT_SCALES)[threadIdx.x] =
             address == SPLIT_NOBODY ? 0 : *(const float *)(const void *)(kv + address + MLAK_V + group * 4);
     }
@@ -191,147 +229,199 @@ template <enum mlak_cuda_types TYPES> __device__ static void split_load_keys(con
 
 /* ---- a tile ---- */
 
-/* Scores of the warp's 8 keys, not scaled: s[0], s[1] row g, keys 2i, 2i+1; s[2], s[3] row g+8. */
-template <enum mlak_cuda_types TYPES>
-__device__ static void split_scores(const struct split *s, uint32_t stage, float score[4])
+/* Scores of the warp's rows g, g+8 and keys n*8 + 2i, 2i+1, not scaled: score[n][0], [1] row g; [2], [3] row g+8. Of
+ * the keys, one load serves two steps: lanes 8m..8m+7 name eight keys at chunk m of 4. Even and odd steps are summed
+ * apart, since each product waits for the one before it in its sum. */
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static inline void split_scores(const struct split<GROUPS> *s, uint32_t stage,
+                                           const uint32_t (*q)[4], float score[GROUPS][4])
 {
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    /* Lanes 0..15 name the q rows of the lower half of a step's 16 dimensions, 16..31 those of the upper. Of the keys,
-     * one load serves two steps: lanes 8m..8m+7 name the 8 keys at chunk m of 4. */
-    uint32_t q_row = lane % 16, q_chunk = lane / 16, key = warp * 8 + lane % 8, key_chunk = lane / 8;
-    float part[4] = {0, 0, 0, 0};
-    for (uint32_t i = 0; i < 4; i++)
-        score[i] = 0;
-#pragma unroll 6
-    for (uint32_t step = 0; step < MLAK_D / 16; step += 2) {
-        uint32_t a[4], b[4];
-        float *sum = TYPES == MLAK_CUDA_BF16_656 ? part : score;
-        load_matrices(b, split_at(s->keys + stage * SPLIT_KEYS_BYTES, key, step * 2 + key_chunk));
-        load_matrices(a, split_at(s->q, q_row, step * 2 + q_chunk));
-        multiply<TYPES>(sum, a, b[0], b[1]);
-        load_matrices(a, split_at(s->q, q_row, step * 2 + 2 + q_chunk));
-        multiply<TYPES>(sum, a, b[2], b[3]);
-        if (TYPES == MLAK_CUDA_BF16_656 &&
-            (step % 8 == 6 || step + 2 == MLAK_D / 16)) { /* a group of 128 ends, or the rope */
-            uint32_t group = step / 8;
-            const float *scales = s->scales + stage * SPLIT_SCALES + (warp * 8 + lane % 4 * 2) * 4;
-            float first = group < 4 ? scales[group] : 1, second = group < 4 ? scales[4 + group] : 1;
-            for (uint32_t i = 0; i < 4; i++) {
-                score[i] += part[i] * (i % 2 ? second : first);
-                part[i] = 0;
+    enum { HELD = split_held<TYPES, GROUPS>::STEPS };
+    uint32_t lane = threadIdx.x % 32, first_key = threadIdx.x / 32 / GROUPS * 8 * GROUPS;
+    float part[GROUPS][2][4];
+#pragma unroll
+    for (uint32_t n = 0; n < GROUPS; n++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            score[n][i] = part[n][0][i] = part[n][1][i] = 0;
+#pragma unroll
+    for (uint32_t step = 0; step < SPLIT_STEPS; step += 2) {
+        uint32_t a[2][4];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            a[0][i] = step < HELD ? q[step][i] : 0;
+            a[1][i] = step < HELD ? q[step + 1][i] : 0;
+        }
+        if (step >= HELD) {
+            split_get_q<GROUPS>(s, step, a[0]);
+            split_get_q<GROUPS>(s, step + 1, a[1]);
+        }
+#pragma unroll
+        for (uint32_t n = 0; n < GROUPS; n++) {
+            uint32_t b[4];
+            load_matrices(b, split_at(s->keys + stage * SPLIT_KEYS_BYTES, first_key + n * 8 + lane % 8,
+                                      step * 2 + lane / 8));
+            multiply<TYPES>(part[n][0], a[0], b[0], b[1]);
+            multiply<TYPES>(part[n][1], a[1], b[2], b[3]);
+            if (TYPES == MLAK_CUDA_BF16_656 &&
+                (step % 8 == 6 || step + 2 == SPLIT_STEPS)) { /* a group of 128 ends, or the rope */
+                uint32_t group = step / 8;
+                const float *scales = s->scales + stage * SPLIT_SCALES + (first_key + n * 8 + lane % 4 * 2) * 4;
+                float first = group < 4 ? scales[group] : 1, second = group < 4 ? scales[4 + group] : 1;
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) {
+                    score[n][i] += (part[n][0][i] + part[n][1][i]) * (i % 2 ? second : first);
+                    part[n][0][i] = part[n][1][i] = 0;
+                }
             }
         }
     }
+    if (TYPES != MLAK_CUDA_BF16_656)
+#pragma unroll
+        for (uint32_t n = 0; n < GROUPS; n++)
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                score[n][i] = part[n][0][i] + part[n][1][i];
 }
 
 /* -inf where a row does not see a key. */
-__device__ static void split_mask(const struct split *s, uint32_t tile, float score[4])
+template <int GROUPS>
+__device__ static void split_mask(const struct split<GROUPS> *s, uint32_t tile, float score[GROUPS][4])
 {
-    const struct split_shared *shared = s->shared;
+    const struct split_shared<GROUPS> *shared = s->shared;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t i = 0; i < 4; i++) {
-        uint32_t r = lane / 4 + i / 2 * 8;
-        int64_t c = (int64_t)tile * MLAK_CUDA_TILE + warp * 8 + lane % 4 * 2 + i % 2;
-        bool sees = c >= shared->lo[r] && c < shared->hi[r] &&
-                    (c < shared->base[r] || row_tree_sees(&shared->row, shared->bits[r], c));
-        score[i] = sees ? score[i] : -INFINITY;
-    }
+    for (uint32_t n = 0; n < GROUPS; n++)
+        for (uint32_t i = 0; i < 4; i++) {
+            uint32_t r = warp % GROUPS * 16 + lane / 4 + i / 2 * 8;
+            int64_t c =
+                (int64_t)tile * MLAK_CUDA_TILE + (warp / GROUPS * GROUPS + n) * 8 + lane % 4 * 2 + i % 2;
+            bool sees = c >= shared->lo[r] && c < shared->hi[r] &&
+                        (c < shared->base[r] || row_tree_sees(&shared->row, shared->bits[r], c));
+            score[n][i] = sees ? score[n][i] : -INFINITY;
+        }
 }
 
 /* O += P V of the warp's 64 columns. Of 656-byte rows, a group's scale goes with P, whose product is no longer a weight
  * that rounds well (a weight of 1 is exact, times a scale it is not): it is taken in two parts, so that it keeps 16
  * bits. */
-template <enum mlak_cuda_types TYPES>
-__device__ static void split_values(const struct split *s, uint32_t stage, float o[8][4])
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static inline void split_values(const struct split<GROUPS> *s, uint32_t stage, float o[GROUPS][8][4])
 {
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
     const float *scales = s->scales + stage * SPLIT_SCALES + warp / 2; /* the columns of a warp are of one group */
+#pragma unroll
     for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
-        uint32_t a[4], rest[4], key = step * 16 + lane % 4 * 2;
-        for (uint32_t i = 0; i < 4; i++) {
-            uint32_t k = key + i / 2 * 8;
-            const float *p = s->p + (row + i % 2 * 8) * SPLIT_P + k;
-            float low = p[0], high = p[1];
-            if (TYPES == MLAK_CUDA_BF16_656) {
-                low *= scales[k * 4];
-                high *= scales[(k + 1) * 4];
+        uint32_t a[GROUPS][4], rest[GROUPS][4], key = step * 16 + lane % 4 * 2;
+#pragma unroll
+        for (uint32_t g = 0; g < GROUPS; g++)
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
+                uint32_t k = key + i / 2 * 8;
+                const float *p = s->p + (g * 16 + row + i % 2 * 8) * SPLIT_P + k;
+                float low = p[0], high = p[1];
+                if (TYPES == MLAK_CUDA_BF16_656) {
+                    low *= scales[k * 4];
+                    high *= scales[(k + 1) * 4];
+                }
+                a[g][i] = pack<TYPES>(low, high);
+                if (TYPES == MLAK_CUDA_BF16_656)
+                    rest[g][i] = pack_bf16(low - bits_float(a[g][i] << 16), high - bits_float(a[g][i] & 0xffff0000));
             }
-            a[i] = pack<TYPES>(low, high);
-            if (TYPES == MLAK_CUDA_BF16_656)
-                rest[i] = pack_bf16(low - bits_float(a[i] << 16), high - bits_float(a[i] & 0xffff0000));
-        }
 #pragma unroll
         for (uint32_t j = 0; j < 8; j += 2) { /* lanes 8m..8m+7: keys of half m % 2, columns of eight j + m / 2 */
             uint32_t b[4];
             load_matrices_transposed(
                 b, split_at(s->keys + stage * SPLIT_KEYS_BYTES, step * 16 + lane % 16, warp * 8 + j + lane / 16));
-            multiply<TYPES>(o[j], a, b[0], b[1]);
-            multiply<TYPES>(o[j + 1], a, b[2], b[3]);
-            if (TYPES == MLAK_CUDA_BF16_656) {
-                multiply_bf16(o[j], rest, b[0], b[1]);
-                multiply_bf16(o[j + 1], rest, b[2], b[3]);
+#pragma unroll
+            for (uint32_t g = 0; g < GROUPS; g++) {
+                multiply<TYPES>(o[g][j], a[g], b[0], b[1]);
+                multiply<TYPES>(o[g][j + 1], a[g], b[2], b[3]);
+                if (TYPES == MLAK_CUDA_BF16_656) {
+                    multiply_bf16(o[g][j], rest[g], b[0], b[1]);
+                    multiply_bf16(o[g][j + 1], rest[g], b[2], b[3]);
+                }
             }
         }
     }
 }
 
-/* What a thread keeps of its two rows (g and g + 8): the maximum of all their scores, the sum of its own keys' weights.
- */
-struct split_state {
-    float o[8][4], maximum[2], sum[2];
+/* What a thread keeps of the rows of each group that it holds O of (g and g + 8): the maximum of all their scores. And
+ * of the group whose scores it computes, the sum of its own keys' weights. */
+template <int GROUPS> struct split_state {
+    float o[GROUPS][8][4], maximum[GROUPS][2], sum[2];
 };
 
-template <enum mlak_cuda_types TYPES>
-__device__ static void split_tile(const struct split *s, uint32_t tile, uint32_t stage, struct split_state *state)
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static inline void split_tile(const struct split<GROUPS> *s, uint32_t tile, uint32_t stage,
+                                         const uint32_t (*q)[4], struct split_state<GROUPS> *state)
 {
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float score[4], scale = s->shared->row.score_scale * ITEM_LOG2_E,
-                    (*reduced)[MLAK_CUDA_M] = s->shared->reduced[tile % 2];
+    enum { KEY_WARPS = SPLIT_WARPS / GROUPS };
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, own = warp % GROUPS, key_warp = warp / GROUPS;
+    float score[GROUPS][4], scale = s->shared->row.score_scale * ITEM_LOG2_E,
+                            (*reduced)[16 * GROUPS] = s->shared->reduced[tile % 2];
     int64_t first = (int64_t)tile * MLAK_CUDA_TILE;
-    split_scores<TYPES>(s, stage, score);
-    for (uint32_t i = 0; i < 4; i++)
-        score[i] *= scale;
+    split_scores<TYPES, GROUPS>(s, stage, q, score);
+#pragma unroll
+    for (uint32_t n = 0; n < GROUPS; n++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            score[n][i] *= scale;
     if (first < s->all_lo || first + MLAK_CUDA_TILE > s->all_end)
-        split_mask(s, tile, score);
+        split_mask<GROUPS>(s, tile, score);
 
-    float top[2] = {fmaxf(score[0], score[1]), fmaxf(score[2], score[3])};
+#pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffff, top[half], 1));
-        top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffff, top[half], 2));
+        float top = -INFINITY;
+#pragma unroll
+        for (uint32_t n = 0; n < GROUPS; n++)
+            top = fmaxf(top, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
         if (lane % 4 == 0)
-            reduced[warp][lane / 4 + half * 8] = top[half];
+            reduced[key_warp][own * 16 + lane / 4 + half * 8] = top;
     }
     __syncthreads();
-    for (uint32_t half = 0; half < 2; half++) {
-        uint32_t r = lane / 4 + half * 8;
-        float before = state->maximum[half], now = before;
-        for (uint32_t w = 0; w < SPLIT_WARPS; w++)
-            now = fmaxf(now, reduced[w][r]);
-        float shrink = now == -INFINITY ? 1 : power_of_two(before - now); /* nothing seen yet: nothing to shrink */
-        float low = now == -INFINITY ? 0 : power_of_two(score[half * 2] - now);
-        float high = now == -INFINITY ? 0 : power_of_two(score[half * 2 + 1] - now);
-        state->maximum[half] = now;
-        state->sum[half] = state->sum[half] * shrink + low + high;
-        float *p = s->p + r * SPLIT_P + warp * 8 + lane % 4 * 2;
-        p[0] = low;
-        p[1] = high;
-        for (uint32_t j = 0; j < 8; j++) {
-            state->o[j][half * 2] *= shrink;
-            state->o[j][half * 2 + 1] *= shrink;
+#pragma unroll
+    for (uint32_t g = 0; g < GROUPS; g++)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            uint32_t r = g * 16 + lane / 4 + half * 8;
+            float before = state->maximum[g][half], now = before;
+#pragma unroll
+            for (uint32_t w = 0; w < KEY_WARPS; w++)
+                now = fmaxf(now, reduced[w][r]);
+            float shrink = now == -INFINITY ? 1 : power_of_two(before - now); /* nothing seen yet: nothing to shrink */
+            state->maximum[g][half] = now;
+#pragma unroll
+            for (uint32_t j = 0; j < 8; j++) {
+                state->o[g][j][half * 2] *= shrink;
+                state->o[g][j][half * 2 + 1] *= shrink;
+            }
+            if (g != own)
+                continue;
+            state->sum[half] *= shrink;
+#pragma unroll
+            for (uint32_t n = 0; n < GROUPS; n++) {
+                float low = now == -INFINITY ? 0 : power_of_two(score[n][half * 2] - now);
+                float high = now == -INFINITY ? 0 : power_of_two(score[n][half * 2 + 1] - now);
+                state->sum[half] += low + high;
+                float *p = s->p + r * SPLIT_P + (key_warp * GROUPS + n) * 8 + lane % 4 * 2;
+                p[0] = low;
+                p[1] = high;
+            }
         }
-    }
     __syncthreads();
-    split_values<TYPES>(s, stage, state->o);
+    split_values<TYPES, GROUPS>(s, stage, state->o);
 }
 
 /* ---- an item ---- */
 
 /* What each row of the block sees, and what they see together. All threads; shared->row is there. */
-__device__ static void split_look(struct split *s)
+template <int GROUPS> __device__ static void split_look(struct split<GROUPS> *s)
 {
-    struct split_shared *shared = s->shared;
+    struct split_shared<GROUPS> *shared = s->shared;
     const struct mlak_row *row = &shared->row;
-    if (threadIdx.x < MLAK_CUDA_M) {
+    if (threadIdx.x < 16 * GROUPS) {
         uint32_t r = threadIdx.x, t = (s->first_row + r) / row->heads;
         struct mlak_visible sees =
             row_visible(row, r < s->rows ? t : s->end_token - 1); /* a row too many sees as the last */
@@ -346,10 +436,11 @@ __device__ static void split_look(struct split *s)
     s->all_end = first.base;
 }
 
-/* The row's outcome: to out and lse, or to its slot. */
-__device__ static void split_finish(const struct split *s, struct split_state *state)
+/* The rows' outcome: to out and lse, or to their slot. */
+template <int GROUPS>
+__device__ static void split_finish(const struct split<GROUPS> *s, struct split_state<GROUPS> *state)
 {
-    struct split_shared *shared = s->shared;
+    struct split_shared<GROUPS> *shared = s->shared;
     const struct mlak_cuda_request *request = &s->job->requests[s->index];
     const struct mlak_row *row = &shared->row;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -359,82 +450,95 @@ __device__ static void split_finish(const struct split *s, struct split_state *s
         sum += __shfl_xor_sync(0xffffffff, sum, 1);
         sum += __shfl_xor_sync(0xffffffff, sum, 2);
         if (lane % 4 == 0)
-            shared->reduced[0][warp][lane / 4 + half * 8] = sum;
+            shared->reduced[0][warp / GROUPS][warp % GROUPS * 16 + lane / 4 + half * 8] = sum;
     }
     __syncthreads();
     float *part = request->splits == 1
                       ? NULL
                       : s->job->parts + (request->first_slot + (uint64_t)s->block * request->splits + s->split) *
                                             MLAK_CUDA_PART_FLOATS;
-    for (uint32_t half = 0; half < 2; half++) {
-        uint32_t r = lane / 4 + half * 8, folded = s->first_row + r;
-        if (r >= s->rows)
-            continue;
-        float sum = 0;
-        for (uint32_t w = 0; w < SPLIT_WARPS; w++)
-            sum += shared->reduced[0][w][r];
-        bool speaks = warp == 0 && lane % 4 == 0;
-        if (part == NULL) {
-            struct item_end end = item_end(row, folded % row->heads, state->maximum[half], sum);
-            for (uint32_t j = 0; j < 8; j++)
-                item_store(row, folded, warp * 64 + j * 8 + lane % 4 * 2, state->o[j][half * 2],
-                           state->o[j][half * 2 + 1], end.factor);
-            if (speaks && row->lse != NULL)
-                row->lse[folded] = end.lse;
-            continue;
+#pragma unroll
+    for (uint32_t g = 0; g < GROUPS; g++)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            uint32_t r = g * 16 + lane / 4 + half * 8, folded = s->first_row + r;
+            if (r >= s->rows)
+                continue;
+            float sum = 0;
+            for (uint32_t w = 0; w < SPLIT_WARPS / GROUPS; w++)
+                sum += shared->reduced[0][w][r];
+            bool speaks = warp == 0 && lane % 4 == 0;
+            if (part == NULL) {
+                struct item_end end = item_end(row, folded % row->heads, state->maximum[g][half], sum);
+#pragma unroll
+                for (uint32_t j = 0; j < 8; j++)
+                    item_store(row, folded, warp * 64 + j * 8 + lane % 4 * 2, state->o[g][j][half * 2],
+                               state->o[g][j][half * 2 + 1], end.factor);
+                if (speaks && row->lse != NULL)
+                    row->lse[folded] = end.lse;
+                continue;
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < 8; j++) {
+                float *to = part + r * MLAK_V + warp * 64 + j * 8 + lane % 4 * 2;
+                to[0] = state->o[g][j][half * 2];
+                to[1] = state->o[g][j][half * 2 + 1];
+            }
+            if (speaks) {
+                part[MLAK_CUDA_M * MLAK_V + r] = state->maximum[g][half];
+                part[MLAK_CUDA_M * (MLAK_V + 1) + r] = sum;
+            }
         }
-        for (uint32_t j = 0; j < 8; j++) {
-            float *to = part + r * MLAK_V + warp * 64 + j * 8 + lane % 4 * 2;
-            to[0] = state->o[j][half * 2];
-            to[1] = state->o[j][half * 2 + 1];
-        }
-        if (speaks) {
-            part[MLAK_CUDA_M * MLAK_V + r] = state->maximum[half];
-            part[MLAK_CUDA_M * (MLAK_V + 1) + r] = sum;
-        }
-    }
 }
 
 /* Tiles [tile, end) with `stages` of them in flight. False: the request failed, or the launch was cancelled. */
-template <enum mlak_cuda_types TYPES>
-__device__ static bool split_tiles(const struct split *s, uint32_t tile, uint32_t end, uint32_t stages,
-                                   struct split_state *state)
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static inline bool split_tiles(const struct split<GROUPS> *s, uint32_t tile, uint32_t end, uint32_t stages,
+                                          struct split_state<GROUPS> *state)
 {
     enum { LOOK_UP = 32 }; /* tiles between two looks at whether anybody still wants the result */
-    uint32_t stage = 0, walked = 0;
-    split_address(s, tile, 0);
+    uint32_t q[split_held<TYPES, GROUPS>::STEPS][4], stage = 0, walked = 0;
+    struct split_key key = split_ask<GROUPS>(s, tile);
+    split_settle<GROUPS>(s, tile, &key);
+    if (tile + 1 < end) {
+        key = split_ask<GROUPS>(s, tile + 1);
+        split_settle<GROUPS>(s, tile + 1, &key);
+    }
     __syncthreads();
-    split_load_keys<TYPES>(s, 0);
+    split_load_keys<TYPES, GROUPS>(s, tile, 0);
+#pragma unroll
+    for (uint32_t step = 0; step < split_held<TYPES, GROUPS>::STEPS; step++)
+        split_get_q<GROUPS>(s, step, q[step]);
     for (; tile < end; tile++, walked++, stage ^= stages - 1) {
-        bool more = tile + 1 < end;
-        if (more && stages == 2) {
-            split_address(s, tile + 1, stage ^ 1);
-            __syncthreads();
-            split_load_keys<TYPES>(s, stage ^ 1);
+        bool next = tile + 1 < end, after = tile + 2 < end;
+        if (next && stages == 2) {
+            split_load_keys<TYPES, GROUPS>(s, tile + 1, stage ^ 1);
             copy_wait<1>();
         } else {
             copy_wait<0>();
         }
         if (threadIdx.x == 0 && walked % LOOK_UP == LOOK_UP - 1 && read_once(&s->job->result->cancel) != 0)
             s->shared->failed = 1;
+        if (after)
+            key = split_ask<GROUPS>(s, tile + 2);
         __syncthreads();
         if (s->shared->failed)
             return false;
-        split_tile<TYPES>(s, tile, stage, state);
+        split_tile<TYPES, GROUPS>(s, tile, stage, q, state);
+        if (after)
+            split_settle<GROUPS>(s, tile + 2, &key); /* where this tile's addresses were: its copies have been set off */
         __syncthreads(); /* its keys and p have been read */
-        if (more && stages == 1) {
-            split_address(s, tile + 1, 0);
-            __syncthreads();
-            split_load_keys<TYPES>(s, 0);
-        }
+        if (next && stages == 1)
+            split_load_keys<TYPES, GROUPS>(s, tile + 1, 0);
     }
     return true;
 }
 
-template <enum mlak_cuda_types TYPES> __device__ static void split_item(struct split *s, uint32_t item, uint32_t stages)
+template <enum mlak_cuda_types TYPES, int GROUPS>
+__device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item, uint32_t stages)
 {
-    struct split_shared *shared = s->shared;
-    s->index = item_request(s->job, item);
+    struct split_shared<GROUPS> *shared = s->shared;
+    s->index = item_request<&mlak_cuda_request::first_item>(s->job, item);
     const struct mlak_cuda_request *request = &s->job->requests[s->index];
     s->block = (item - request->first_item) % request->blocks;
     s->split = (item - request->first_item) / request->blocks;
@@ -449,56 +553,63 @@ template <enum mlak_cuda_types TYPES> __device__ static void split_item(struct s
     if (row->code != MLAK_ROW_OK || shared->failed)
         return;
     uint32_t folded = row->q_len * row->heads;
-    s->first_row = s->block * MLAK_CUDA_M;
-    s->rows = (uint32_t)row_least(folded - s->first_row, MLAK_CUDA_M);
+    s->first_row = s->block * 16 * GROUPS;
+    s->rows = (uint32_t)row_least(folded - s->first_row, 16 * GROUPS);
     s->first_token = s->first_row / row->heads;
     s->end_token = (s->first_row + s->rows - 1) / row->heads + 1;
-    split_look(s);
-    split_load_q<TYPES>(s);
-    __syncthreads();
+    split_look<GROUPS>(s);
+    split_load_q<TYPES, GROUPS>(s);
+    __syncthreads(); /* all have seen that it has not failed yet */
 
-    struct split_state state;
-    for (uint32_t half = 0; half < 2; half++) {
-        state.maximum[half] = -INFINITY;
-        state.sum[half] = 0;
+    struct split_state<GROUPS> state;
+    state.sum[0] = state.sum[1] = 0;
+#pragma unroll
+    for (uint32_t g = 0; g < GROUPS; g++) {
+        state.maximum[g][0] = state.maximum[g][1] = -INFINITY;
+#pragma unroll
+        for (uint32_t j = 0; j < 8; j++)
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++)
+                state.o[g][j][i] = 0;
     }
-    for (uint32_t j = 0; j < 8; j++)
-        for (uint32_t i = 0; i < 4; i++)
-            state.o[j][i] = 0;
     uint32_t tile = request->first_tile + s->split * request->split_tiles, end = request->first_tile + request->tiles;
     if (end - tile > request->split_tiles)
         end = tile + request->split_tiles;
-    if (tile < end && !split_tiles<TYPES>(s, tile, end, stages, &state))
+    if (tile < end && !split_tiles<TYPES, GROUPS>(s, tile, end, stages, &state))
         return;
-    split_finish(s, &state);
-    if (threadIdx.x == 0)
-        count_for_host(&s->job->result->progress);
+    split_finish<GROUPS>(s, &state);
+    if (threadIdx.x == 0) /* a sign of life: counted here, and the host told, since it need not be exact there */
+        write_for_host(&s->job->result->progress, atomicAdd(&s->job->schedule->progress, 1ull) + 1);
 }
 
-template <enum mlak_cuda_types TYPES> __device__ static void split_kernel(const struct mlak_cuda_job *job)
+template <enum mlak_cuda_types TYPES, int GROUPS> __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
 {
-    uint32_t stages = shared_bytes() >= MLAK_CUDA_SPLIT_SHARED_2 ? 2 : 1;
+    uint32_t stages = GROUPS == 2 || shared_bytes() >= MLAK_CUDA_SPLIT_SHARED_2 ? 2 : 1;
     unsigned char *at = mlak_shared;
-    struct split s;
+    struct split<GROUPS> s;
     s.job = job;
     s.q = at;
-    at += SPLIT_Q_BYTES;
+    at += SPLIT_Q_BYTES(GROUPS);
     s.keys = at;
     s.scales = (float *)(void *)(at + stages * SPLIT_KEYS_BYTES);
     at += stages * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES);
     s.p = (float *)(void *)at;
-    s.shared = (struct split_shared *)(void *)(at + SPLIT_P_BYTES);
+    s.shared = (struct split_shared<GROUPS> *)(void *)(at + SPLIT_P_BYTES(GROUPS));
     for (uint32_t item = blockIdx.x; item < job->schedule->items; item += gridDim.x) {
-        split_item<TYPES>(&s, item, stages);
+        split_item<TYPES, GROUPS>(&s, item, stages);
         copy_wait<0>();  /* an item that was abandoned had copies under way */
         __syncthreads(); /* shared memory is the next item's */
     }
 }
 
 #define SPLIT_KERNEL(name, TYPES)                                                                                      \
-    MLAK_KERNEL(mlak_cuda_split_##name, struct mlak_cuda_job job)                                                      \
+    MLAK_KERNEL(mlak_cuda_split_##name, MLAK_CUDA_THREADS, struct mlak_cuda_job job)                                   \
     {                                                                                                                  \
-        split_kernel<TYPES>(&job);                                                                                     \
+        split_kernel<TYPES, 1>(&job);                                                                                  \
+    }                                                                                                                  \
+    MLAK_KERNEL(mlak_cuda_split_wide_##name, MLAK_CUDA_THREADS, struct mlak_cuda_job job)                              \
+    {                                                                                                                  \
+        split_kernel<TYPES, 2>(&job);                                                                                  \
     }
 SPLIT_KERNEL(bf16, MLAK_CUDA_BF16)
 SPLIT_KERNEL(fp16, MLAK_CUDA_FP16)

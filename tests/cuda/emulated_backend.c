@@ -1,4 +1,4 @@
-/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated STAGES`, for the test programs of
+/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated KIND`, for the test programs of
  * tests/kernels.
  *
  * Launches what cuda hardware would be launched with: prepare, split, combine; few items a device, so that short
@@ -16,7 +16,7 @@
 enum { GRID = 3, TARGET_ITEMS = 6 };
 
 struct mlak_device {
-    size_t shared; /* of the split kernel: one stage or two */
+    size_t shared; /* of the split kernel: one stage, two, or two and 32 rows */
     uint64_t ticket;
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
     struct mlak_cuda_result result;
@@ -25,12 +25,13 @@ struct mlak_device {
 static struct mlak_device *emulated_open(const struct mlak_options *options, struct mlak_fault *fault)
 {
     static struct mlak_device device;
-    bool one = options->variant && strcmp(options->variant, "1") == 0;
-    if (!one && options->variant && strcmp(options->variant, "2") != 0) {
-        mlak_fail(fault, MLAK_INVALID, "variant", "%s stages; give 1 or 2", options->variant);
+    static const size_t shared[] = {MLAK_CUDA_SPLIT_SHARED_1, MLAK_CUDA_SPLIT_SHARED_2, MLAK_CUDA_SPLIT_SHARED_WIDE};
+    int kind = options->variant ? options->variant[0] - '1' : 1;
+    if (kind < 0 || kind > 2 || (options->variant && options->variant[1])) {
+        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1, 2 or 3", options->variant);
         return NULL;
     }
-    device.shared = one ? MLAK_CUDA_SPLIT_SHARED_1 : MLAK_CUDA_SPLIT_SHARED_2;
+    device.shared = shared[kind];
     mlak_whole_contract(device.capabilities, "mma");
     return &device;
 }
@@ -46,7 +47,7 @@ static const struct mlak_capability *emulated_capabilities(const struct mlak_dev
     return device->capabilities;
 }
 
-static const char *split_kernel(const struct mlak_batch *batch, char name[64])
+static const char *split_kernel(const struct mlak_batch *batch, bool wide, char name[64])
 {
     static const char *const types[MLAK_CUDA_TYPES] = MLAK_CUDA_TYPE_NAMES;
     enum mlak_cuda_types which = batch->kv_format == MLAK_KV_BF16       ? MLAK_CUDA_BF16
@@ -54,7 +55,7 @@ static const char *split_kernel(const struct mlak_batch *batch, char name[64])
                                  : batch->kv_format == MLAK_KV_E4M3_656 ? MLAK_CUDA_BF16_656
                                  : batch->q_dtype == MLAK_E4M3          ? MLAK_CUDA_FP8
                                                                         : MLAK_CUDA_BF16_FP8;
-    snprintf(name, 64, "mlak_cuda_split_%s", types[which]);
+    snprintf(name, 64, "mlak_cuda_split_%s%s", wide ? "wide_" : "", types[which]);
     return name;
 }
 
@@ -103,6 +104,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .batch = *batch,
         .first = first,
         .count = count,
+        .rows_per_item = mlak_cuda_rows(batch, device->shared),
         .target_items = TARGET_ITEMS,
         .max_slots = slots,
         .ticket = ++device->ticket,
@@ -116,7 +118,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
     };
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
-    run(split_kernel(batch, name), GRID, MLAK_CUDA_THREADS, device->shared, &job);
+    run(split_kernel(batch, job.rows_per_item == 32, name), GRID, MLAK_CUDA_THREADS, device->shared, &job);
     run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &job);
 
     enum mlak_code code = (enum mlak_code)device->result.batch_code;

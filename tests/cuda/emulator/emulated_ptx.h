@@ -9,7 +9,7 @@
 
 #define __device__
 #define __host__
-#define MLAK_KERNEL(name, parameter) extern "C" void name(const parameter)
+#define MLAK_KERNEL(name, threads, parameter) extern "C" void name(const parameter)
 
 struct uint2 {
     uint32_t x, y;
@@ -77,9 +77,9 @@ static inline void publish(uint64_t *pointer, uint64_t value)
 {
     __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
 }
-static inline void count_for_host(uint64_t *pointer)
+static inline void write_for_host(uint64_t *pointer, uint64_t value)
 {
-    __atomic_fetch_add(pointer, 1, __ATOMIC_RELAXED);
+    __atomic_store_n(pointer, value, __ATOMIC_RELAXED);
 }
 static inline void __threadfence() {}
 static inline void __threadfence_system() {}

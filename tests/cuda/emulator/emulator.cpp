@@ -373,7 +373,9 @@ uint32_t pack_fp16(float low, float high)
 
 /* ---- kernels ---- */
 
-#define KERNELS(K) K(prepare) K(split_bf16) K(split_fp16) K(split_fp8) K(split_bf16_fp8) K(split_bf16_656) K(combine)
+#define KERNELS(K)                                                                                                     \
+    K(prepare) K(split_bf16) K(split_fp16) K(split_fp8) K(split_bf16_fp8) K(split_bf16_656) K(split_wide_bf16)         \
+    K(split_wide_fp16) K(split_wide_fp8) K(split_wide_bf16_fp8) K(split_wide_bf16_656) K(combine)
 #define DECLARE(name) extern "C" kernel_function mlak_cuda_##name;
 KERNELS(DECLARE)
 
