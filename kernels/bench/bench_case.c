@@ -4,7 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LAUNCHES = 100000 };
+enum {
+    MAX_LAUNCHES = 100000,
+    PERIOD = 64 << 20 /* bytes after which values repeat: to draw gigabytes would take longer than to decode them */
+};
 
 static const struct types { const char *name; enum mlak_dtype q; enum mlak_kv_format kv; } all_types[] = {
     {"bf16", MLAK_BF16, MLAK_KV_BF16},
@@ -42,13 +45,16 @@ static uint64_t next_random(uint64_t *state)
 /* Elements of magnitude 2^-3..2 in any of the types: sign, one of a few exponents, mantissa. */
 static void fill(uint8_t *to, size_t bytes, enum mlak_dtype dtype, uint64_t *state)
 {
-    for (size_t i = 0; i + 2 <= bytes; i += 2) {
+    const size_t fresh = bytes < PERIOD ? bytes : PERIOD;
+    for (size_t i = 0; i + 2 <= fresh; i += 2) {
         uint64_t random = next_random(state);
         uint16_t code = (uint16_t)(dtype == MLAK_BF16   ? 0x3f00 + (random & 0x80ff)
                                    : dtype == MLAK_FP16 ? 0x3000 + (random & 0x8bff)
                                                         : 0x2020 + (random & 0x9f9f));
         memcpy(to + i, &code, sizeof code);
     }
+    for (size_t i = fresh; i < bytes; i += fresh)
+        memcpy(to + i, to, bytes - i < fresh ? bytes - i : fresh);
 }
 
 static void fill_656(uint8_t *rows, size_t count, uint64_t *state)
