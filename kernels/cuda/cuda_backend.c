@@ -10,6 +10,7 @@
 #include "mlak_cuda.h"
 
 #include <sched.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,13 +33,14 @@ struct mlak_device {
     CUcontext context;
     CUmodule module;
     CUfunction prepare, split[MLAK_CUDA_TYPES], wide[MLAK_CUDA_TYPES], combine; /* wide: NULL without the room */
-    CUstream stream;
+    CUstream stream, control; /* control: what overtakes a launch */
     unsigned split_grid, combine_grid, split_shared, most_shared;
     struct cuda_memory memory;
     bool memory_ready;
     struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
     CUdeviceptr rows, requests, schedule, cu_q, parts;
     struct mlak_cuda_result *result;          /* pinned */
+    uint64_t *cancelled;                      /* pinned: the ticket of the launch that was given up last */
     struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
     uint64_t *progress, progress_seen;
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
@@ -132,6 +134,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(context_drain, "memory"); /* launches go by a stream that does not wait for it */
     const unsigned flags = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP;
     TRY(host_alloc, "memory", (void **)&device->result, sizeof *device->result, flags);
+    TRY(host_alloc, "memory", (void **)&device->cancelled, sizeof *device->cancelled, flags);
     TRY(host_alloc, "memory", (void **)&device->row_results, ROWS * sizeof *device->row_results, flags);
     memset(device->result, 0, sizeof *device->result);
     job->rows = (void *)device->rows;
@@ -163,9 +166,11 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
     code = load_kernels(device, fault);
     if (code == MLAK_OK)
         code = take_memory(device, fault);
-    if (code == MLAK_OK)
-        TRY(stream_new, "device", &device->stream, CU_STREAM_NON_BLOCKING);
-    return code;
+    if (code != MLAK_OK)
+        return code;
+    TRY(stream_new, "device", &device->stream, CU_STREAM_NON_BLOCKING);
+    TRY(stream_new, "device", &device->control, CU_STREAM_NON_BLOCKING);
+    return MLAK_OK;
 }
 
 static void cuda_close(struct mlak_device *device)
@@ -176,8 +181,12 @@ static void cuda_close(struct mlak_device *device)
         cu->context_set(device->context);
     if (device->stream)
         cu->stream_free(device->stream);
+    if (device->control)
+        cu->stream_free(device->control);
     if (device->row_results)
         cu->host_free(device->row_results);
+    if (device->cancelled)
+        cu->host_free(device->cancelled);
     if (device->result)
         cu->host_free(device->result);
     for (unsigned i = 0; i < sizeof scratch / sizeof scratch[0]; i++)
@@ -258,11 +267,21 @@ static void pass_progress_on(struct mlak_device *device)
     device->progress_seen = now;
 }
 
+/* Tell the launch to stop as soon as may be. If the driver does not take the word, it runs to its end. */
+static void cancel(struct mlak_device *device, uint64_t ticket)
+{
+    if (*device->cancelled == ticket)
+        return;
+    *device->cancelled = ticket;
+    device->cu->copy_to_async(device->schedule + offsetof(struct mlak_cuda_schedule, cancelled), device->cancelled,
+                              sizeof ticket, device->control);
+}
+
 /* Wait until kernels that were queued before a refused one are over: they name memory that the caller may unmap. */
-static CUresult drain(struct mlak_device *device)
+static CUresult drain(struct mlak_device *device, uint64_t ticket)
 {
     CUresult state;
-    __atomic_store_n(&device->result->cancel, 1, __ATOMIC_RELAXED);
+    cancel(device, ticket);
     while ((state = device->cu->stream_query(device->stream)) == CUDA_ERROR_NOT_READY) {
         pass_progress_on(device);
         nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
@@ -292,7 +311,7 @@ static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *
                                              kernels[i].shared, device->stream, parameters, NULL);
         if (result == CUDA_SUCCESS)
             continue;
-        if (drain(device) != CUDA_SUCCESS)
+        if (drain(device, job->ticket) != CUDA_SUCCESS)
             return lose(device, "cuLaunchKernel", result, fault);
         return mlak_driver_fail(fault, MLAK_MEMORY, "", "cuLaunchKernel", result);
     }
@@ -305,7 +324,7 @@ static enum mlak_code await(struct mlak_device *device, uint64_t ticket, const i
     struct mlak_cuda_result *result = device->result;
     for (uint64_t looks = 1; __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) != ticket; looks++) {
         if (__atomic_load_n(cancelled, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
-            __atomic_store_n(&result->cancel, 1, __ATOMIC_RELAXED);
+            cancel(device, ticket);
         pass_progress_on(device);
         if (looks % LOOKS_A_QUERY == 0) {
             CUresult state = device->cu->stream_query(device->stream);
@@ -321,6 +340,8 @@ static enum mlak_code await(struct mlak_device *device, uint64_t ticket, const i
             sched_yield();
     }
     pass_progress_on(device);
+    if (device->progress && *device->cancelled != ticket) /* a whole launch may have too few items to tell of one */
+        __atomic_fetch_add(device->progress, 1, __ATOMIC_RELAXED);
     return MLAK_OK;
 }
 
@@ -352,7 +373,6 @@ static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak
     job.first = first;
     job.count = count;
     job.ticket = ++device->job.ticket;
-    __atomic_store_n(&result->cancel, 0, __ATOMIC_RELAXED);
     enum mlak_code code = enqueue(device, &job, fault);
     if (code == MLAK_OK)
         code = await(device, job.ticket, &rows[0].code, fault);
@@ -437,7 +457,6 @@ static enum mlak_code time_launches(struct mlak_device *device, const struct mla
     struct mlak_cuda_job job = device->job;
     const int never = MLAK_ROW_OK;
     enum mlak_code code = MLAK_OK;
-    __atomic_store_n(&device->result->cancel, 0, __ATOMIC_RELAXED);
     TRY(event_record, "", events[0], device->stream);
     for (uint64_t i = 0; i < (uint64_t)rounds * count && code == MLAK_OK; i++) {
         job.batch = batches[i % count];

@@ -25,6 +25,7 @@
     D(free, cuMemFree_v2, (CUdeviceptr)) \
     D(set_bytes, cuMemsetD8_v2, (CUdeviceptr, unsigned char, size_t)) \
     D(copy, cuMemcpy, (CUdeviceptr, CUdeviceptr, size_t)) \
+    D(copy_to_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void *, size_t, CUstream)) \
     D(host_alloc, cuMemHostAlloc, (void **, size_t, unsigned)) \
     D(host_free, cuMemFreeHost, (void *)) \
     D(host_register, cuMemHostRegister_v2, (void *, size_t, unsigned)) \

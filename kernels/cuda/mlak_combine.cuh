@@ -49,7 +49,7 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
     if (!*last)
         return;
     __threadfence();
-    bool refused = job.schedule->items == 0 && job.result->batch_code != MLAK_OK;
+    bool refused = job.schedule->refused != MLAK_OK;
     for (uint32_t i = threadIdx.x; i < job.count && !refused; i += MLAK_CUDA_THREADS) {
         const struct mlak_row *row = &job.rows[i];
         struct mlak_cuda_row_result *result = &job.row_results[i];

@@ -26,17 +26,21 @@ enum {
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
-    MLAK_CUDA_COMBINE_SHARED = 16
+    MLAK_CUDA_COMBINE_SHARED = 16,
+    MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
 
-/* How far the schedule went; device memory, filled by prepare. */
+/* How far the schedule went; device memory, filled by prepare. Kernels look at nothing that lies in host memory: a look
+ * takes more than 1 us, and those of all blocks at one address follow one another. */
 struct mlak_cuda_schedule {
     uint32_t items;                /* of all requests; 0 when the batch is refused */
     uint32_t slots;                /* parts in use */
     uint32_t split_tiles;          /* tiles of a split, except with batch.deterministic */
+    int32_t refused;               /* MLAK_BATCH: nothing of the launch runs */
     uint32_t merges;               /* folded rows that were split, which combine merges */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
+    uint64_t cancelled;            /* the host's, by a copy: the ticket of a launch that should stop as soon as may be */
 };
 
 /* What the schedule says of a request; device memory. */
@@ -54,12 +58,10 @@ struct mlak_cuda_request {
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
 struct mlak_cuda_result {
     uint64_t done;                 /* = job.ticket once everything else is visible to the host */
-    uint64_t progress;             /* changes while items are completed */
+    uint64_t progress;             /* changes with every MLAK_CUDA_SIGN_OF_LIFE items completed */
     int32_t batch_code;            /* 0, or MLAK_BATCH: cu_q is wrong; then nothing ran */
     uint32_t batch_index;          /* of the entry at fault */
     int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
-    uint32_t cancel;               /* written by the host: not 0: stop as soon as may be */
-    uint32_t reserved;
 };
 
 struct mlak_cuda_job {

@@ -26,6 +26,12 @@ __device__ static inline uint32_t item_request(const struct mlak_cuda_job *job, 
     return low;
 }
 
+/* Nobody wants the launch's result any more. */
+__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job)
+{
+    return read_once(&job->schedule->cancelled) == job->ticket;
+}
+
 /* A row's last step. `maximum` and `sum` are of its visible keys, in base 2; -inf and 0 without any. The sink is one
  * more logit, in natural-log units. */
 struct item_end {

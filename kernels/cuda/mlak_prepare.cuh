@@ -112,7 +112,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
             job.result->batch_index = fault;
             job.result->batch_value = job.cu_q[fault];
             job.result->batch_before = fault ? job.cu_q[fault - 1] : 0;
-            job.result->batch_code = MLAK_BATCH;
+            job.result->batch_code = job.schedule->refused = MLAK_BATCH;
             job.schedule->items = job.schedule->slots = job.schedule->merges = 0;
         }
         return;
@@ -157,6 +157,6 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         job.schedule->slots = shared->slots[now][thread];
         job.schedule->merges = shared->merges[now][thread];
         job.schedule->split_tiles = request.split_tiles;
-        job.result->batch_code = MLAK_OK;
+        job.result->batch_code = job.schedule->refused = MLAK_OK;
     }
 }

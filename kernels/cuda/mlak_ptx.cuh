@@ -126,8 +126,7 @@ __device__ static inline void publish(uint64_t *pointer, uint64_t value)
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
-/* A value that the host looks at now and then, in no order with anything else. Not an atomic: those to host memory take
- * 2 us each over PCIe, one after the other. */
+/* A value that the host looks at now and then, in no order with anything else. */
 __device__ static inline void write_for_host(uint64_t *pointer, uint64_t value)
 {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");

@@ -517,7 +517,7 @@ __device__ static inline bool split_tiles(const struct split<GROUPS> *s, uint32_
         } else {
             copy_wait<0>();
         }
-        if (threadIdx.x == 0 && walked % LOOK_UP == LOOK_UP - 1 && read_once(&s->job->result->cancel) != 0)
+        if (threadIdx.x == 0 && walked % LOOK_UP == LOOK_UP - 1 && item_cancelled(s->job))
             s->shared->failed = 1;
         if (after)
             key = split_ask<GROUPS>(s, tile + 2);
@@ -547,7 +547,7 @@ __device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item,
     for (uint32_t i = threadIdx.x; i < sizeof shared->row / 8; i += MLAK_CUDA_THREADS)
         ((uint64_t *)(void *)&shared->row)[i] = from[i];
     if (threadIdx.x == 0)
-        shared->failed = read_once(&s->job->result->cancel) != 0;
+        shared->failed = item_cancelled(s->job);
     __syncthreads();
     const struct mlak_row *row = &shared->row;
     if (row->code != MLAK_ROW_OK || shared->failed)
@@ -578,8 +578,11 @@ __device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item,
     if (tile < end && !split_tiles<TYPES, GROUPS>(s, tile, end, stages, &state))
         return;
     split_finish<GROUPS>(s, &state);
-    if (threadIdx.x == 0) /* a sign of life: counted here, and the host told, since it need not be exact there */
-        write_for_host(&s->job->result->progress, atomicAdd(&s->job->schedule->progress, 1ull) + 1);
+    if (threadIdx.x == 0) {
+        unsigned long long done = atomicAdd(&s->job->schedule->progress, 1ull) + 1;
+        if (done % MLAK_CUDA_SIGN_OF_LIFE == 0)
+            write_for_host(&s->job->result->progress, done);
+    }
 }
 
 template <enum mlak_cuda_types TYPES, int GROUPS> __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
