@@ -52,8 +52,9 @@ static void take_line(struct mlad_discovered *found, const char *line)
         strspn(line, "GPU-0123456789abcdef") < length)
         return;
     if (found->total < MLAD_CONFIG_DEVICES) {
+        const char *model = line + length + (line[length] == ' ');
         memcpy(found->gpu[found->total].device, line, length);
-        snprintf(found->gpu[found->total].model, sizeof found->gpu[0].model, "%s", line + length + (line[length] == ' '));
+        snprintf(found->gpu[found->total].model, sizeof found->gpu[0].model, "%s", model);
     }
     found->total++;
 }

@@ -1,7 +1,7 @@
 /* discovery.h - which GPUs the device "all" stands for.
  *
- * The supervisor never loads a driver: it asks `mlad-worker --list`, whose answer it awaits for a limited time while its
- * own loop turns. A list that fails, hangs or names nobody is an answer like any other, with its reason. */
+ * The supervisor never loads a driver: it asks `mlad-worker --list` and awaits the answer for a limited time, while
+ * its own loop turns. A list that fails, hangs or names nobody is an answer like any other, with its reason. */
 #ifndef MLAD_DISCOVERY_H
 #define MLAD_DISCOVERY_H
 

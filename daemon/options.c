@@ -25,9 +25,10 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
       "allowed_users and allowed_groups: a user who is refused there is told so, and by which option, instead of a bare " \
       "EACCES. A narrower mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
     O(devices, NAMES, 1, 16, "cpu", RESTART, \
-      "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision), and " \
-      "GPUs by their UUID, as nvidia-smi -L prints it. all: cpu and every GPU that the driver names at the start; without " \
-      "a GPU, cpu alone, and mlactl status says why. Name a GPU whose absence is a fault: health tells of it.") \
+      "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision), " \
+      "and GPUs by their UUID, as nvidia-smi -L prints it. all: cpu and every GPU that the driver names at the " \
+      "start; without a GPU, cpu alone, and mlactl status says why. Name a GPU whose absence is a fault: health tells " \
+      "of it.") \
     O(allowed_users, ANY_USERS, 0, 32, "", RELOAD, \
       "Users who may connect, names or numeric ids; * is everyone. Root, the user that mlad runs as and " \
       "admin_users always may. Empty: nobody else, unless allowed_groups names a group of theirs.") \
