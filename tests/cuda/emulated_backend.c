@@ -31,7 +31,7 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
         return NULL;
     }
     device.shared = one ? MLAK_CUDA_SPLIT_SHARED_1 : MLAK_CUDA_SPLIT_SHARED_2;
-    mlak_whole_contract(device.capabilities, "mma");
+    mlak_cuda_capabilities(device.capabilities);
     return &device;
 }
 
