@@ -2,7 +2,7 @@
 
 usage: update_section.py [--check] PAGE SECTION TARGET TOOL
 
-The markers are lines, <!-- SECTION: begin --> and <!-- SECTION: end -->; TARGET is the build's target that runs this."""
+The markers are lines, <!-- SECTION: begin --> and <!-- SECTION: end -->; TARGET is the build target that runs this."""
 import subprocess
 import sys
 
