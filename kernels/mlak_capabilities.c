@@ -1,5 +1,5 @@
-/* mlak-capabilities: print what runs where as a Markdown table, for README.md, from the tables that backends hold out to
- * mlak_check. A build tool, not installed. Rows that differ in one thing alone become one: masks, then out types,
+/* mlak-capabilities: print what runs where as a Markdown table, for README.md, from the tables that backends hold out
+ * to mlak_check. A build tool, not installed. Rows that differ in one thing alone become one: masks, then out types,
  * then devices. The cpu's variants must agree, as far as this processor runs them: the README has one row for all. */
 #include "mlak_backends.h"
 
