@@ -114,6 +114,10 @@ static void answer_status(struct mlad_request *request)
         .denied = supervisor->denied,
         .n_devices = supervisor->n_devices,
     };
+    if (supervisor->note[0]) {
+        mlap_set(&reply, status_reply, note);
+        snprintf(reply.note, sizeof reply.note, "%s", supervisor->note);
+    }
     for (uint32_t i = 0; i < supervisor->n_devices; i++) {
         mlad_device_describe(supervisor->devices[i], &reply.devices[i]);
         reply.devices[i].responding = request->questions[i].answered;

@@ -33,11 +33,12 @@ struct mlad_ids {
 struct mlad_config {
     char socket[MLAD_CONFIG_TEXT];
     uint64_t socket_mode;
-    struct mlad_names devices;
+    struct mlad_names devices; /* as written: "all" is still to be expanded */
     struct mlad_ids allowed_users, allowed_groups, admin_users;
     uint64_t max_sessions, max_bytes, max_buffers, max_plans, max_in_flight, queue_limit;
     uint64_t max_connections, max_connections_per_user;
     uint64_t hello_timeout, worker_timeout, drain_timeout; /* milliseconds */
+    uint64_t discovery_timeout;                            /* milliseconds */
     char runtime_dir[MLAD_CONFIG_TEXT];                    /* "": the socket's directory */
     uint64_t cpu_threads;                                  /* 0: one per processor */
     uint64_t cpu_variant;                                  /* see mlad_config_choice */

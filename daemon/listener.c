@@ -178,7 +178,7 @@ int mlad_listener_start(struct mlad_listener *listener, uv_loop_t *loop,
 
 void mlad_listener_tick(struct mlad_listener *listener)
 {
-    if (listener->fd >= 0 && !uv_is_active((uv_handle_t *)&listener->poll))
+    if (listener->fd >= 0 && listener->owner && !uv_is_active((uv_handle_t *)&listener->poll))
         uv_poll_start(&listener->poll, UV_READABLE, on_connection);
 }
 

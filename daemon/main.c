@@ -21,7 +21,7 @@ static void print_help(void)
 {
     fputs("usage: mlad [options]\n"
           "Serve multi-head latent attention decodes on a Unix socket; runs in the foreground.\n\n"
-          "  --devices LIST        devices to serve, such as cpu,reference\n"
+          "  --devices LIST        devices to serve, such as cpu,reference; all: cpu and every GPU\n"
           "  --socket PATH         where to listen\n"
           "  --config FILE         read FILE, not " MLAD_CONFIG_PATH "\n"
           "  --log-level LEVEL     least urgent records to keep, such as debug\n"

@@ -25,8 +25,10 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
       "allowed_users and allowed_groups: a user who is refused there is told so, and by which option, instead of a bare " \
       "EACCES. A narrower mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
     O(devices, NAMES, 1, 16, "cpu", RESTART, \
-      "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision), and " \
-      "GPUs by their UUID, as nvidia-smi -L prints it.") \
+      "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision), " \
+      "and GPUs by their UUID, as nvidia-smi -L prints it. all: cpu and every GPU that the driver names at the " \
+      "start; without a GPU, cpu alone, and mlactl status says why. Name a GPU whose absence is a fault: health tells " \
+      "of it.") \
     O(allowed_users, ANY_USERS, 0, 32, "", RELOAD, \
       "Users who may connect, names or numeric ids; * is everyone. Root, the user that mlad runs as and " \
       "admin_users always may. Empty: nobody else, unless allowed_groups names a group of theirs.") \
@@ -53,6 +55,8 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
       "started again.") \
     O(drain_timeout, DURATION, 0, 3600000, "10s", RELOAD, \
       "How long a stop waits for decodes in flight. Clients submit what was cut off to the next daemon.") \
+    O(discovery_timeout, DURATION, 50, 600000, "20s", RESTART, \
+      "How long a start with devices = all waits for the list of GPUs; clients wait as long.") \
     O(runtime_dir, TEXT, 0, 107, "", RESTART, "Directory of the devices' lock files. Empty: that of the socket.") \
     O(cpu_threads, NUMBER, 0, 1024, "0", RESTART, "Compute threads of the device cpu. 0: one per processor.") \
     C(cpu_variant, "auto", RESTART, \

@@ -187,8 +187,7 @@ static void free_strings(char ***strings)
     free(*strings);
 }
 
-/* Our environment without the way to notify systemd, which is the supervisor's alone. NULL without memory. */
-static char **worker_environment(void)
+char **mlad_process_environment(void)
 {
     size_t n = 0, kept = 0;
     while (environ[n])
@@ -256,7 +255,7 @@ static int spawn(struct mlad_process *process, uv_loop_t *loop, const struct mla
 int mlad_process_start(struct mlad_process **started, uv_loop_t *loop, const struct mlad_process_command *command,
                        const struct mlad_process_events *events, void *owner)
 {
-    __attribute__((cleanup(free_strings))) char **environment = worker_environment();
+    __attribute__((cleanup(free_strings))) char **environment = mlad_process_environment();
     struct mlad_process *process = calloc(1, sizeof *process);
     if (!process || !environment) {
         free(process);

@@ -92,6 +92,7 @@ static void close_loop(struct mlad_supervisor *supervisor)
     if (supervisor->closed)
         return;
     supervisor->closed = true;
+    mlad_discovery_stop(&supervisor->discovery);
     mlad_peers_close(supervisor);
     for (uint32_t i = 0; i < supervisor->n_devices; i++)
         mlad_device_free(supervisor->devices[i]);
@@ -135,6 +136,10 @@ static void on_stop(uv_signal_t *handle, int number)
              MLAD_KV("drain_timeout_ms", supervisor->config.drain_timeout));
     mlad_listener_close(&supervisor->listener);
     mlad_peers_close(supervisor);
+    if (supervisor->n_devices == 0) { /* which there are was not known yet */
+        close_loop(supervisor);
+        return;
+    }
     if (supervisor->config.drain_timeout == 0) {
         end_workers(supervisor);
         return;
@@ -186,7 +191,7 @@ static bool find_worker(struct mlad_supervisor *supervisor)
     return true;
 }
 
-static bool make_devices(struct mlad_supervisor *supervisor)
+static bool make_devices(struct mlad_supervisor *supervisor, const struct mlad_names *names)
 {
     const struct mlad_config *config = &supervisor->config;
     char path[sizeof supervisor->listener.path];
@@ -197,14 +202,51 @@ static bool make_devices(struct mlad_supervisor *supervisor)
                  MLAD_KV("why", strerror(errno)));
         return false;
     }
-    for (uint32_t i = 0; i < config->devices.n; i++) {
-        supervisor->devices[i] = mlad_device_new(config->devices.name[i], &supervisor->loop, config,
+    for (uint32_t i = 0; i < names->n; i++) {
+        supervisor->devices[i] = mlad_device_new(names->name[i], &supervisor->loop, config,
                                                  supervisor->executable, directory, on_device_changed, supervisor);
         if (!supervisor->devices[i])
             return false;
         supervisor->n_devices++;
     }
     return true;
+}
+
+/* The devices are known: connections may come. */
+static bool serve(struct mlad_supervisor *supervisor, const struct mlad_names *names)
+{
+    if (mlad_listener_start(&supervisor->listener, &supervisor->loop, on_accepted, supervisor) != 0 ||
+        !make_devices(supervisor, names))
+        return false;
+    for (uint32_t i = 0; i < supervisor->n_devices; i++)
+        mlad_device_start(supervisor->devices[i]);
+    return true;
+}
+
+static void on_discovered(const struct mlad_discovered *discovered, void *owner)
+{
+    static struct mlad_names names; /* large */
+    struct mlad_supervisor *supervisor = owner;
+    uint32_t left_out = mlad_discovery_expand(&supervisor->config.devices, discovered, &names);
+    for (uint32_t i = 0; i < discovered->total && i < MLAD_CONFIG_DEVICES; i++)
+        mlad_log(LOG_INFO, "found a GPU", MLAD_KV("device", discovered->gpu[i].device),
+                 MLAD_KV("model", discovered->gpu[i].model));
+    if (discovered->total == 0)
+        snprintf(supervisor->note, sizeof supervisor->note, "devices = all found no GPU: %.220s", discovered->why);
+    else if (left_out)
+        snprintf(supervisor->note, sizeof supervisor->note,
+                 "devices = all found %u GPUs and leaves out %u: at most %d devices are served; name those wanted",
+                 discovered->total, left_out, MLAD_CONFIG_DEVICES);
+    if (discovered->total == 0)
+        mlad_log(discovered->failed ? LOG_WARNING : LOG_NOTICE, "no GPU is found, cpu is served without",
+                 MLAD_KV("why", discovered->why));
+    else if (left_out)
+        mlad_log(LOG_WARNING, "GPUs are left out", MLAD_KV("why", supervisor->note));
+    if (serve(supervisor, &names))
+        return;
+    supervisor->failed = true;
+    mlad_listener_close(&supervisor->listener);
+    close_loop(supervisor);
 }
 
 static void watch_signal(struct mlad_supervisor *supervisor, uv_signal_t *handle, uv_signal_cb callback, int number)
@@ -234,12 +276,13 @@ static bool start(struct mlad_supervisor *supervisor)
         mlad_log(LOG_ERR, "cannot listen", MLAD_KV("why", error));
         return false;
     }
-    if (mlad_listener_start(&supervisor->listener, &supervisor->loop, on_accepted, supervisor) != 0 ||
-        !make_devices(supervisor))
-        return false;
-    for (uint32_t i = 0; i < supervisor->n_devices; i++)
-        mlad_device_start(supervisor->devices[i]);
-    return true;
+    if (!mlad_wants_all(&config->devices))
+        return serve(supervisor, &config->devices);
+    /* Who connects meanwhile waits in the socket's queue: no device is refused that may turn out to be there. */
+    sd_notify(0, "STATUS=looking for GPUs");
+    mlad_discovery_start(&supervisor->discovery, &supervisor->loop, supervisor->executable, config->discovery_timeout,
+                         on_discovered, supervisor);
+    return !supervisor->failed;
 }
 
 int mlad_supervisor_run(const struct mlad_config *config, const struct mlad_source *source)
@@ -257,7 +300,7 @@ int mlad_supervisor_run(const struct mlad_config *config, const struct mlad_sour
     }
     uv_run(&supervisor.loop, UV_RUN_DEFAULT); /* until close_loop has closed every handle */
     uv_loop_close(&supervisor.loop);
-    if (started)
+    if (started && !supervisor.failed)
         mlad_log(LOG_NOTICE, "stopped");
-    return started ? 0 : 1;
+    return started && !supervisor.failed ? 0 : 1;
 }

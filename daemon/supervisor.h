@@ -7,6 +7,7 @@
 
 #include "config.h"
 #include "device.h"
+#include "discovery.h"
 #include "listener.h"
 
 #include <stdbool.h>
@@ -33,6 +34,8 @@ struct mlad_supervisor {
     struct mlad_source source;
     struct mlad_config config;
     struct mlad_listener listener;
+    struct mlad_discovery discovery;
+    char note[256]; /* for status: what an operator should know of the devices; mostly empty */
     char executable[4096]; /* of the workers */
     struct mlad_device *devices[MLAD_CONFIG_DEVICES];
     uint32_t n_devices;
@@ -45,6 +48,7 @@ struct mlad_supervisor {
     bool settled;          /* no device is in its first start any more */
     bool stopping, ending; /* decodes in flight are awaited; workers' ends are */
     bool closed;
+    bool failed; /* it could not go on after its start */
 };
 
 /* Run until SIGTERM or SIGINT. The process's exit status. */

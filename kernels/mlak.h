@@ -247,8 +247,13 @@ struct mlak_backend {
 /* By device name: "cpu", "reference", or a GPU's UUID ("GPU-..."); NULL if this build has none. */
 const struct mlak_backend *mlak_backend(const char *name);
 
-/* Names of the GPUs that this process sees, `most` at most; their number. 0: `why` says what is missing. */
-uint32_t mlak_gpus(char names[][64], uint32_t most, struct mlak_fault *why);
+struct mlak_gpu {
+    char device[64]; /* its name as a device: "GPU-..." */
+    char model[96];  /* for people: "NVIDIA H100 80GB HBM3" */
+};
+/* The GPUs that this process sees, in the driver's order, `most` at most; their number. 0: `why` says what is missing. May
+ * take seconds: it starts the driver. Whether the kernels run on one is for its open to say. */
+uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why);
 
 /* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.
  * MLAK_OK, MLAK_INVALID or MLAK_UNSUPPORTED with the field named. */

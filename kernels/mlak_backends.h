@@ -16,4 +16,7 @@ enum { MLAK_CONTRACT_ROWS = 18 };
 /* Fill the capability table of a backend that refuses nothing; `variant` stays the caller's. */
 void mlak_whole_contract(struct mlak_capability rows[MLAK_CONTRACT_ROWS], const char *variant);
 
+/* cuda_capabilities.c: the table of every GPU that the cuda backend opens. */
+void mlak_cuda_capabilities(struct mlak_capability rows[MLAK_CONTRACT_ROWS]);
+
 #endif

@@ -310,7 +310,8 @@
     F(M, U64, uptime_ms, _, 0, UINT64_MAX, REQ, "since the supervisor started") \
     F(M, U32, connections, _, 0, MLAP_U32_MAX, REQ, "connections that the supervisor itself holds") \
     F(M, U64, denied, _, 0, UINT64_MAX, REQ, "connections refused by policy") \
-    F(M, LIST, devices, device, 0, MLAP_MAX_DEVICES, REQ, "every configured device")
+    F(M, LIST, devices, device, 0, MLAP_MAX_DEVICES, REQ, "every configured device") \
+    F(M, STR, note, _, 1, 255, OPT, "what an operator should know of the devices, such as why devices = all found no GPU")
 
 #define MLAP_FIELDS_capabilities(F, M) \
     F(M, STR, device, _, 1, 63, REQ, "a device")

@@ -274,6 +274,27 @@ static int write_all(FILE *to, const char *header, const struct st_tensor *tenso
     return fflush(to) ? -1 : 0;
 }
 
+/* What a rename would destroy: /dev/null, a FIFO. */
+static bool is_special(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode);
+}
+
+static int write_in_place(const char *path, const char *header, const struct st_tensor *tensors, unsigned n_tensors,
+                          struct ctl_fault *fault)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC | O_NOCTTY);
+    FILE *to = fd < 0 ? NULL : fdopen(fd, "wb");
+    bool good = to && write_all(to, header, tensors, n_tensors) == 0;
+    int saved = errno;
+    if (to)
+        fclose(to);
+    else if (fd >= 0)
+        close(fd);
+    return good ? 0 : ctl_fail(fault, "%s: %s", path, strerror(saved));
+}
+
 int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tensors, const struct st_pair *pairs,
              unsigned n_pairs, struct ctl_fault *fault)
 {
@@ -281,6 +302,8 @@ int st_write(const char *path, const struct st_tensor *tensors, unsigned n_tenso
     ctl_autofree char *temporary = NULL;
     if (!header || asprintf(&temporary, "%s.XXXXXX", path) < 0)
         return ctl_fail(fault, "out of memory");
+    if (is_special(path))
+        return write_in_place(path, header, tensors, n_tensors, fault);
     int fd = mkostemp(temporary, O_CLOEXEC);
     if (fd < 0)
         return ctl_fail(fault, "%s: %s", path, strerror(errno));

@@ -309,6 +309,8 @@ int ctl_status(const struct ctl *ctl)
            human_age(status->uptime_ms).s, status->connections, status->connections == 1 ? "" : "s",
            human_count(status->denied).s);
     print_devices(&view);
+    if (mlap_has(status, status_reply, note))
+        output_print(WARN, "  %s\n", status->note);
     putchar('\n');
     print_work(&view);
     print_latency(&view);

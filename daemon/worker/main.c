@@ -1,5 +1,7 @@
 /* main.c - mlad-worker's arguments, and what the process is before the worker runs in it. Started by mlad only. */
+#include "discovery.h"
 #include "log.h"
+#include "mlak.h"
 #include "worker.h"
 
 #include <errno.h>
@@ -10,11 +12,16 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 static const char usage[] =
     "usage: mlad-worker --device NAME --control FD --life FD --lock PATH [--threads N] [--variant V]\n"
     "                   [--log-level LEVEL] [--log-target stderr|journal]\n"
-    "One device's worker. mlad starts it; it serves nobody on its own.\n";
+    "       mlad-worker --list\n"
+    "One device's worker. mlad starts it; it serves nobody on its own. --list prints the GPUs of this machine, one a\n"
+    "line, UUID and name; with none it says why on stderr and exits with status 4.\n";
+
+enum { MOST_GPUS = 64 };
 
 static _Noreturn void refuse(const char *option, const char *value)
 {
@@ -50,6 +57,21 @@ static void become_worker(const char *device)
     }
 }
 
+/* For --list. In a process of its own, because a driver that fails or hangs must not take the supervisor along. */
+static int list_gpus(void)
+{
+    static struct mlak_gpu gpus[MOST_GPUS];
+    struct mlak_fault why = {0};
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    uint32_t n = mlak_gpus(gpus, MOST_GPUS, &why);
+    for (uint32_t i = 0; i < n; i++)
+        printf("%s %s\n", gpus[i].device, gpus[i].model);
+    if (n == 0)
+        fprintf(stderr, "%s\n", why.message);
+    fflush(stdout);
+    _exit(n ? 0 : MLAD_NO_GPU_STATUS); /* the driver's own exit handlers have nothing to do for us */
+}
+
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
@@ -61,11 +83,13 @@ int main(int argc, char **argv)
         {"variant", required_argument, NULL, 'v'},
         {"log-level", required_argument, NULL, 'l'},
         {"log-target", required_argument, NULL, 'g'},
+        {"list", no_argument, NULL, 'i'},
         {NULL, 0, NULL, 0},
     };
     struct mlad_worker_options worker = {.control = -1, .life = -1};
     enum mlad_log_target target = MLAD_LOG_AUTO;
     int level = LOG_INFO;
+    bool list = false;
     int option;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
@@ -88,10 +112,13 @@ int main(int argc, char **argv)
             else
                 refuse("log-target", optarg);
             break;
+        case 'i': list = true; break;
         default: fputs(usage, stderr); return 2;
         }
     }
-    if (optind != argc || !worker.device || worker.control < 0 || worker.life < 0 || !worker.lock) {
+    if (list && argc == 2)
+        return list_gpus();
+    if (list || optind != argc || !worker.device || worker.control < 0 || worker.life < 0 || !worker.lock) {
         fputs(usage, stderr);
         return 2;
     }

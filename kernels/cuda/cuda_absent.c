@@ -12,9 +12,9 @@ static struct mlak_device *absent_open(const struct mlak_options *options, struc
 
 const struct mlak_backend mlak_cuda_backend = {.name = "cuda", .open = absent_open};
 
-uint32_t mlak_gpus(char names[][64], uint32_t most, struct mlak_fault *why)
+uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why)
 {
-    (void)names;
+    (void)gpus;
     (void)most;
     mlak_fail(why, MLAK_UNSUPPORTED, "device", "%s", reason);
     return 0;

@@ -216,7 +216,7 @@ static struct mlak_device *cuda_open(const struct mlak_options *options, struct 
         cuda_close(device);
         return NULL;
     }
-    mlak_whole_contract(device->capabilities, "mma");
+    mlak_cuda_capabilities(device->capabilities);
     return device;
 }
 

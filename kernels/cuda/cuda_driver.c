@@ -78,23 +78,35 @@ void mlak_uuid_text(const CUuuid *uuid, char text[MLAK_UUID_TEXT])
                            i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", (unsigned char)uuid->bytes[i]);
 }
 
-uint32_t mlak_gpus(char names[][64], uint32_t most, struct mlak_fault *why)
+uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why)
 {
     const struct mlak_driver *cu = mlak_driver(why);
     int count = 0;
     uint32_t found = 0;
-    if (!cu || cu->device_count(&count) != CUDA_SUCCESS)
+    if (!cu)
         return 0;
+    CUresult result = cu->device_count(&count);
+    if (result != CUDA_SUCCESS) {
+        mlak_driver_fail(why, MLAK_UNSUPPORTED, "device", "device_count", result);
+        return 0;
+    }
     for (int i = 0; i < count && found < most; i++) {
         CUdevice device;
         CUuuid uuid;
         char text[MLAK_UUID_TEXT];
-        if (cu->device_get(&device, i) != CUDA_SUCCESS || cu->device_uuid(&uuid, device) != CUDA_SUCCESS)
+        struct mlak_gpu *gpu = &gpus[found];
+        if ((result = cu->device_get(&device, i)) != CUDA_SUCCESS ||
+            (result = cu->device_uuid(&uuid, device)) != CUDA_SUCCESS)
             continue;
         mlak_uuid_text(&uuid, text);
-        snprintf(names[found++], 64, "%s", text);
+        snprintf(gpu->device, sizeof gpu->device, "%s", text);
+        if (cu->device_name(gpu->model, sizeof gpu->model, device) != CUDA_SUCCESS)
+            snprintf(gpu->model, sizeof gpu->model, "unnamed");
+        found++;
     }
-    if (found == 0)
+    if (found == 0 && count == 0)
         mlak_fail(why, MLAK_UNSUPPORTED, "device", "the NVIDIA driver sees no GPU");
+    else if (found == 0)
+        mlak_driver_fail(why, MLAK_UNSUPPORTED, "device", "device_uuid", result);
     return found;
 }

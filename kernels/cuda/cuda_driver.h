@@ -15,6 +15,7 @@
     D(device_count, cuDeviceGetCount, (int *)) \
     D(device_get, cuDeviceGet, (CUdevice *, int)) \
     D(device_uuid, cuDeviceGetUuid_v2, (CUuuid *, CUdevice)) \
+    D(device_name, cuDeviceGetName, (char *, int, CUdevice)) \
     D(device_attribute, cuDeviceGetAttribute, (int *, CUdevice_attribute, CUdevice)) \
     D(can_access_peer, cuDeviceCanAccessPeer, (int *, CUdevice, CUdevice)) \
     D(context_retain, cuDevicePrimaryCtxRetain, (CUcontext *, CUdevice)) \

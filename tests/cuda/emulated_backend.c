@@ -31,8 +31,13 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
         mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1, 2 or 3", options->variant);
         return NULL;
     }
+<<<<<<< HEAD
     device.shared = shared[kind];
     mlak_whole_contract(device.capabilities, "mma");
+=======
+    device.shared = one ? MLAK_CUDA_SPLIT_SHARED_1 : MLAK_CUDA_SPLIT_SHARED_2;
+    mlak_cuda_capabilities(device.capabilities);
+>>>>>>> discover
     return &device;
 }
 

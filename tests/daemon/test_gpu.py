@@ -16,7 +16,8 @@ os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
 from daemon import CAPTURE, Daemon, run  # noqa: E402
 from mlad_client import Client, Refused  # noqa: E402
 
-GPU = "GPU-fa4e0000-0000-4000-8000-000000000000"
+GPU, SECOND = "GPU-fa4e0000-0000-4000-8000-000000000000", "GPU-fa4e0000-0000-4000-8000-000000000001"
+FAKE = os.environ["LD_LIBRARY_PATH"]
 times = 0
 
 
@@ -96,8 +97,9 @@ def a_client_killed_in_mid_decode_leaves_nothing(daemon):
     inject("slow=300")
     environment = dict(os.environ, MLAD_SOCKET=daemon.socket, MLAD_FAKE_CUDA_CONTROL="")
     for _ in range(5):
-        client = subprocess.Popen([os.environ["MLACTL_BIN"], "decode", CAPTURE, "-o", "/dev/null", "--device", GPU],
-                                  env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = subprocess.Popen([os.environ["MLACTL_BIN"], "decode", CAPTURE, "-o",
+                                   os.path.join(daemon.directory, "out"), "--device", GPU], env=environment,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(0.3)
         client.kill()
         client.wait()
@@ -227,8 +229,50 @@ def a_gpu_that_is_not_there_is_absent_with_its_reason():
     inject()
 
 
-a_gpu_that_is_not_there_is_absent_with_its_reason()
-print("ok    a_gpu_that_is_not_there_is_absent_with_its_reason", flush=True)
+def the_worker_lists_the_gpus_and_says_why_there_is_none():
+    worker = os.path.join(os.path.dirname(os.environ["MLAD_BIN"]), "../libexec/mlad/mlad-worker")
+    for words, libraries, status, out, why in (
+            ("devices=2", FAKE, 0, f"{GPU} Fake GPU 0\n{SECOND} Fake GPU 1\n", ""),
+            ("", FAKE, 0, f"{GPU} Fake GPU 0\n", ""),
+            ("fail=cuDeviceGetName:1", FAKE, 0, f"{GPU} unnamed\n", ""),
+            ("no_driver_device=1", FAKE, 4, "", "cuInit: no CUDA-capable device is detected"),
+            ("fail=cuDeviceGetCount:1", FAKE, 4, "", "cuDeviceGetCount: unknown error"),
+            ("fail=cuDeviceGetUuid:1", FAKE, 4, "", "cuDeviceGetUuid_v2: unknown error"),
+            ("", "", 4, "", "no NVIDIA driver is installed here")):
+        inject(words)
+        if not libraries and subprocess.run("ldconfig -p | grep -q libcuda.so.1", shell=True).returncode == 0:
+            continue  # this machine has a driver of its own
+        result = subprocess.run([worker, "--list"], capture_output=True, text=True, timeout=30,
+                                env=dict(os.environ, LD_LIBRARY_PATH=libraries))
+        assert (result.returncode, result.stdout) == (status, out) and why in result.stderr, (words, result)
+    inject()
+
+
+def all_is_cpu_and_every_gpu():
+    for devices, words, names, note in (
+            ("all", "devices=2", ["cpu", GPU, SECOND], None), ("all,reference", "", ["cpu", GPU, "reference"], None),
+            ("all", "no_driver_device=1", ["cpu"], "devices = all found no GPU: cuInit: no CUDA-capable device")):
+        inject(words)
+        daemon = Daemon(devices)  # which waits until all are ready
+        try:
+            status = daemon.json("status")
+            assert [device["name"] for device in status["devices"]] == names, status
+            assert note is None and "note" not in status or note in status["note"], status
+            assert note is None or note in daemon.ctl("status").stdout, daemon.ctl("status").stdout
+            assert daemon.ctl("health").returncode == 0
+            for gpu in names[1:]:
+                result = daemon.ctl("decode", CAPTURE, "-o", os.path.join(daemon.directory, "out"), "--device", gpu,
+                                    MLAD_FAKE_CUDA_CONTROL="", MLAD_FAKE_CUDA="devices=2")
+                assert result.returncode == 0, result
+        finally:
+            daemon.stop()
+    inject()
+
+
+for test in (a_gpu_that_is_not_there_is_absent_with_its_reason, the_worker_lists_the_gpus_and_says_why_there_is_none,
+             all_is_cpu_and_every_gpu):
+    test()
+    print("ok   ", test.__name__, flush=True)
 try:
     run([every_combination_meets_the_bar, nothing_stays_held, a_failed_import_is_the_clients_error_and_only_that,
          a_sticky_error_is_a_delay_for_the_client,

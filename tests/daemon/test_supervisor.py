@@ -290,6 +290,82 @@ def device_whose_lock_is_held_says_so():
             second.await_log("serving")
 
 
+# ---- devices = all ----
+
+def lister(script):
+    """A worker that answers --list with `script` and cannot serve any device."""
+    return f'if [ "$1" = --list ]; then {script}; fi; exit 7'
+
+
+def served(daemon):
+    return [device["name"] for device in daemon.status()["devices"]]
+
+
+def all_is_cpu_and_the_gpus_of_the_list():
+    gpus = [f"GPU-{i:08x}-0000-4000-8000-000000000000" for i in range(20)]
+
+    def list_of(n):
+        return lister("".join(f"echo {gpu} NVIDIA H100 80GB HBM3;" for gpu in gpus[:n]) + "exit 0")
+    for devices, n, expected in (("all", 1, ["cpu", gpus[0]]), ("all,reference", 2, ["cpu", *gpus[:2], "reference"]),
+                                 (f"reference,{gpus[1]},all,cpu", 2, ["reference", gpus[1], gpus[0], "cpu"])):
+        with Daemon(devices, worker=list_of(n)) as daemon:
+            assert served(daemon) == expected, (devices, served(daemon))
+            assert "note" not in daemon.status()
+            assert f"found a GPU device={gpus[0]} model=\"NVIDIA H100 80GB HBM3\"" in daemon.log(), daemon.log()
+            daemon.configure("devices = all")       # what was written is compared, not what was found
+            daemon.process.send_signal(signal.SIGHUP)
+            daemon.await_log("configuration read again")
+            assert "need a restart" not in daemon.log(), daemon.log()
+    with Daemon("all,reference", worker=list_of(20)) as daemon:
+        assert served(daemon) == ["cpu", *gpus[:14], "reference"], served(daemon)
+        assert "20 GPUs and leaves out 6" in daemon.status()["note"]
+
+
+def all_without_gpus_is_cpu_and_a_note():
+    for level, script, why in (("notice", "echo rumours >&2; echo no driver >&2; exit 4", "no GPU: no driver"),
+                               ("notice", "printf 'caf\\303\\251\\n' >&2; exit 4", "no GPU: caf??"),
+                               ("notice", "exit 4", "exited with status 4"),
+                               ("warning", "echo usage >&2; exit 2", "exited with status 2: usage"),
+                               ("warning", "kill -ABRT $$", "signal 6"),
+                               ("warning", "exit 0", "named no GPU"),
+                               ("warning", "echo GPU-../../etc/x; echo nonsense; exit 0", "named no GPU")):
+        with Daemon("all", worker=lister(script)) as daemon:
+            assert served(daemon) == ["cpu"]
+            assert why in daemon.status()["note"], daemon.status()["note"]
+            line, = (line for line in daemon.log().splitlines() if "no GPU is found" in line)
+            assert f" {level} " in line, line
+    with Daemon("all", worker="") as daemon:
+        assert served(daemon) == ["cpu"] and "cannot be started" in daemon.status()["note"]
+
+
+def all_does_not_wait_for_a_list_that_hangs():
+    notes = Notifications()
+    with Daemon("all,reference", worker=lister("echo GPU-00; exec sleep 600"), options="discovery_timeout = 500ms",
+                environment={"NOTIFY_SOCKET": notes.path, "WATCHDOG_USEC": "100000"}, wait=False) as daemon:
+        daemon.await_socket()           # a connection waits in the queue
+        notes.until("READY=1")
+        assert notes.seen.count("WATCHDOG=1") >= 3, "no sign of life while the list was awaited"
+        notes.socket.close()            # or mlad would wait for a reader
+        assert served(daemon) == ["cpu", "reference"]
+        assert "no answer within 500 ms (discovery_timeout)" in daemon.status()["note"]
+        assert any(note == "STATUS=looking for GPUs" for note in notes.seen), notes.seen
+        eventually(lambda: not any(b"sleep" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+                                   for pid in daemon.children() if is_alive(pid)), "the list is killed")
+
+
+def all_can_be_stopped_while_the_list_is_awaited():
+    with Daemon("all", worker=lister("exec sleep 600"), wait=False) as daemon:
+        daemon.await_socket()
+        child, = eventually(daemon.children, "the list is asked for")
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.await_log("configuration read again")
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < 5
+        eventually(lambda: not is_alive(child), "the list ends")
+        assert not os.path.exists(daemon.socket_path)
+
+
 def command_line_modes():
     def run(*arguments):
         return subprocess.run([MLAD, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)

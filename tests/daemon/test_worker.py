@@ -478,19 +478,26 @@ def freeing_big_memory_stops_nobody():
 def ended_session_drains():
     """Its running slice is abandoned; until that has ended its memory is shown as draining, not as held."""
     with start(device="reference") as worker:
-        session = worker.attach()
-        slow(3, B=1).register(session).plan(session)    # one request cannot be sliced
-        submit(session)
-        eventually(lambda: worker.report()["running"] == 1)
-        begin = time.monotonic()
-        session.close()
-        eventually(lambda: worker.report()["sessions"] == 0)
-        for entry in worker.control.ask("SESSIONS", dict(device=DEVICE))[2]["sessions"]:
-            assert entry["draining"] and entry["bytes"] > 0 and entry["in_flight"] == 1, entry
-        assert worker.report()["held_bytes"] == 0
-        eventually(lambda: worker.report()["sessions_draining"] == 0)
-        assert worker.mapped() == 0 and worker.report()["decodes"] == 0
-        assert time.monotonic() - begin < 1.5, "the slice ran on for nobody"
+        case = slow(3, B=1)                             # one request cannot be sliced
+
+        def seen_draining():
+            """End a session in mid-slice. Whether the list came before the slice's end; both are right."""
+            session = worker.attach()
+            case.register(session).plan(session)
+            submit(session)
+            eventually(lambda: worker.report()["running"] == 1)
+            begin, seen = time.monotonic(), False
+            session.close()
+            eventually(lambda: worker.report()["sessions"] == 0)
+            for entry in worker.control.ask("SESSIONS", dict(device=DEVICE))[2]["sessions"]:
+                assert entry["draining"] and (entry["bytes"] > 0 or not entry["in_flight"]), entry
+                seen = entry["in_flight"] == 1
+            assert worker.report()["held_bytes"] == 0
+            eventually(lambda: worker.report()["sessions_draining"] == 0)
+            assert worker.mapped() == 0 and worker.report()["decodes"] == 0
+            assert time.monotonic() - begin < 1.5, "the slice ran on for nobody"
+            return seen
+        eventually(seen_draining)                       # the slice wins about one time in ten
 
 
 def drain_waits_and_refuses():

@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import signal
+import stat
 import struct
 import subprocess
 import time
@@ -122,6 +123,21 @@ def decode_refuses_and_writes_nothing(daemon):
     assert not [name for name in os.listdir(daemon.directory) if "odd-out" in name], "a temporary stayed behind"
 
 
+def decode_writes_into_what_is_no_file_and_leaves_it_there(daemon):
+    pipe = os.path.join(daemon.directory, "pipe")   # as for /dev/null, which root could rename a result over
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=(copy := open(pipe + ".copy", "w+b"))) as reader:
+        assert daemon.ctl("decode", CAPTURE, "-o", pipe).returncode == 0
+        reader.wait(30)
+        copy.seek(0)
+        written = copy.read()
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode), "the pipe was replaced"
+    out = os.path.join(daemon.directory, "same.safetensors")
+    assert daemon.ctl("decode", CAPTURE, "-o", out).returncode == 0
+    with open(out, "rb") as file:
+        assert file.read() == written
+
+
 def verify_covers_every_capability(daemon):
     report = daemon.json("verify", "--seed", 20, "--save", daemon.directory)
     assert report["failed"] == 0 and report["device"] == "cpu" and report["seed"] == 20
@@ -236,7 +252,8 @@ def a_reader_that_leaves_is_no_error(daemon):
 
 if __name__ == "__main__":
     run([status_shows_devices_and_what_runs, status_json_has_every_figure, colours_need_a_terminal_and_no_NO_COLOR,
-         decode_writes_the_result, decode_lists_requests_that_fail, decode_refuses_and_writes_nothing, verify_covers_every_capability,
+         decode_writes_the_result, decode_lists_requests_that_fail, decode_refuses_and_writes_nothing,
+         decode_writes_into_what_is_no_file_and_leaves_it_there, verify_covers_every_capability,
          verify_needs_another_device, metrics_are_openmetrics, drain_and_resume, evict_ends_a_session, interrupt_leaves_nothing_behind,
          quiet_has_no_progress_line, version_works_without_a_daemon, bad_command_lines_are_named, a_reader_that_leaves_is_no_error],
         Daemon())

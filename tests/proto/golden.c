@@ -59,7 +59,7 @@ static const struct mlap_done done_body = {.present = ALL(done), .receive_ns = 4
     .field = "block_table[300][7]", .message = "is past the pool"}}};
 static const struct mlap_status status_body = {};
 static const struct mlap_status_reply status_reply_body = {.present = ALL(status_reply), .daemon = "mlad 0.1.0",
-    .pid = 100, .uptime_ms = 1000, .connections = 1, .denied = 0, .n_devices = 2, .devices = {DEVICE,
+    .pid = 100, .uptime_ms = 1000, .connections = 1, .denied = 0, .note = "no GPU", .n_devices = 2, .devices = {DEVICE,
     {.present = ALL(device), .name = "reference", .state = MLAP_device_state_RESTARTING, .reason = "it died",
     .variant = "avx512", .threads = 2, .pid = 4321, .restarts = 1, .uptime_ms = 123456, .responding = true,
     .sessions = 2, .sessions_draining = 1, .buffers = 3, .plans = 4, .held_bytes = 4294967296, .orphaned_bytes = 0,
@@ -149,7 +149,7 @@ const struct golden golden[] = {
     {MLAP_STATUS, 12, &status_body, sizeof status_body,
      "94 01 0c 0c 80"},
     {MLAP_STATUS_REPLY, 13, &status_reply_body, sizeof status_reply_body,
-     "94 01 0d 0d 86 a6'daemon' aa'mlad 0.1.0' a3'pid' 64 a9'uptime_ms' cd03e8 ab'connections' 01 a6'denied' 00 "
+     "94 01 0d 0d 87 a6'daemon' aa'mlad 0.1.0' a3'pid' 64 a9'uptime_ms' cd03e8 ab'connections' 01 a6'denied' 00 "
      "a7'devices' 92 de001b a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' a7'threads' "
      "02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
@@ -163,7 +163,7 @@ const struct golden golden[] = {
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a7'latency' 90"},
+     "cf0000200000000000 a7'latency' 90 a4'note' a6'no GPU'"},
     {MLAP_CAPABILITIES, 14, &capabilities_body, sizeof capabilities_body,
      "94 01 0e 0e 81 a6'device' a3'cpu'"},
     {MLAP_CAPABILITIES_REPLY, 15, &capabilities_reply_body, sizeof capabilities_reply_body,
