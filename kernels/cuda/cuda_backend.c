@@ -17,9 +17,7 @@
 #include <time.h>
 
 enum {
-    ITEMS_PER_BLOCK = 4, /* target items of the schedule, for each block that the device holds at a time */
-    MOST_SLOTS = 8192,   /* of scratch: 539 MB */
-    LEAST_SLOTS = 4096,
+    LEAST_SLOTS = 2048, /* of scratch: 135 MB; deterministic batches take 64 a request */
     SPIN = 2000, /* looks at the completion word before the thread gives way */
     NAP_NS = 20000,
     LOOKS_A_QUERY = 64 /* looks at the completion word for each question to the driver */
@@ -38,7 +36,7 @@ struct mlak_device {
     struct cuda_memory memory;
     bool memory_ready;
     struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
-    CUdeviceptr rows, requests, schedule, cu_q, parts;
+    CUdeviceptr rows, requests, starts, schedule, cu_q, parts;
     struct mlak_cuda_result *result;          /* pinned */
     uint64_t *cancelled;                      /* pinned: the ticket of the launch that was given up last */
     struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
@@ -110,6 +108,8 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     }
     TRY(occupancy, "kernels", &resident, device->split[0], MLAK_CUDA_THREADS, device->split_shared);
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
+    if (device->split_grid > MLAK_CUDA_PREPARE_THREADS)
+        device->split_grid = MLAK_CUDA_PREPARE_THREADS;
     device->combine_grid = (unsigned)processors * 2;
     return MLAK_OK;
 }
@@ -118,15 +118,11 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
 {
     enum { ROWS = MLAK_CUDA_MAX_REQUESTS };
     struct mlak_cuda_job *job = &device->job;
-    job->target_items = device->split_grid * ITEMS_PER_BLOCK;
-    job->max_slots = job->target_items * 2 + ROWS;
-    job->max_slots = job->max_slots < LEAST_SLOTS ? LEAST_SLOTS : job->max_slots;
-    if (job->max_slots > MOST_SLOTS) {
-        job->max_slots = MOST_SLOTS;
-        job->target_items = (MOST_SLOTS - ROWS) / 2;
-    }
+    job->grid = device->split_grid;
+    job->max_slots = job->grid * 2 < LEAST_SLOTS ? LEAST_SLOTS : job->grid * 2;
     TRY(alloc, "memory", &device->rows, ROWS * sizeof(struct mlak_row));
     TRY(alloc, "memory", &device->requests, ROWS * sizeof(struct mlak_cuda_request));
+    TRY(alloc, "memory", &device->starts, job->grid * sizeof(struct mlak_cuda_start));
     TRY(alloc, "memory", &device->schedule, sizeof(struct mlak_cuda_schedule));
     TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t));
     TRY(alloc, "memory", &device->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
@@ -139,6 +135,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     memset(device->result, 0, sizeof *device->result);
     job->rows = (void *)device->rows;
     job->requests = (void *)device->requests;
+    job->starts = (void *)device->starts;
     job->schedule = (void *)device->schedule;
     job->cu_q = (void *)device->cu_q;
     job->parts = (void *)device->parts;
@@ -176,7 +173,8 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
 static void cuda_close(struct mlak_device *device)
 {
     const struct mlak_driver *cu = device->cu;
-    const CUdeviceptr scratch[] = {device->rows, device->requests, device->schedule, device->cu_q, device->parts};
+    const CUdeviceptr scratch[] = {device->rows,     device->requests, device->starts,
+                                   device->schedule, device->cu_q,     device->parts};
     if (device->context)
         cu->context_set(device->context);
     if (device->stream)

@@ -2,11 +2,15 @@
  *
  * A launch is three kernels on one stream, each with one parameter, a struct mlak_cuda_job by value:
  *     mlak_cuda_prepare         1 block: reads client lengths once, fills rows and the schedule, validates cu_q
- *     mlak_cuda_split_<types>   a fixed grid that walks the items of the schedule
+ *     mlak_cuda_split_<types>   a fixed grid, each block with its share of the schedule
  *     mlak_cuda_combine         merges the parts of split requests, in split order; then the results and `done`
  * Nothing of it depends on a length that the host knows, so a captured graph may be replayed with other lengths.
  *
- * An item is one block of job.rows_per_item folded rows (token * heads + head) of one request over one range of key tiles. */
+ * An item is one row block (job.rows_per_item folded rows, token * heads + head) of one request over a range of its key
+ * tiles. The schedule lays all tiles of all row blocks end to end and gives every thread block an equal share of them
+ * (as FlashMLA and "Stream-K", Osama et al. 2023, do): a row block is split only where a share ends in it, and a thread
+ * block has at most two parts that do not stand for a whole row block, in slots of its own. A deterministic batch is
+ * split by each request's own length instead, into items that the thread blocks take in turn. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
@@ -22,22 +26,22 @@ enum {
                                                          * scores), sum [32] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
-    MLAK_CUDA_PREPARE_SHARED = 25 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_PREPARE_SHARED = 33 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
-    MLAK_CUDA_COMBINE_SHARED = 16,
+    MLAK_CUDA_COMBINE_SHARED = 2 << 10,
     MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
 
 /* How far the schedule went; device memory, filled by prepare. Kernels look at nothing that lies in host memory: a look
  * takes more than 1 us, and those of all blocks at one address follow one another. */
 struct mlak_cuda_schedule {
-    uint32_t items;                /* of all requests; 0 when the batch is refused */
-    uint32_t slots;                /* parts in use */
-    uint32_t split_tiles;          /* tiles of a split, except with batch.deterministic */
+    uint64_t work;                 /* tiles of all row blocks; deterministic: items */
+    uint64_t share;                /* tiles of a thread block; deterministic: 0 */
+    uint32_t slots;                /* parts in use, deterministic only */
+    uint32_t merges;               /* folded rows that combine looks at: those that may have been split or have no tile */
     int32_t refused;               /* MLAK_BATCH: nothing of the launch runs */
-    uint32_t merges;               /* folded rows that were split, which combine merges */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
     uint64_t cancelled;            /* the host's, by a copy: the ticket of a launch that should stop as soon as may be */
@@ -45,14 +49,17 @@ struct mlak_cuda_schedule {
 
 /* What the schedule says of a request; device memory. */
 struct mlak_cuda_request {
-    uint32_t first_item;           /* items first_item .. first_item + blocks * splits */
-    uint32_t blocks, splits;       /* splits 1: written straight to out */
-    uint32_t split_tiles;
-    uint32_t first_slot;           /* slot of (block, split): first_slot + block * splits + split */
-    uint32_t first_tile;           /* tiles are counted from local key lo rounded down to a multiple of 64 */
-    uint32_t tiles;
-    uint32_t first_merge;          /* its folded rows among those that combine merges */
+    uint64_t first;                /* tile (deterministic: item) of all, with which it begins */
+    uint32_t blocks;               /* row blocks */
+    uint32_t tiles;                /* of each; counted from local key lo rounded down to a multiple of 64 */
+    uint32_t first_tile;
+    uint32_t first_merge;          /* its folded rows among those that combine looks at */
+    uint32_t splits, split_tiles;  /* deterministic: of each row block, and their tiles; 1: written straight to out */
+    uint32_t first_slot;           /* deterministic: slot of (block, split): first_slot + block * splits + split */
 };
+
+/* Where a thread block's share begins; device memory. */
+struct mlak_cuda_start { uint32_t request, block, tile; };
 
 /* Pinned host memory, written by the device. */
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
@@ -68,11 +75,12 @@ struct mlak_cuda_job {
     struct mlak_batch batch;       /* pointers are the device's */
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
     uint32_t rows_per_item;        /* 16, or 32 with the wide kernels */
-    uint32_t target_items;         /* about how many items fill the device */
-    uint32_t max_slots;            /* room in parts: 2 * target_items + count; deterministic: FIXED_SLOTS * count */
+    uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
+    uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: FIXED_SLOTS * count */
     uint64_t ticket;
     struct mlak_row *rows;                 /* [count] */
     struct mlak_cuda_request *requests;    /* [count] */
+    struct mlak_cuda_start *starts;        /* [grid] */
     struct mlak_cuda_schedule *schedule;
     int32_t *cu_q;                         /* [batch.batch + 1]: the snapshot */
     float *parts;                          /* [max_slots][MLAK_CUDA_PART_FLOATS] */

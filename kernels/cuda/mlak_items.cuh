@@ -10,20 +10,29 @@
 #define ITEM_LOG2_E 1.4426950408889634f
 #define ITEM_LN_2 0.6931471805599453f
 
-/* The last request whose first item (or first merge) is not beyond `at`. Requests without any share theirs with the next
+/* The last request whose first tile, item or merge is not beyond `at`. Requests without any share theirs with the next
  * one, and are passed over. */
-template <uint32_t mlak_cuda_request::*FIRST>
-__device__ static inline uint32_t item_request(const struct mlak_cuda_job *job, uint32_t at)
+template <typename T, T mlak_cuda_request::*FIRST>
+__device__ static inline uint32_t item_request(const struct mlak_cuda_request *requests, uint32_t count, uint64_t at)
 {
-    uint32_t low = 0, high = job->count;
+    uint32_t low = 0, high = count;
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (job->requests[middle].*FIRST <= at)
+        if (requests[middle].*FIRST <= at)
             low = middle;
         else
             high = middle;
     }
     return low;
+}
+#define ITEM_FIRST uint64_t, &mlak_cuda_request::first
+#define ITEM_FIRST_MERGE uint32_t, &mlak_cuda_request::first_merge
+
+/* Slots of the parts of thread block `block` of the split kernel: of the item that its share begins with, and of the one
+ * that it ends with, if that is another. */
+__device__ static inline uint32_t item_slot(uint64_t block, bool begins)
+{
+    return (uint32_t)(block * 2 + (begins ? 0 : 1));
 }
 
 /* Nobody wants the launch's result any more. */

@@ -3,24 +3,24 @@
  *
  *     thread i      1. copies entries i, i + 1024, ... of cu_q, and judges the copies (the first fault counts)
  *                   2. fills row i from the batch; reads its length, its tree masks once
- *                   3. counts its items; sums over the block give its first item and slot
- *     shared        struct prepare_shared, 24.6 KB
+ *                   3. counts its tiles; sums over the block say where it begins
+ *                   4. finds where the share of thread block i of the split kernel begins
+ *     shared        struct prepare_shared, 32.8 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
  * on lengths and splits whatever the client does. */
-#include "mlak_cuda.h"
-#include "mlak_ptx.cuh"
-#include "mlak_rows.h"
+#include "mlak_items.cuh"
 
 struct prepare_shared {
-    unsigned long long work; /* tiles of all blocks of all requests */
-    uint32_t first_fault;    /* entry of cu_q */
+    uint32_t first_fault; /* entry of cu_q */
     float q_scale, k_scale, v_scale;
-    uint32_t items[2][MLAK_CUDA_PREPARE_THREADS], slots[2][MLAK_CUDA_PREPARE_THREADS],
-        merges[2][MLAK_CUDA_PREPARE_THREADS]; /* running sums, two steps of them */
+    /* running sums, two steps of them */
+    uint64_t first[2][MLAK_CUDA_PREPARE_THREADS];
+    uint32_t slots[2][MLAK_CUDA_PREPARE_THREADS], merges[2][MLAK_CUDA_PREPARE_THREADS];
 };
+static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
-enum { PREPARE_MIN_TILES = 4 }; /* of a split: the combine of shorter ones costs more than it spreads */
+enum { PREPARE_MIN_TILES = 2 }; /* of a share: the combine of shorter ones costs more than it spreads */
 
 __device__ static float prepare_scale(const struct mlak_scale *scale, float absent)
 {
@@ -79,16 +79,36 @@ __device__ static void prepare_extent(const struct mlak_row *row, uint32_t rows_
     request->tiles = (uint32_t)((any.hi - 1) / MLAK_CUDA_TILE) + 1 - request->first_tile;
 }
 
-/* Tiles of each of the row's splits: with `deterministic`, from the row alone. */
-__device__ static uint32_t prepare_split_tiles(const struct mlak_cuda_job *job, const struct mlak_cuda_request *request,
-                                               unsigned long long work)
+/* Deterministic: the request's splits, from its row alone. */
+__device__ static void prepare_splits(struct mlak_cuda_request *request)
 {
-    if (!job->batch.deterministic) {
-        uint64_t even = (work + job->target_items - 1) / job->target_items;
-        return (uint32_t)row_most((int64_t)even, PREPARE_MIN_TILES);
+    uint32_t most = (uint32_t)row_most(MLAK_CUDA_FIXED_SLOTS / row_most(request->blocks, 1), 1);
+    request->split_tiles = (uint32_t)row_most((request->tiles + most - 1) / most, MLAK_CUDA_FIXED_TILES);
+    request->splits = (request->tiles + request->split_tiles - 1) / request->split_tiles;
+}
+
+/* Folded rows of a request that combine has to look at. */
+__device__ static uint32_t prepare_merges(const struct mlak_cuda_request *request, const struct mlak_row *row,
+                                          uint64_t share)
+{
+    uint64_t end = request->first + (uint64_t)request->blocks * request->tiles;
+    bool whole = share ? request->first / share == (end - 1) / share : request->splits == 1;
+    return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : row->q_len * row->heads;
+}
+
+/* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. Entries from `count`
+ * on are no one's. Returns which of the two steps holds the result. */
+template <typename T>
+__device__ static uint32_t prepare_sum(T sums[2][MLAK_CUDA_PREPARE_THREADS], T own, uint32_t count)
+{
+    uint32_t now = 0, thread = threadIdx.x;
+    sums[0][thread] = own;
+    __syncthreads();
+    for (uint32_t reach = 1; reach < count; reach *= 2, now ^= 1) {
+        sums[now ^ 1][thread] = sums[now][thread] + (thread >= reach ? sums[now][thread - reach] : 0);
+        __syncthreads();
     }
-    int64_t most = row_most(MLAK_CUDA_FIXED_SLOTS / row_most(request->blocks, 1), 1); /* splits */
-    return (uint32_t)row_most((request->tiles + most - 1) / most, MLAK_CUDA_FIXED_TILES);
+    return now;
 }
 
 MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
@@ -97,7 +117,6 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     const struct mlak_batch *batch = &job.batch;
     uint32_t thread = threadIdx.x;
     if (thread == 0) {
-        shared->work = 0;
         shared->first_fault = UINT32_MAX;
         shared->q_scale = prepare_scale(&batch->q_scale, 1);
         shared->k_scale = prepare_scale(&batch->k_scale, 1);
@@ -113,7 +132,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
             job.result->batch_value = job.cu_q[fault];
             job.result->batch_before = fault ? job.cu_q[fault - 1] : 0;
             job.result->batch_code = job.schedule->refused = MLAK_BATCH;
-            job.schedule->items = job.schedule->slots = job.schedule->merges = 0;
+            job.schedule->work = job.schedule->slots = job.schedule->merges = 0;
         }
         return;
     }
@@ -122,41 +141,44 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     if (thread < job.count) {
         prepare_row(&job, shared, thread);
         prepare_extent(&job.rows[thread], job.rows_per_item, &request);
-        atomicAdd(&shared->work, (unsigned long long)request.blocks * request.tiles);
+        if (batch->deterministic)
+            prepare_splits(&request);
     }
-    __syncthreads();
-    request.split_tiles = prepare_split_tiles(&job, &request, shared->work);
-    request.splits =
-        request.tiles > request.split_tiles ? (request.tiles + request.split_tiles - 1) / request.split_tiles : 1;
-    uint32_t items = request.blocks * request.splits, slots = request.splits > 1 ? items : 0;
-    uint32_t merges = request.splits > 1 && request.blocks > 0 ? job.rows[thread].q_len * job.rows[thread].heads : 0;
+    uint64_t own = (uint64_t)request.blocks * (batch->deterministic ? request.splits : request.tiles);
+    uint32_t now = prepare_sum(shared->first, own, job.count);
+    uint64_t work = shared->first[now][job.count - 1];
+    uint64_t share = batch->deterministic ? 0 : (uint64_t)row_most((int64_t)((work + job.grid - 1) / job.grid),
+                                                                   PREPARE_MIN_TILES);
+    request.first = shared->first[now][thread] - own;
 
-    /* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. */
-    uint32_t now = 0;
-    shared->items[0][thread] = items;
-    shared->slots[0][thread] = slots;
-    shared->merges[0][thread] = merges;
-    __syncthreads();
-    for (uint32_t reach = 1; reach < MLAK_CUDA_PREPARE_THREADS; reach *= 2, now ^= 1) {
-        uint32_t before = thread >= reach ? thread - reach : UINT32_MAX;
-        shared->items[now ^ 1][thread] =
-            shared->items[now][thread] + (before != UINT32_MAX ? shared->items[now][before] : 0);
-        shared->slots[now ^ 1][thread] =
-            shared->slots[now][thread] + (before != UINT32_MAX ? shared->slots[now][before] : 0);
-        shared->merges[now ^ 1][thread] =
-            shared->merges[now][thread] + (before != UINT32_MAX ? shared->merges[now][before] : 0);
-        __syncthreads();
-    }
-    request.first_item = shared->items[now][thread] - items;
+    uint32_t slots = request.splits > 1 ? request.blocks * request.splits : 0, merges = 0;
+    now = prepare_sum(shared->slots, slots, job.count);
     request.first_slot = shared->slots[now][thread] - slots;
+    slots = shared->slots[now][job.count - 1];
+    if (thread < job.count)
+        merges = prepare_merges(&request, &job.rows[thread], share);
+    now = prepare_sum(shared->merges, merges, job.count);
     request.first_merge = shared->merges[now][thread] - merges;
+    merges = shared->merges[now][job.count - 1];
+
     if (thread < job.count)
         job.requests[thread] = request;
-    if (thread == MLAK_CUDA_PREPARE_THREADS - 1) {
-        job.schedule->items = shared->items[now][thread];
-        job.schedule->slots = shared->slots[now][thread];
-        job.schedule->merges = shared->merges[now][thread];
-        job.schedule->split_tiles = request.split_tiles;
+    if (thread == 0) {
+        job.schedule->work = work;
+        job.schedule->share = share;
+        job.schedule->slots = slots;
+        job.schedule->merges = merges;
         job.result->batch_code = job.schedule->refused = MLAK_OK;
+    }
+    __syncthreads(); /* requests can be read */
+    if (thread < job.grid && thread * share < work) {
+        uint32_t index = item_request<ITEM_FIRST>(job.requests, job.count, thread * share);
+        uint64_t within = thread * share - job.requests[index].first;
+        struct mlak_cuda_start start = {index, 0, 0};
+        if (!batch->deterministic) {
+            start.block = (uint32_t)(within / job.requests[index].tiles);
+            start.tile = (uint32_t)(within % job.requests[index].tiles);
+        }
+        job.starts[thread] = start;
     }
 }

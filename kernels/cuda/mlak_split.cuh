@@ -9,8 +9,8 @@
  *   q      ROWS x 1152                  18432       18432                36864
  *   keys   64 x 1152                    73728      147456               147456   both in chunks of 16 bytes, chunk c
  *   scales 64 x 4 fp32                   1024        2048                 2048   of row r at c ^ (r & 7); scales are
- *   p      ROWS x 68 fp32                4352        4352                 8704   of 656-byte rows only; rows of p
- *   struct split_shared, below                                                   start 4 banks apart
+ *   p      ROWS x 72 fp32                4608        4608                 9216   of 656-byte rows only; p is of 16-bit
+ *   struct split_shared, below                                                   numbers but for those
  *   all of it, at most                 101376      177152               201728
  *
  *   Pipeline, a tile             who
@@ -28,7 +28,7 @@ enum {
     SPLIT_ROW = MLAK_D * 2, /* bytes of a row of q or keys in shared memory */
     SPLIT_CHUNKS = SPLIT_ROW / 16,
     SPLIT_STEPS = MLAK_D / 16,         /* of the scores */
-    SPLIT_P = MLAK_CUDA_TILE + 4,      /* floats of a row of p */
+    SPLIT_P = MLAK_CUDA_TILE + 8,      /* elements of a row of p: 16-bit ones, or floats with 656-byte rows */
     SPLIT_SCALES = MLAK_CUDA_TILE * 4, /* floats: one a key and group of 128 */
     SPLIT_WARPS = MLAK_CUDA_THREADS / 32,
     SPLIT_NOBODY = -1 /* address of a key that no row sees */
@@ -62,7 +62,8 @@ template <int GROUPS> struct split {
     struct split_shared<GROUPS> *shared;
     unsigned char *q, *keys; /* keys and scales: of stage 0, those of stage 1 follow */
     float *scales, *p;
-    uint32_t index, block, split; /* request, row block, split */
+    uint32_t index, block; /* request, row block */
+    float *part;           /* its slot; NULL: to out */
     uint32_t first_row, rows;     /* folded rows of the block */
     uint32_t first_token, end_token;
     struct mlak_visible any; /* what any of its rows sees */
@@ -135,7 +136,7 @@ template <enum mlak_cuda_types TYPES, int GROUPS> __device__ static void split_l
 
 /* Steps of the scores whose q stays in registers for the whole item: as many as leave no spill. Even. */
 template <enum mlak_cuda_types TYPES, int GROUPS> struct split_held {
-    enum { STEPS = TYPES == MLAK_CUDA_BF16_656 ? (GROUPS == 2 ? 14 : 26) : GROUPS == 2 ? 24 : 32 };
+    enum { STEPS = TYPES == MLAK_CUDA_BF16_656 ? (GROUPS == 2 ? 10 : 26) : GROUPS == 2 ? 24 : 32 };
 };
 
 /* The warp's rows of q as a fragment: lanes 0..15 name the rows of the lower half of a step's 16 dimensions, 16..31
@@ -313,20 +314,20 @@ __device__ static inline void split_values(const struct split<GROUPS> *s, uint32
     for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
         uint32_t a[GROUPS][4], rest[GROUPS][4], key = step * 16 + lane % 4 * 2;
 #pragma unroll
-        for (uint32_t g = 0; g < GROUPS; g++)
+        for (uint32_t g = 0; g < GROUPS; g++) {
+            if (TYPES != MLAK_CUDA_BF16_656) {
+                const uint16_t *p = (const uint16_t *)(const void *)s->p;
+                load_matrices(a[g], p + (g * 16 + lane % 16) * SPLIT_P + step * 16 + lane / 16 * 8);
+            }
 #pragma unroll
-            for (uint32_t i = 0; i < 4; i++) {
+            for (uint32_t i = 0; TYPES == MLAK_CUDA_BF16_656 && i < 4; i++) {
                 uint32_t k = key + i / 2 * 8;
                 const float *p = s->p + (g * 16 + row + i % 2 * 8) * SPLIT_P + k;
-                float low = p[0], high = p[1];
-                if (TYPES == MLAK_CUDA_BF16_656) {
-                    low *= scales[k * 4];
-                    high *= scales[(k + 1) * 4];
-                }
-                a[g][i] = pack<TYPES>(low, high);
-                if (TYPES == MLAK_CUDA_BF16_656)
-                    rest[g][i] = pack_bf16(low - bits_float(a[g][i] << 16), high - bits_float(a[g][i] & 0xffff0000));
+                float low = p[0] * scales[k * 4], high = p[1] * scales[(k + 1) * 4];
+                a[g][i] = pack_bf16(low, high);
+                rest[g][i] = pack_bf16(low - bits_float(a[g][i] << 16), high - bits_float(a[g][i] & 0xffff0000));
             }
+        }
 #pragma unroll
         for (uint32_t j = 0; j < 8; j += 2) { /* lanes 8m..8m+7: keys of half m % 2, columns of eight j + m / 2 */
             uint32_t b[4];
@@ -392,11 +393,12 @@ __device__ static inline void split_tile(const struct split<GROUPS> *s, uint32_t
                 now = fmaxf(now, reduced[w][r]);
             float shrink = now == -INFINITY ? 1 : power_of_two(before - now); /* nothing seen yet: nothing to shrink */
             state->maximum[g][half] = now;
+            if (shrink != 1)
 #pragma unroll
-            for (uint32_t j = 0; j < 8; j++) {
-                state->o[g][j][half * 2] *= shrink;
-                state->o[g][j][half * 2 + 1] *= shrink;
-            }
+                for (uint32_t j = 0; j < 8; j++) {
+                    state->o[g][j][half * 2] *= shrink;
+                    state->o[g][j][half * 2 + 1] *= shrink;
+                }
             if (g != own)
                 continue;
             state->sum[half] *= shrink;
@@ -405,9 +407,13 @@ __device__ static inline void split_tile(const struct split<GROUPS> *s, uint32_t
                 float low = now == -INFINITY ? 0 : power_of_two(score[n][half * 2] - now);
                 float high = now == -INFINITY ? 0 : power_of_two(score[n][half * 2 + 1] - now);
                 state->sum[half] += low + high;
-                float *p = s->p + r * SPLIT_P + (key_warp * GROUPS + n) * 8 + lane % 4 * 2;
-                p[0] = low;
-                p[1] = high;
+                uint32_t at = r * SPLIT_P + (key_warp * GROUPS + n) * 8 + lane % 4 * 2;
+                if (TYPES == MLAK_CUDA_BF16_656) {
+                    s->p[at] = low;
+                    s->p[at + 1] = high;
+                } else {
+                    ((uint32_t *)(void *)s->p)[at / 2] = pack<TYPES>(low, high);
+                }
             }
         }
     __syncthreads();
@@ -441,7 +447,6 @@ template <int GROUPS>
 __device__ static void split_finish(const struct split<GROUPS> *s, struct split_state<GROUPS> *state)
 {
     struct split_shared<GROUPS> *shared = s->shared;
-    const struct mlak_cuda_request *request = &s->job->requests[s->index];
     const struct mlak_row *row = &shared->row;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads(); /* the last tile's maxima have been read */
@@ -453,10 +458,7 @@ __device__ static void split_finish(const struct split<GROUPS> *s, struct split_
             shared->reduced[0][warp / GROUPS][warp % GROUPS * 16 + lane / 4 + half * 8] = sum;
     }
     __syncthreads();
-    float *part = request->splits == 1
-                      ? NULL
-                      : s->job->parts + (request->first_slot + (uint64_t)s->block * request->splits + s->split) *
-                                            MLAK_CUDA_PART_FLOATS;
+    float *part = s->part;
 #pragma unroll
     for (uint32_t g = 0; g < GROUPS; g++)
 #pragma unroll
@@ -534,14 +536,11 @@ __device__ static inline bool split_tiles(const struct split<GROUPS> *s, uint32_
     return true;
 }
 
+/* Tiles [tile, end) of the item that `s` names. */
 template <enum mlak_cuda_types TYPES, int GROUPS>
-__device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item, uint32_t stages)
+__device__ static inline void split_item(struct split<GROUPS> *s, uint32_t tile, uint32_t end, uint32_t stages)
 {
     struct split_shared<GROUPS> *shared = s->shared;
-    s->index = item_request<&mlak_cuda_request::first_item>(s->job, item);
-    const struct mlak_cuda_request *request = &s->job->requests[s->index];
-    s->block = (item - request->first_item) % request->blocks;
-    s->split = (item - request->first_item) / request->blocks;
     const uint64_t *from = (const uint64_t *)(const void *)&s->job->rows[s->index];
     static_assert(sizeof shared->row % 8 == 0, "copied in words");
     for (uint32_t i = threadIdx.x; i < sizeof shared->row / 8; i += MLAK_CUDA_THREADS)
@@ -572,10 +571,7 @@ __device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item,
             for (uint32_t i = 0; i < 4; i++)
                 state.o[g][j][i] = 0;
     }
-    uint32_t tile = request->first_tile + s->split * request->split_tiles, end = request->first_tile + request->tiles;
-    if (end - tile > request->split_tiles)
-        end = tile + request->split_tiles;
-    if (tile < end && !split_tiles<TYPES, GROUPS>(s, tile, end, stages, &state))
+    if (!split_tiles<TYPES, GROUPS>(s, tile, end, stages, &state))
         return;
     split_finish<GROUPS>(s, &state);
     if (threadIdx.x == 0) {
@@ -585,21 +581,72 @@ __device__ static inline void split_item(struct split<GROUPS> *s, uint32_t item,
     }
 }
 
+/* Find the thread block's next item at tile (deterministic: item) `at` of all: which it is, its tiles, and where it
+ * goes. Returns how many tiles or items to go on by. */
+template <int GROUPS>
+__device__ static inline uint64_t split_next(struct split<GROUPS> *s, uint64_t at, uint64_t end, uint32_t *tile,
+                                             uint32_t *end_tile)
+{
+    const struct mlak_cuda_job *job = s->job;
+    uint64_t share = job->schedule->share, step = gridDim.x;
+    s->part = NULL;
+    if (share == 0) {
+        s->index = item_request<ITEM_FIRST>(job->requests, job->count, at);
+        const struct mlak_cuda_request *request = &job->requests[s->index];
+        uint32_t item = (uint32_t)(at - request->first), split = item / request->blocks;
+        s->block = item % request->blocks;
+        *tile = split * request->split_tiles;
+        *end_tile = (uint32_t)row_least(*tile + request->split_tiles, request->tiles);
+        if (request->splits > 1)
+            s->part = job->parts + (request->first_slot + (uint64_t)s->block * request->splits + split) *
+                                       MLAK_CUDA_PART_FLOATS;
+    } else {
+        bool begins = at == blockIdx.x * share;
+        if (begins) {
+            struct mlak_cuda_start start = job->starts[blockIdx.x];
+            s->index = start.request;
+            s->block = start.block;
+            *tile = start.tile;
+        } else {
+            *tile = 0;
+            s->block++;
+            while (s->block >= job->requests[s->index].blocks || job->requests[s->index].tiles == 0) {
+                s->index++;
+                s->block = 0;
+            }
+        }
+        uint32_t tiles = job->requests[s->index].tiles;
+        *end_tile = (uint32_t)row_least(*tile + (int64_t)(end - at), tiles);
+        if (*tile > 0 || *end_tile < tiles)
+            s->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
+        step = *end_tile - *tile;
+    }
+    *tile += job->requests[s->index].first_tile;
+    *end_tile += job->requests[s->index].first_tile;
+    return step;
+}
+
 template <enum mlak_cuda_types TYPES, int GROUPS> __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
 {
     uint32_t stages = GROUPS == 2 || shared_bytes() >= MLAK_CUDA_SPLIT_SHARED_2 ? 2 : 1;
-    unsigned char *at = mlak_shared;
+    unsigned char *room = mlak_shared;
     struct split<GROUPS> s;
     s.job = job;
-    s.q = at;
-    at += SPLIT_Q_BYTES(GROUPS);
-    s.keys = at;
-    s.scales = (float *)(void *)(at + stages * SPLIT_KEYS_BYTES);
-    at += stages * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES);
-    s.p = (float *)(void *)at;
-    s.shared = (struct split_shared<GROUPS> *)(void *)(at + SPLIT_P_BYTES(GROUPS));
-    for (uint32_t item = blockIdx.x; item < job->schedule->items; item += gridDim.x) {
-        split_item<TYPES, GROUPS>(&s, item, stages);
+    s.q = room;
+    room += SPLIT_Q_BYTES(GROUPS);
+    s.keys = room;
+    s.scales = (float *)(void *)(room + stages * SPLIT_KEYS_BYTES);
+    room += stages * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES);
+    s.p = (float *)(void *)room;
+    s.shared = (struct split_shared<GROUPS> *)(void *)(room + SPLIT_P_BYTES(GROUPS));
+    const struct mlak_cuda_schedule *schedule = job->schedule;
+    uint64_t at = schedule->share ? blockIdx.x * schedule->share : blockIdx.x, end = schedule->work;
+    if (schedule->share)
+        end = (uint64_t)row_least((int64_t)(at + schedule->share), (int64_t)end);
+    while (at < end) {
+        uint32_t tile, end_tile;
+        at += split_next<GROUPS>(&s, at, end, &tile, &end_tile);
+        split_item<TYPES, GROUPS>(&s, tile, end_tile, stages);
         copy_wait<0>();  /* an item that was abandoned had copies under way */
         __syncthreads(); /* shared memory is the next item's */
     }

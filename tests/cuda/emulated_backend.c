@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GRID = 3, TARGET_ITEMS = 6 };
+enum { GRID = 3 };
 
 struct mlak_device {
     size_t shared; /* of the split kernel: one stage, two, or two and 32 rows */
@@ -31,13 +31,8 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
         mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1, 2 or 3", options->variant);
         return NULL;
     }
-<<<<<<< HEAD
     device.shared = shared[kind];
-    mlak_whole_contract(device.capabilities, "mma");
-=======
-    device.shared = one ? MLAK_CUDA_SPLIT_SHARED_1 : MLAK_CUDA_SPLIT_SHARED_2;
     mlak_cuda_capabilities(device.capabilities);
->>>>>>> discover
     return &device;
 }
 
@@ -92,11 +87,12 @@ static void tell(const struct mlak_cuda_job *job, struct mlak_row *rows)
 static enum mlak_code emulated_launch_batch(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
                                             uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
 {
-    enum { ROWS, REQUESTS, CU_Q, PARTS, RESULTS, FENCES };
-    uint32_t slots = batch->deterministic ? MLAK_CUDA_FIXED_SLOTS * count : 2 * TARGET_ITEMS + count;
+    enum { ROWS, REQUESTS, STARTS, CU_Q, PARTS, RESULTS, FENCES };
+    uint32_t slots = batch->deterministic ? MLAK_CUDA_FIXED_SLOTS * count : 2 * GRID;
     const size_t sizes[FENCES] = {
         [ROWS] = count * sizeof(struct mlak_row),
         [REQUESTS] = count * sizeof(struct mlak_cuda_request),
+        [STARTS] = GRID * sizeof(struct mlak_cuda_start),
         [CU_Q] = (batch->batch + (size_t)1) * sizeof(int32_t),
         [PARTS] = (size_t)slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
         [RESULTS] = count * sizeof(struct mlak_cuda_row_result),
@@ -110,11 +106,12 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .first = first,
         .count = count,
         .rows_per_item = mlak_cuda_rows(batch, device->shared),
-        .target_items = TARGET_ITEMS,
+        .grid = GRID,
         .max_slots = slots,
         .ticket = ++device->ticket,
         .rows = (void *)fences[ROWS].data,
         .requests = (void *)fences[REQUESTS].data,
+        .starts = (void *)fences[STARTS].data,
         .schedule = &schedule,
         .cu_q = (void *)fences[CU_Q].data,
         .parts = (void *)fences[PARTS].data,
