@@ -128,7 +128,7 @@ struct mlak_row {
     const int32_t *block_table;      /* this request's [max_pages], client memory */
     const float *sink;               /* [heads] or NULL; NULL also on dcp ranks other than 0 */
     uint64_t page_stride, row_stride;
-    uint64_t tree_mask[MLAK_MAX_Q];  /* copied; zero unless mask is tree */
+    uint64_t tree_mask[MLAK_MAX_Q];  /* [q_len], copied; zero unless mask is tree */
     uint32_t pages, page_size, max_pages;
     uint32_t heads, q_len;
     int64_t global_len;              /* K, with DCP the global length G */

@@ -23,14 +23,16 @@ MLAK_ROWS int64_t row_most(int64_t a, int64_t b) { return a > b ? a : b; }
 MLAK_ROWS int64_t row_local_count(const struct mlak_row *row, int64_t g)
 {
     int64_t run = row->dcp_interleave, period = row->dcp_world * run;
-    if (g <= 0)
-        return 0;
+    if (g <= 0 || period == run) /* one rank: all of them */
+        return row_most(g, 0);
     return g / period * run + row_least(row_most(g % period - row->dcp_rank * run, 0), run);
 }
 
 MLAK_ROWS int64_t row_global_index(const struct mlak_row *row, int64_t c)
 {
     int64_t run = row->dcp_interleave;
+    if (row->dcp_world == 1)
+        return c;
     return c / run * row->dcp_world * run + row->dcp_rank * run + c % run;
 }
 
@@ -104,7 +106,7 @@ MLAK_ROWS void row_describe(struct mlak_row *row, const struct mlak_batch *batch
     row->sink = batch->has_sink && batch->dcp_rank == 0 ? batch->sink : NULL;
     row->page_stride = batch->page_stride;
     row->row_stride = batch->row_stride;
-    for (uint32_t t = 0; t < MLAK_MAX_Q; t++)
+    for (uint32_t t = 0; t < q_len; t++)
         row->tree_mask[t] = 0;
     row->pages = batch->pages;
     row->page_size = batch->page_size;

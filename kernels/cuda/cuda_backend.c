@@ -110,7 +110,7 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
     if (device->split_grid > MLAK_CUDA_PREPARE_THREADS)
         device->split_grid = MLAK_CUDA_PREPARE_THREADS;
-    device->combine_grid = (unsigned)processors * 2;
+    device->combine_grid = (unsigned)processors * 3; /* all there at a time */
     return MLAK_OK;
 }
 

@@ -8,8 +8,8 @@
 enum { COMBINE_CHUNK = 128 }; /* parts whose weights are computed at a time */
 
 struct combine_shared {
-    float weight[COMBINE_CHUNK], top, sum;
-    uint32_t last;
+    float weight[COMBINE_CHUNK], top;
+    uint32_t index, last;
 };
 static_assert(sizeof(struct combine_shared) <= MLAK_CUDA_COMBINE_SHARED, "");
 
@@ -101,7 +101,12 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
     struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
     for (uint32_t merge = blockIdx.x; merge < job.schedule->merges; merge += gridDim.x) {
-        uint32_t index = item_request<ITEM_FIRST_MERGE>(job.requests, job.count, merge);
+        for (uint32_t i = threadIdx.x; i < job.count; i += MLAK_CUDA_THREADS) /* a search would wait for each step */
+            if (job.requests[i].first_merge <= merge &&
+                merge < (i + 1 < job.count ? job.requests[i + 1].first_merge : job.schedule->merges))
+                shared->index = i;
+        __syncthreads();
+        uint32_t index = shared->index;
         combine_row(&job, shared, index, merge - job.requests[index].first_merge);
         __syncthreads(); /* shared memory is the next row's */
     }

@@ -10,23 +10,20 @@
 #define ITEM_LOG2_E 1.4426950408889634f
 #define ITEM_LN_2 0.6931471805599453f
 
-/* The last request whose first tile, item or merge is not beyond `at`. Requests without any share theirs with the next
- * one, and are passed over. */
-template <typename T, T mlak_cuda_request::*FIRST>
+/* The last request that begins at or before `at`. Requests without any tile begin where the next one does, and are
+ * passed over. */
 __device__ static inline uint32_t item_request(const struct mlak_cuda_request *requests, uint32_t count, uint64_t at)
 {
     uint32_t low = 0, high = count;
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (requests[middle].*FIRST <= at)
+        if (requests[middle].first <= at)
             low = middle;
         else
             high = middle;
     }
     return low;
 }
-#define ITEM_FIRST uint64_t, &mlak_cuda_request::first
-#define ITEM_FIRST_MERGE uint32_t, &mlak_cuda_request::first_merge
 
 /* Slots of the parts of thread block `block` of the split kernel: of the item that its share begins with, and of the one
  * that it ends with, if that is another. */

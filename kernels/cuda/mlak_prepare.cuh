@@ -172,7 +172,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     }
     __syncthreads(); /* requests can be read */
     if (thread < job.grid && thread * share < work) {
-        uint32_t index = item_request<ITEM_FIRST>(job.requests, job.count, thread * share);
+        uint32_t index = item_request(job.requests, job.count, thread * share);
         uint64_t within = thread * share - job.requests[index].first;
         struct mlak_cuda_start start = {index, 0, 0};
         if (!batch->deterministic) {

@@ -99,6 +99,20 @@ __device__ static inline uint32_t pack_fp16(float low, float high)
     return pair;
 }
 
+/* Both bf16 of a pair times 2^120, exact (a result beyond the largest is infinite); subnormals are numbers. */
+__device__ static inline uint32_t lift_bf16(uint32_t pair)
+{
+    uint32_t lifted; /* times 0x7b80, minus nothing: sm_80 has the product only with a sum */
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(lifted) : "r"(pair), "r"(0x7b807b80u), "r"(0x80008000u));
+    return lifted;
+}
+
+/* Byte i of the result is byte (selector >> 4 i & 7) of the eight of low, high. */
+__device__ static inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector)
+{
+    return __byte_perm(low, high, selector);
+}
+
 __device__ static inline float power_of_two(float x)
 {
     float y;

@@ -73,26 +73,21 @@ template <int GROUPS> struct split {
 
 /* ---- element types ---- */
 
-/* e4m3 to the upper half of an fp32, which is its bf16: exact, since bf16 has more of both exponent and mantissa. */
-__device__ static inline uint32_t widen_e4m3(uint32_t code)
+/* Two e4m3 codes, in the upper bytes of the halves of `codes`, to two bf16: exact, since bf16 has more of both exponent
+ * and mantissa. Shifted into place, their exponents are 120 too small (bf16's bias is 127, e4m3's 7), which also holds
+ * for subnormals. e4m3 has no infinity, and its one NaN would come out as 480. */
+__device__ static inline uint32_t widen_two(uint32_t codes)
 {
-    uint32_t sign = (code & 0x80) << 8, magnitude = code & 0x7f;
-    if (magnitude == 0x7f)
-        return sign | 0x7fc0;
-    if (magnitude >= 8)
-        return sign | ((magnitude << 4) + (120 << 7));
-    return sign | float_bits((float)magnitude * 0x1p-9f) >> 16; /* subnormal: 0 to 7 times 2^-9 */
+    uint32_t wide = lift_bf16((codes & 0x80008000) | (codes & 0x7f007f00) >> 4);
+    wide = (codes & 0x7f00) == 0x7f00 ? wide | 0x7fff : wide;
+    return (codes & 0x7f000000) == 0x7f000000 ? wide | 0x7fff0000 : wide;
 }
 
 /* 8 codes to 8 bf16. */
 __device__ static inline uint4 widen_eight(uint32_t low, uint32_t high)
 {
-    uint4 wide;
-    wide.x = widen_e4m3(low & 0xff) | widen_e4m3(low >> 8 & 0xff) << 16;
-    wide.y = widen_e4m3(low >> 16 & 0xff) | widen_e4m3(low >> 24) << 16;
-    wide.z = widen_e4m3(high & 0xff) | widen_e4m3(high >> 8 & 0xff) << 16;
-    wide.w = widen_e4m3(high >> 16 & 0xff) | widen_e4m3(high >> 24) << 16;
-    return wide;
+    return make_uint4(widen_two(pick_bytes(low, 0, 0x1404)), widen_two(pick_bytes(low, 0, 0x3424)),
+                      widen_two(pick_bytes(high, 0, 0x1404)), widen_two(pick_bytes(high, 0, 0x3424)));
 }
 
 template <enum mlak_cuda_types TYPES>
@@ -193,38 +188,45 @@ __device__ static inline void split_settle(const struct split<GROUPS> *s, uint32
     s->shared->address[tile % 2][threadIdx.x] = address;
 }
 
-/* Set off the copies of a tile's keys. */
+/* Set off the copies of a tile's keys: four threads a key, of which thread i has chunks i, i + 4, ... All addresses of a
+ * thread are two bases, of even and odd fours, and a number known at compile time. */
 template <enum mlak_cuda_types TYPES, int GROUPS>
-__device__ static void split_load_keys(const struct split<GROUPS> *s, uint32_t tile, uint32_t stage)
+__device__ static inline void split_load_keys(const struct split<GROUPS> *s, uint32_t tile, uint32_t stage)
 {
-    const uint8_t *kv = s->shared->row.kv;
-    const int64_t *addresses = s->shared->address[tile % 2];
-#pragma unroll 6
-    for (uint32_t i = threadIdx.x; i < MLAK_CUDA_TILE * SPLIT_CHUNKS; i += MLAK_CUDA_THREADS) {
-        uint32_t key = i / SPLIT_CHUNKS, chunk = i % SPLIT_CHUNKS;
-        int64_t address = addresses[key];
-        bool seen = address != SPLIT_NOBODY;
-        const uint8_t *from = kv + (seen ? address : 0);
-        unsigned char *to = split_at(s->keys + stage * SPLIT_KEYS_BYTES, key, chunk);
-        if (TYPES == MLAK_CUDA_BF16 || TYPES == MLAK_CUDA_FP16) {
-            copy_async(to, from + chunk * 16, seen);
-            continue;
+    enum { FOURS = SPLIT_CHUNKS / 4, CODE_FOURS = TYPES == MLAK_CUDA_BF16_656 ? MLAK_V / 32 : FOURS, AT_A_TIME = 6 };
+    uint32_t key = threadIdx.x / 4, first = threadIdx.x % 4;
+    int64_t address = s->shared->address[tile % 2][key];
+    bool seen = address != SPLIT_NOBODY;
+    const uint8_t *from = s->shared->row.kv + (seen ? address : 0);
+    unsigned char *keys = s->keys + stage * SPLIT_KEYS_BYTES;
+    unsigned char *const to[2] = {split_at(keys, key, first), split_at(keys, key, first + 4)};
+    if (TYPES == MLAK_CUDA_BF16 || TYPES == MLAK_CUDA_FP16) {
+#pragma unroll
+        for (uint32_t i = 0; i < FOURS; i++)
+            copy_async(to[i % 2] + i / 2 * 128, from + first * 16 + i * 64, seen);
+    } else {
+#pragma unroll
+        for (uint32_t at = 0; at < CODE_FOURS; at += AT_A_TIME) {
+            uint2 codes[AT_A_TIME]; /* on their way together */
+#pragma unroll
+            for (uint32_t i = 0; i < AT_A_TIME; i++)
+                codes[i] = seen && at + i < CODE_FOURS
+                               ? *(const uint2 *)(const void *)(from + first * 8 + (at + i) * 32)
+                               : make_uint2(0, 0);
+#pragma unroll
+            for (uint32_t i = 0; i < AT_A_TIME; i++)
+                if (at + i < CODE_FOURS)
+                    *(uint4 *)(void *)(to[(at + i) % 2] + (at + i) / 2 * 128) = widen_eight(codes[i].x, codes[i].y);
         }
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (seen && TYPES == MLAK_CUDA_BF16_656 && chunk >= MLAK_V / 8) {
-            value = *(const uint4 *)(const void *)(from + MLAK_V + 16 + (chunk - MLAK_V / 8) * 16);
-        } else if (seen) {
-            uint2 codes = *(const uint2 *)(const void *)(from + chunk * 8);
-            value = widen_eight(codes.x, codes.y);
-        }
-        *(uint4 *)(void *)to = value;
+#pragma unroll
+        for (uint32_t i = CODE_FOURS; i < FOURS; i++) /* the rope of 656-byte rows is bf16 */
+            *(uint4 *)(void *)(to[i % 2] + i / 2 * 128) =
+                seen ? *(const uint4 *)(const void *)(from + MLAK_V + 16 + first * 16 + (i - CODE_FOURS) * 64)
+                     : make_uint4(0, 0, 0, 0);
     }
-    if (TYPES == MLAK_CUDA_BF16_656) { /* 64 keys x 4 scales: one a thread */
-        uint32_t key = threadIdx.x / 4, group = threadIdx.x % 4;
-        int64_t address = addresses[key];
+    if (TYPES == MLAK_CUDA_BF16_656) /* 64 keys x 4 scales: one a thread */
         (s->scales + stage * SPLIT_SCALES)[threadIdx.x] =
-            address == SPLIT_NOBODY ? 0 : *(const float *)(const void *)(kv + address + MLAK_V + group * 4);
-    }
+            seen ? *(const float *)(const void *)(from + MLAK_V + first * 4) : 0;
     copy_commit();
 }
 
@@ -240,11 +242,16 @@ __device__ static inline void split_scores(const struct split<GROUPS> *s, uint32
     enum { HELD = split_held<TYPES, GROUPS>::STEPS };
     uint32_t lane = threadIdx.x % 32, first_key = threadIdx.x / 32 / GROUPS * 8 * GROUPS;
     float part[GROUPS][2][4];
+    const unsigned char *keys[GROUPS][2]; /* of even and odd pairs of steps; what is left is known at compile time */
 #pragma unroll
-    for (uint32_t n = 0; n < GROUPS; n++)
+    for (uint32_t n = 0; n < GROUPS; n++) {
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++)
             score[n][i] = part[n][0][i] = part[n][1][i] = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++)
+            keys[n][i] = split_at(s->keys + stage * SPLIT_KEYS_BYTES, first_key + n * 8 + lane % 8, i * 4 + lane / 8);
+    }
 #pragma unroll
     for (uint32_t step = 0; step < SPLIT_STEPS; step += 2) {
         uint32_t a[2][4];
@@ -260,8 +267,7 @@ __device__ static inline void split_scores(const struct split<GROUPS> *s, uint32
 #pragma unroll
         for (uint32_t n = 0; n < GROUPS; n++) {
             uint32_t b[4];
-            load_matrices(b, split_at(s->keys + stage * SPLIT_KEYS_BYTES, first_key + n * 8 + lane % 8,
-                                      step * 2 + lane / 8));
+            load_matrices(b, keys[n][step / 2 % 2] + step / 4 * 128);
             multiply<TYPES>(part[n][0], a[0], b[0], b[1]);
             multiply<TYPES>(part[n][1], a[1], b[2], b[3]);
             if (TYPES == MLAK_CUDA_BF16_656 &&
@@ -310,6 +316,10 @@ __device__ static inline void split_values(const struct split<GROUPS> *s, uint32
 {
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4;
     const float *scales = s->scales + stage * SPLIT_SCALES + warp / 2; /* the columns of a warp are of one group */
+    const unsigned char *columns[4]; /* lanes 8m..8m+7: keys of half m % 2, columns of eight 2 i + m / 2 */
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++)
+        columns[i] = split_at(s->keys + stage * SPLIT_KEYS_BYTES, lane % 16, warp * 8 + i * 2 + lane / 16);
 #pragma unroll
     for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
         uint32_t a[GROUPS][4], rest[GROUPS][4], key = step * 16 + lane % 4 * 2;
@@ -329,10 +339,9 @@ __device__ static inline void split_values(const struct split<GROUPS> *s, uint32
             }
         }
 #pragma unroll
-        for (uint32_t j = 0; j < 8; j += 2) { /* lanes 8m..8m+7: keys of half m % 2, columns of eight j + m / 2 */
+        for (uint32_t j = 0; j < 8; j += 2) {
             uint32_t b[4];
-            load_matrices_transposed(
-                b, split_at(s->keys + stage * SPLIT_KEYS_BYTES, step * 16 + lane % 16, warp * 8 + j + lane / 16));
+            load_matrices_transposed(b, columns[j / 2] + step * 16 * SPLIT_ROW);
 #pragma unroll
             for (uint32_t g = 0; g < GROUPS; g++) {
                 multiply<TYPES>(o[g][j], a[g], b[0], b[1]);
@@ -591,7 +600,7 @@ __device__ static inline uint64_t split_next(struct split<GROUPS> *s, uint64_t a
     uint64_t share = job->schedule->share, step = gridDim.x;
     s->part = NULL;
     if (share == 0) {
-        s->index = item_request<ITEM_FIRST>(job->requests, job->count, at);
+        s->index = item_request(job->requests, job->count, at);
         const struct mlak_cuda_request *request = &job->requests[s->index];
         uint32_t item = (uint32_t)(at - request->first), split = item / request->blocks;
         s->block = item % request->blocks;

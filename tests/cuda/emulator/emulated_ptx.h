@@ -17,6 +17,10 @@ struct uint2 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
+static inline uint2 make_uint2(uint32_t x, uint32_t y)
+{
+    return uint2{x, y};
+}
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w)
 {
     return uint4{x, y, z, w};
@@ -68,6 +72,19 @@ static inline float bits_float(uint32_t bits)
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+static inline uint32_t lift_bf16(uint32_t pair)
+{
+    uint32_t low = float_bits(bits_float(pair << 16) * 0x1p120f) >> 16;
+    return low | (float_bits(bits_float(pair & 0xffff0000) * 0x1p120f) & 0xffff0000);
+}
+static inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector)
+{
+    uint64_t all = (uint64_t)high << 32 | low;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; i++)
+        picked |= (uint32_t)(all >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return picked;
 }
 template <typename T> static inline T read_once(const T *pointer)
 {
