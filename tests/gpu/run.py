@@ -59,6 +59,7 @@ def parse():
     parser.add_argument("--skip", help="all but these parts")
     parser.add_argument("--list", action="store_true", help="name the parts and end")
     parser.add_argument("--seconds-budget", type=float, help="for all parts together; what does not fit is skipped")
+    parser.add_argument("--limit", help="most seconds of parts, such as bench=300,grid=100")
     parser.add_argument("--tree", help="the build tree, from the source tree")
     parser.add_argument("--device", help="devices instead of the GPUs that nvidia-smi names, separated by commas; the "
                         "first is tested. cpu or reference try the suite itself where there is no GPU")
@@ -87,6 +88,11 @@ class Suite:
         threads = [] if self.devices[0].startswith("GPU-") else ["cpu_threads=2"]
         self.daemon = Daemon(self.tree, served, threads)
         self.end = time.monotonic() + (options.seconds_budget or 1e9)
+        self.limits = {name: seconds for name, (_, seconds) in PARTS.items()}
+        for word in filter(None, (options.limit or "").split(",")):
+            name, _, seconds = word.partition("=")
+            self.limits[name] = float(seconds)
+        self.records = {}
 
     def child(self, name, folder, seconds):
         """Run a part; what its file says, or what can be said without it."""
@@ -143,22 +149,21 @@ class Suite:
             self.daemon.start()
 
     def run(self, names, folder):
-        """{name: record} of all parts, a line for each as it ends."""
-        records = {}
+        """Fill `records`, and print a line for each part as it ends."""
         for name in names:
-            limit = PARTS[name][1]
             left = self.end - time.monotonic()
             begin = time.monotonic()
             if self.options.seconds_budget and left < 10:
-                records[name] = {"ok": False, "skipped": f"the budget of {self.options.seconds_budget:g} s is spent",
-                                 "figures": {}, "failure": ""}
+                record = {"ok": False, "skipped": f"the budget of {self.options.seconds_budget:g} s is spent",
+                          "figures": {}, "failure": "", "checks": 0}
+                self.records[name] = record
             else:
                 before = self.daemon.status(self.devices[0]).get("restarts", 0)
-                records[name] = record = self.child(name, folder, min(limit, left))
+                self.records[name] = record = self.child(name, folder, min(self.limits[name], left))
+                record["seconds"] = round(time.monotonic() - begin, 1)
                 self.after(name, before, record)
-            records[name]["seconds"] = round(time.monotonic() - begin, 1)
-            self.tell(name, records[name])
-        return records
+            record["seconds"] = round(time.monotonic() - begin, 1)
+            self.tell(name, record)
 
     @staticmethod
     def tell(name, record):
@@ -195,12 +200,16 @@ def main():
     try:
         suite.daemon.start()
         with tempfile.TemporaryDirectory(prefix="mlad-gpu-parts-") as folder:
-            report["parts"] = suite.run(names, folder)
+            suite.run(names, folder)
     except Failed as error:
-        report["failure"] = f"mlad does not come up: {error}"
+        report["failure"] = f"mlad is not up: {error}"
         print(report["failure"], flush=True)
     finally:
         clean = suite.daemon.stop()
+    for name in names:
+        suite.records.setdefault(name, {"ok": False, "skipped": "mlad was not up", "figures": {}, "failure": "",
+                                        "checks": 0, "seconds": 0})
+    report["parts"] = suite.records
     records = report["parts"].values()
     report["failed"] = [name for name, record in report["parts"].items() if not record["ok"] and "skipped" not in record]
     report["skipped"] = {name: record["skipped"] for name, record in report["parts"].items() if "skipped" in record}

@@ -147,16 +147,18 @@ def nasty(draw, legal):
     return legal + draw.randrange(3) - 1 if kind == 1 else draw.randrange(legal)
 
 
-def mutations(draw, table, lengths, cu_q, tree, count):
-    """`count` random writes, drawn ahead so that writing them is quick."""
+def mutations(draw, table, lengths, cu_q, tree, wild, count):
+    """`count` random writes, drawn ahead so that writing them is quick. wild 0: legal ones; 1: any but to cu_q, whose
+    least mistake fails the whole batch before it starts; 2: any."""
     rows, out = len(tree), []
     for _ in range(count):
-        what = draw.randrange(128)     # cu_q is rare: one bad step fails the whole batch before it starts
-        if what < 56:
-            out.append((table, draw.randrange(len(table)), nasty(draw, PAGES)))
-        elif what < 96:
-            out.append((lengths, draw.randrange(BATCH), nasty(draw, PAGE * COLUMNS)))
-        elif what < 127:
+        what = draw.randrange(16 if wild == 2 else 15)
+        if what < 7:
+            out.append((table, draw.randrange(len(table)), nasty(draw, PAGES) if wild else draw.randrange(PAGES)))
+        elif what < 12:
+            most = PAGE * COLUMNS
+            out.append((lengths, draw.randrange(BATCH), nasty(draw, most) if wild else draw.randrange(most)))
+        elif what < 15:
             out.append((tree, draw.randrange(rows), draw.getrandbits(64)))
         else:
             out.append((cu_q, draw.randrange(BATCH + 1), nasty(draw, rows)))
@@ -182,28 +184,27 @@ def scribble(client, seconds, seed="1"):
     tree[...] = 1
     plans = [client.plan(q, kv, table, lengths, cu_q=cu_q, out=out, lse=lse, mask=mask, softmax_scale=SCALE)
              for mask in ("none", "causal", tree)]
-    writes = mutations(draw, table.reshape(-1), lengths, cu_q, tree, 20000)
-    account, stop, made = {"ok": 0, "requests": 0, "batch": 0, "harm": ""}, threading.Event(), [0]
+    writes = [mutations(draw, table.reshape(-1), lengths, cu_q, tree, wild, 8000) for wild in range(3)]
+    account, stop = {"ok": 0, "requests": 0, "batch": 0, "harm": ""}, threading.Event()
+    made, wild = [0], [0]       # shared with the thread
 
     def keep_writing():
-        for array, index, value in iter(lambda: writes[made[0] % len(writes)], None):
+        while made[0] % 16 or not stop.wait(1e-5):
+            array, index, value = writes[wild[0]][made[0] % 8000]
             array[index] = value
             made[0] += 1
-            if made[0] % 16 == 0 and stop.wait(1e-5):
-                return
     table[...], lengths[...], cu_q[...] = 0, 1, 0
     thread = threading.Thread(target=keep_writing, daemon=True)
     thread.start()
     turn = 0
     while time.monotonic() < end and not account["harm"]:
         # Made legal first, else nearly every batch fails before it starts.
+        wild[0] = turn % 3
         cu_q[...] = np.arange(BATCH + 1) * 6
         lengths[...] = [draw.randrange(PAGE * COLUMNS) for _ in range(BATCH)]
         table[...] = batch.table
-        for array, index, value in draw.sample(writes, 8 * (turn % 4)):
-            array[index] = value
         try:
-            plans[turn % 3].decode(60)
+            plans[turn // 3 % 3].decode(60)
             account["ok"] += 1
         except mlad.RequestsFailed:
             account["requests"] += 1

@@ -8,7 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from .daemon import wait_for
 from .part import Part, Skip
 
 KERNEL_TESTS = ("test_decode", "test_edges", "test_same")
@@ -123,11 +122,12 @@ def peer_us(shape, device_name):
 
 
 def chosen(shapes):
-    """All with a batch of 64 and more, and a dozen of the smaller ones spread over the list."""
+    """All with a batch of 64 and more, and a dozen of the smaller ones spread over the list; the longest
+    last, so that a want of time loses those alone."""
     big = [shape for shape in shapes if shape["batch"] >= 64]
     small = [shape for shape in shapes if shape["batch"] < 64]
     step = max(1, len(small) // 12)
-    return big + small[::step][:12]
+    return sorted(big + small[::step][:12], key=lambda shape: shape["batch"] * shape["kv_len"])
 
 
 def mean(ratios):
@@ -166,8 +166,3 @@ def bench(part: Part):
         narrow={"shapes": len(narrow), "at_least_half": sum(r >= 1 / 2 for r in narrow), "geometric_mean": mean(narrow)},
         others={"shapes": len(others), "at_least_third": sum(r >= 1 / 3 for r in others),
                 "geometric_mean": mean(others)})
-
-
-def idle(part: Part):
-    """Wait until nobody holds anything of the device."""
-    wait_for("idle device", 20, lambda: not part.status().get("sessions", 1))

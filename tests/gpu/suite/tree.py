@@ -2,6 +2,7 @@
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,4 +58,4 @@ def source_identity(root):
 
 
 if __name__ == "__main__":
-    print(source_identity(ROOT))
+    print(source_identity(sys.argv[1] if len(sys.argv) > 1 else ROOT))
