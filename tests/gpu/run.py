@@ -22,9 +22,9 @@ from suite.tree import Tree  # noqa: E402
 
 # name -> module and most seconds, in the order of the run
 PARTS = {
-    "kernels": ("programs", 60), "grid": ("grid", 75), "verify": ("programs", 60), "replay": ("replay", 45),
+    "kernels": ("programs", 60), "grid": ("grid", 60), "verify": ("programs", 60), "replay": ("replay", 45),
     "python": ("frontends", 90), "hostile": ("hostile", 120), "kills": ("kills", 120), "uids": ("sharing", 60),
-    "two_gpus": ("sharing", 60), "bench": ("programs", 120), "sanitizer": ("programs", 90),
+    "two_gpus": ("sharing", 60), "bench": ("programs", 120), "sanitizer": ("programs", 75),
 }
 KILLS_WORKERS = {"kills"}       # the only part that may leave another worker behind
 
@@ -110,7 +110,7 @@ class Suite:
         with open(log, "wb") as output:
             child = subprocess.Popen([sys.executable, __file__, "--run-part", str(description)], stdout=output,
                                      stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     env=self.tree.environment(MLAD_SOCKET=self.daemon.socket,
+                                     env=self.tree.environment(True, MLAD_SOCKET=self.daemon.socket,
                                                                MLAD_DEVICE=self.devices[0]))
             try:
                 child.wait(seconds + 15)
@@ -124,8 +124,9 @@ class Suite:
                 child.wait()
         record = json.loads(result.read_text()) if result.exists() else {"figures": {}, "checks": 0}
         if not record.get("finished"):
-            record.update(ok=False, failure=(record.get("failure", "") + f"; not finished within {seconds:.0f} s, or it "
-                          f"died; its output ends: {log.read_text(errors='replace')[-1500:]}").lstrip("; "))
+            tail = log.read_text(errors="replace")[-1500:]
+            record.update(ok=False, failure=f"{record.get('failure', '')}; not finished within {seconds:.0f} s, or it "
+                          f"died; its output ends: {tail}".lstrip("; "))
         record.pop("finished", None)
         return record
 
@@ -148,8 +149,8 @@ class Suite:
                                  if self.daemon.command[-2] == "-o" else [])
             self.daemon.start()
 
-    def run(self, names, folder):
-        """Fill `records`, and print a line for each part as it ends."""
+    def run(self, names, folder, save):
+        """Fill `records`; print a line for each part as it ends, and save()."""
         for name in names:
             left = self.end - time.monotonic()
             begin = time.monotonic()
@@ -164,6 +165,7 @@ class Suite:
                 self.after(name, before, record)
             record["seconds"] = round(time.monotonic() - begin, 1)
             self.tell(name, record)
+            save()
 
     @staticmethod
     def tell(name, record):
@@ -197,10 +199,14 @@ def main():
         sys.exit(f"not there: {', '.join(missing)}; run from a bundle, or give --tree BUILD")
 
     suite = Suite(options, gpus)
+
+    def save():
+        report.update(parts=suite.records, seconds=round(time.monotonic() - begin, 1))
+        Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
     try:
         suite.daemon.start()
         with tempfile.TemporaryDirectory(prefix="mlad-gpu-parts-") as folder:
-            suite.run(names, folder)
+            suite.run(names, folder, save)
     except Failed as error:
         report["failure"] = f"mlad is not up: {error}"
         print(report["failure"], flush=True)
@@ -209,15 +215,14 @@ def main():
     for name in names:
         suite.records.setdefault(name, {"ok": False, "skipped": "mlad was not up", "figures": {}, "failure": "",
                                         "checks": 0, "seconds": 0})
-    report["parts"] = suite.records
-    records = report["parts"].values()
-    report["failed"] = [name for name, record in report["parts"].items() if not record["ok"] and "skipped" not in record]
-    report["skipped"] = {name: record["skipped"] for name, record in report["parts"].items() if "skipped" in record}
+    records = suite.records.values()
+    report["skipped"] = {name: record["skipped"] for name, record in suite.records.items() if "skipped" in record}
+    report["failed"] = [name for name, record in suite.records.items()
+                        if not record["ok"] and name not in report["skipped"]]
     if not clean:
         report["failed"].append("mlad did not end cleanly on SIGTERM")
     report["ok"] = not report["failed"] and "failure" not in report and any(record["ok"] for record in records)
-    report["seconds"] = round(time.monotonic() - begin, 1)
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    save()
     print(f"{'ok' if report['ok'] else 'FAILED'}: {sum(r['ok'] for r in records)} parts right, "
           f"{len(report['failed'])} failed, {len(report['skipped'])} skipped, {report['seconds']} s; {options.out}")
     return 0 if report["ok"] else 1

@@ -1,7 +1,8 @@
 """A batch in the memory of the device under test, made so that nothing but what the contract names can be right.
 
-The pool is NaN but for the keys that a query token sees; page ids that no token needs are nonsense; outputs begin as NaN
-between canaries. On a GPU the tensors are torch's; on the device `cpu` they lie in memory shared with the daemon."""
+The pool is NaN but for the keys that a query token sees; page ids that no token needs are nonsense; outputs begin as
+NaN between canaries. On a GPU the tensors are torch's; on the device `cpu` they lie in memory shared with the
+daemon."""
 import torch
 
 from . import reference

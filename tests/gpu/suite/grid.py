@@ -4,7 +4,7 @@ import random
 
 from .part import Part
 
-SEED, CASES = 20250, 360
+SEED, CASES = 20250, 300
 
 
 def describe(case):

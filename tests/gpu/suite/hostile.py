@@ -12,7 +12,7 @@ from .daemon import Daemon, Failed
 from .part import Part, Skip
 from .programs import sanitizer_path, summary
 
-SECONDS, CHECKED_SECONDS = 8, 12
+SECONDS, CHECKED_SECONDS = 6, 10
 
 
 def account_of(part, process, what, seconds):
@@ -24,7 +24,8 @@ def account_of(part, process, what, seconds):
         process.communicate()
         raise Failed(f"{what} did not end within {seconds:.0f} s") from None
     lines = [line for line in out.splitlines() if line.startswith("{")]
-    part.require(process.returncode == 0 and bool(lines), f"{what} ended with {process.returncode}: {out}{errors[-800:]}")
+    part.require(process.returncode == 0 and bool(lines),
+                 f"{what} ended with {process.returncode}: {out}{errors[-800:]}")
     return json.loads(lines[-1])
 
 
@@ -34,7 +35,8 @@ def attack(part, seconds, socket=None, witness_words=("loop",)):
     hostile = []
     try:
         line = witness.stdout.readline()
-        part.require(line == "ready\n", f"the other client did not start: {line}{'' if line else witness.stderr.read()}")
+        part.require(line == "ready\n",
+                     f"the other client did not start: {line}{'' if line else witness.stderr.read()}")
         hostile = [part.client("scribble", seconds, seed, socket=socket) for seed in (1, 2)]
         accounts = [account_of(part, process, "a hostile client", seconds * 3 + 60) for process in hostile]
         witness.send_signal(signal.SIGTERM)

@@ -65,10 +65,11 @@ class Part:
 
     def command(self, *words, timeout=None, **extra):
         """Run a program of the tree; (exit status or None when it ran too long, its output)."""
+        environment = self.tree.environment(words[0] == sys.executable, MLAD_SOCKET=self.socket, **extra)
         try:
             done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                   errors="replace", stdin=subprocess.DEVNULL, timeout=timeout or max(5, self.left),
-                                  env=self.tree.environment(MLAD_SOCKET=self.socket, **extra))
+                                  env=environment)
         except subprocess.TimeoutExpired as error:
             output = error.stdout or b""
             return None, output.decode(errors="replace") if isinstance(output, bytes) else output
@@ -77,7 +78,7 @@ class Part:
     def client(self, *words, device=None, socket=None, user=None, environment=()):
         """Start a client process without torch (client.py)."""
         identity = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        given = self.tree.environment(MLAD_SOCKET=socket or self.socket, MLAD_DEVICE=device or self.device,
+        given = self.tree.environment(True, MLAD_SOCKET=socket or self.socket, MLAD_DEVICE=device or self.device,
                                       OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **dict(environment))
         return subprocess.Popen([sys.executable, str(self.tree.client), *map(str, words)], text=True, env=given,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **identity)

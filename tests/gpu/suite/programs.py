@@ -163,6 +163,7 @@ def bench(part: Part):
     part.figures.update(
         ratio_is="the peer's time over ours", geometric_mean=mean([row["ratio"] for row in rated]),
         geometric_mean_batch_64=mean([row["ratio"] for row in rated if row["batch"] >= 64]),
-        narrow={"shapes": len(narrow), "at_least_half": sum(r >= 1 / 2 for r in narrow), "geometric_mean": mean(narrow)},
+        narrow={"shapes": len(narrow), "at_least_half": sum(r >= 1 / 2 for r in narrow),
+                "geometric_mean": mean(narrow)},
         others={"shapes": len(others), "at_least_third": sum(r >= 1 / 3 for r in others),
                 "geometric_mean": mean(others)})

@@ -80,7 +80,8 @@ def attention(q, keys, sees, *, softmax_scale, out_dtype, q_scale=1.0, k_scale=1
         lse = torch.logaddexp(lse, sink.double().repeat(q_len))
     weight = (safe - lse.masked_fill(blind, 0)).exp().masked_fill(blind, 0)
     values = keys[:, :512] * (k_scale if v_scale is None else v_scale)
-    rounded = (p * 256).float().to(q.dtype).float().double() / 256 if q.dtype == torch.float8_e4m3fn else p.to(q.dtype).double()
+    unit = 256 if q.dtype == torch.float8_e4m3fn else 1
+    rounded = (p * unit).float().to(q.dtype).float().double() / unit
     out = weight[:, None] * (p @ values)
     model = (weight[:, None] * (rounded @ values)).to(out_dtype)
     shape = (q_len, heads)

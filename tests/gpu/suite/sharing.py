@@ -44,14 +44,13 @@ class Shared:
         self.mlad = public_copy(part.tree, folder)
         programs = folder / "tree"
         library = next(programs.glob("lib*/**/libmla.so.0"))
-        given = [str(programs / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
-        self.environment = {"PYTHONPATH": str(folder / "package"), "MLAD_LIBRARY": str(library), "HOME": "/tmp",
-                            "LD_LIBRARY_PATH": ":".join(filter(None, given))}
+        self.paths = ":".join(filter(None, [str(programs / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]))
+        self.environment = {"PYTHONPATH": str(folder / "package"), "MLAD_LIBRARY": str(library), "HOME": "/tmp"}
 
     def daemon(self, user, extra):
         options = ["allowed_users=*"]
         return Daemon(self.part.tree, ["reference", self.part.device], options, program=self.mlad, user=user,
-                      environment={**self.environment, **extra})
+                      environment={**self.environment, "LD_LIBRARY_PATH": self.paths, **extra})
 
     def decode(self, socket, user, everything, extra):
         """Decode as a user; ("right", account), ("wrong", account), ("refused", why), or ("no start", why) where the
@@ -186,7 +185,8 @@ def under_mps(part, shared, clients, folder):
                     part.check(found["outcome"] in ("right", "no start"), f"under MPS, {name}: {found['said']}")
             else:
                 # No context under MPS at all is this machine's doing (containers often forbid it), not mlad's.
-                part.not_run("MPS", f"no device under MPS: {part.figures['under MPS']['daemon'][-300:]} {mps.logs()[-300:]}")
+                why = part.figures["under MPS"]["daemon"][-300:]
+                part.not_run("MPS", f"no device under MPS: {why} {mps.logs()[-300:]}")
     except Skip as reason:
         part.not_run("MPS", str(reason))
 

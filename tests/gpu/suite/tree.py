@@ -29,11 +29,12 @@ class Tree:
         return [str(path) for path in (self.mlad, self.mlactl, self.worker, self.library, self.package)
                 if not path.exists()]
 
-    def environment(self, **extra):
-        """For every process of the suite. Indirect libraries of a bundle are found by LD_LIBRARY_PATH alone."""
+    def environment(self, python=False, **extra):
+        """For the processes of the suite. What a bundle's libraries need in turn is found by LD_LIBRARY_PATH alone;
+        Python goes without, since its own libraries may be others of the same names."""
         given = dict(os.environ, PYTHONPATH=str(self.package), MLAD_LIBRARY=str(self.library),
                      PYTHONDONTWRITEBYTECODE="1", PYTHONUNBUFFERED="1")
-        if not self.build:
+        if not self.build and not python:
             paths = [str(LIBRARIES), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
             given["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(":".join(paths).split(":")))
         given.update({name: str(value) for name, value in extra.items()})
