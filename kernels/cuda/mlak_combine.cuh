@@ -1,17 +1,14 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     block      walks the folded rows that were split; thread i owns columns 2i, 2i + 1 of each
+ *     warp       takes a quarter (128 columns) of a folded row that was split at a time; lane i owns columns 4i..4i+3
  * row order      splits are merged in their order, never in that of their arrival: the same launch gives the same bits
- *     the end    the last block to finish writes each row's result, then the completion word */
+ *     the end    the last block to finish writes each row's result, then the completion word
+ *
+ * What it does is wait for memory: so each look-up is made by all lanes at once, and several parts are on their way at
+ * a time. */
 #include "mlak_items.cuh"
 
-enum { COMBINE_CHUNK = 128 }; /* parts whose weights are computed at a time */
-
-struct combine_shared {
-    float weight[COMBINE_CHUNK], top;
-    uint32_t index, last;
-};
-static_assert(sizeof(struct combine_shared) <= MLAK_CUDA_COMBINE_SHARED, "");
+enum { COMBINE_QUARTERS = 4, COMBINE_COLUMNS = MLAK_V / COMBINE_QUARTERS };
 
 /* The parts of a row block, in the order of their tiles. */
 struct combine_parts {
@@ -47,76 +44,75 @@ __device__ static inline const float *combine_part(const struct mlak_cuda_job *j
     return job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
 }
 
-/* Warp 0: the maximum of all parts. */
-__device__ static float combine_top(const struct mlak_cuda_job *job, const struct combine_parts *parts, uint32_t r)
+__device__ static inline float combine_most(float value) /* of the warp */
 {
-    float top = -INFINITY;
-    for (uint32_t i = threadIdx.x; i < parts->count; i += 32)
-        top = fmaxf(top, combine_part(job, parts, i)[MLAK_CUDA_M * MLAK_V + r]);
     for (int lanes = 16; lanes > 0; lanes /= 2)
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, lanes));
-    return top;
+        value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, lanes));
+    return value;
 }
 
-/* Folded row `folded` of a request; all threads. Unrolled, so that several parts are on their way at a time. */
-__device__ static void combine_row(const struct mlak_cuda_job *job, struct combine_shared *shared, uint32_t index,
-                                   uint32_t folded)
+/* The request of folded row `merge`: the last that begins at or before it. Two looks of 32 requests find one of 1024. */
+__device__ static uint32_t combine_request(const struct mlak_cuda_job *job, uint32_t merge)
+{
+    uint32_t lane = threadIdx.x % 32, found = 0;
+    for (uint32_t step = 32; step > 0; step = step == 32 ? 1 : 0) {
+        uint32_t i = found + lane * step;
+        bool begins = i < job->count && job->requests[i].first_merge <= merge;
+        found = (uint32_t)combine_most(begins ? (float)i : 0);
+    }
+    return found;
+}
+static_assert(MLAK_CUDA_MAX_REQUESTS <= 32 * 32, "two looks");
+
+/* A quarter of folded row `folded` of a request. */
+__device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded, uint32_t quarter)
 {
     const struct mlak_row *row = &job->rows[index];
-    uint32_t r = folded % job->rows_per_item, column = threadIdx.x * 2;
+    uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32, column = quarter * COMBINE_COLUMNS + lane * 4;
     const struct combine_parts parts = combine_find(job, &job->requests[index], folded / job->rows_per_item);
     if (parts.written || row->code != MLAK_ROW_OK)
         return;
-    float o[2] = {0, 0}, top = -INFINITY, sum = 0;
-    if (threadIdx.x < 32) {
-        top = combine_top(job, &parts, r);
-        if (threadIdx.x == 0)
-            shared->top = top;
-    }
-    for (uint32_t first = 0; first < parts.count; first += COMBINE_CHUNK) {
-        uint32_t count = (uint32_t)row_least(parts.count - first, COMBINE_CHUNK);
-        __syncthreads(); /* top is there; weights are no longer in use */
-        top = shared->top;
-        if (threadIdx.x < count) {
-            float own = combine_part(job, &parts, first + threadIdx.x)[MLAK_CUDA_M * MLAK_V + r];
-            shared->weight[threadIdx.x] = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
-        }
-        __syncthreads();
+    float top = -INFINITY, sum = 0;
+    for (uint32_t i = lane; i < parts.count; i += 32)
+        top = fmaxf(top, combine_part(job, &parts, i)[MLAK_CUDA_M * MLAK_V + r]);
+    top = combine_most(top);
+    float4 o = make_float4(0, 0, 0, 0);
 #pragma unroll 8
-        for (uint32_t i = 0; i < count; i++) {
-            const float *part = combine_part(job, &parts, first + i);
-            float weight = shared->weight[i], low = part[r * MLAK_V + column], high = part[r * MLAK_V + column + 1];
-            sum += weight * part[MLAK_CUDA_M * (MLAK_V + 1) + r];
-            o[0] += weight == 0 ? 0 : weight * low; /* what a part without a visible key holds may be NaN */
-            o[1] += weight == 0 ? 0 : weight * high;
-        }
+    for (uint32_t i = 0; i < parts.count; i++) {
+        const float *part = combine_part(job, &parts, i);
+        float4 value = *(const float4 *)(const void *)(part + r * MLAK_V + column);
+        float own = part[MLAK_CUDA_M * MLAK_V + r];
+        float weight = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
+        bool counts = weight != 0; /* what a part without a visible key holds may be NaN */
+        sum += counts ? weight * part[MLAK_CUDA_M * (MLAK_V + 1) + r] : 0;
+        o.x += counts ? weight * value.x : 0;
+        o.y += counts ? weight * value.y : 0;
+        o.z += counts ? weight * value.z : 0;
+        o.w += counts ? weight * value.w : 0;
     }
     struct item_end end = item_end(row, folded % row->heads, top, sum);
-    item_store(row, folded, column, o[0], o[1], end.factor);
-    if (threadIdx.x == 0 && row->lse != NULL)
+    item_store(row, folded, column, o.x, o.y, end.factor);
+    item_store(row, folded, column + 2, o.z, o.w, end.factor);
+    if (quarter == 0 && lane == 0 && row->lse != NULL)
         row->lse[folded] = end.lse;
 }
 
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
-    struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
-    for (uint32_t merge = blockIdx.x; merge < job.schedule->merges; merge += gridDim.x) {
-        for (uint32_t i = threadIdx.x; i < job.count; i += MLAK_CUDA_THREADS) /* a search would wait for each step */
-            if (job.requests[i].first_merge <= merge &&
-                merge < (i + 1 < job.count ? job.requests[i + 1].first_merge : job.schedule->merges))
-                shared->index = i;
-        __syncthreads();
-        uint32_t index = shared->index;
-        combine_row(&job, shared, index, merge - job.requests[index].first_merge);
-        __syncthreads(); /* shared memory is the next row's */
+    enum { WARPS = MLAK_CUDA_THREADS / 32 };
+    uint32_t *last = (uint32_t *)(void *)mlak_shared;
+    uint64_t units = (uint64_t)job.schedule->merges * COMBINE_QUARTERS;
+    for (uint64_t unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += (uint64_t)gridDim.x * WARPS) {
+        uint32_t merge = (uint32_t)(unit / COMBINE_QUARTERS), index = combine_request(&job, merge);
+        combine_row(&job, index, merge - job.requests[index].first_merge, unit % COMBINE_QUARTERS);
     }
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */
         __threadfence_system();
-        shared->last = atomicAdd(&job.schedule->blocks_done, 1u) == gridDim.x - 1;
+        *last = atomicAdd(&job.schedule->blocks_done, 1u) == gridDim.x - 1;
     }
     __syncthreads();
-    if (!shared->last)
+    if (!*last)
         return;
     __threadfence();
     bool refused = job.schedule->refused != MLAK_OK;

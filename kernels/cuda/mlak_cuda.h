@@ -30,7 +30,7 @@ enum {
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
-    MLAK_CUDA_COMBINE_SHARED = 2 << 10,
+    MLAK_CUDA_COMBINE_SHARED = 16,
     MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
 

@@ -17,6 +17,13 @@ struct uint2 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
+static inline float4 make_float4(float x, float y, float z, float w)
+{
+    return float4{x, y, z, w};
+}
 static inline uint2 make_uint2(uint32_t x, uint32_t y)
 {
     return uint2{x, y};

@@ -225,6 +225,7 @@ def scribble(client, seconds, seed="1"):
 def main():
     if on_gpu:
         driver.use(DEVICE)
+        print("the driver has given a context", file=sys.stderr, flush=True)
     try:
         with mlad.Client(name="gpu-suite " + sys.argv[1], reconnect_ms=60000) as client:
             {"check": check, "loop": loop, "victim": victim, "scribble": scribble}[sys.argv[1]](client, *sys.argv[2:])

@@ -53,8 +53,9 @@ class Shared:
                       environment={**self.environment, "LD_LIBRARY_PATH": self.paths, **extra})
 
     def decode(self, socket, user, everything, extra):
-        """Decode as a user; ("right", account), ("wrong", account), ("refused", why), or ("no start", why) where the
-        user may not run this Python."""
+        """Decode as a user; ("right", account), ("wrong", account), ("refused", why), ("no start", why) where the user
+        may not run this Python, ("waits", where) where the driver gives the client no context of its own (MPS serves
+        one user at a time), or ("hangs", why)."""
         client = self.part.tree.client
         self.part.tree.client = self.folder / "client/client.py"
         try:
@@ -65,11 +66,13 @@ class Shared:
         finally:
             self.part.tree.client = client
         try:
-            out, errors = process.communicate(timeout=60)
+            out, errors = process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
-            return "hangs", "no result within 60 s"
+            errors = process.communicate()[1] or ""
+            if "has given a context" in errors:
+                return "hangs", "no result within 30 s"
+            return "waits", "the driver gave the client no context within 30 s: it never came to ask mlad for anything"
         if process.returncode != 0 and ("ModuleNotFoundError" in errors or "PermissionError" in errors):
             return "no start", errors.strip()[-300:]
         if process.returncode != 0:
@@ -93,6 +96,9 @@ def try_users(part, shared, what, user, clients, extra):
                 findings[name] = {"outcome": outcome, "said": account}
                 if outcome == "no start":
                     part.not_run(f"{what}, {name}", account)
+                    continue
+                if outcome == "waits":
+                    part.check("MPS" in what and "other user" in name, f"{what}, {name}: {account}")
                     continue
                 part.check(outcome in ("right", "refused"), f"{what}, {name}: {outcome}: {account}")
                 part.check(outcome != "refused" or bool(account), f"{what}, {name}: refused without a word")
@@ -119,16 +125,18 @@ def mps_control():
 class Mps:
     """An MPS of our own, by folders of its own; the GPU's settings stay as they are."""
 
-    def __init__(self, control, folder):
-        self.control, self.folder = control, folder
-        pipes, logs = folder / "mps-pipes", folder / "mps-logs"
+    def __init__(self, control, folder, *options):
+        self.control, self.options = control, options
+        self.folder = folder / ("mps" + "".join(options))
+        self.folder.mkdir(mode=0o755)
+        pipes, logs = self.folder / "mps-pipes", self.folder / "mps-logs"
         for path in (pipes, logs):
             path.mkdir()
             path.chmod(0o777)
         self.environment = {"CUDA_MPS_PIPE_DIRECTORY": str(pipes), "CUDA_MPS_LOG_DIRECTORY": str(logs)}
 
     def __enter__(self):
-        done = subprocess.run([self.control, "-d"], env={**os.environ, **self.environment}, capture_output=True,
+        done = subprocess.run([self.control, "-d", *self.options], env={**os.environ, **self.environment}, capture_output=True,
                               text=True, timeout=20)
         if done.returncode:
             raise Skip(f"MPS does not start: {done.stdout}{done.stderr}")
@@ -175,20 +183,21 @@ def under_mps(part, shared, clients, folder):
     if not control:
         part.not_run("MPS", "there is no nvidia-cuda-mps-control" if part.is_gpu else f"{part.device} is no GPU")
         return
-    try:
-        with Mps(control, folder) as mps:
-            names = {"same user, kv": (None, False), "same user, all tensors": (None, True),
-                     "other user, kv": (CLIENT_UID, False)}
-            if try_users(part, shared, "under MPS", None, names, mps.environment):
-                for name in ("same user, kv", "same user, all tensors"):
-                    found = part.figures["under MPS"][name]
-                    part.check(found["outcome"] in ("right", "no start"), f"under MPS, {name}: {found['said']}")
-            else:
-                # No context under MPS at all is this machine's doing (containers often forbid it), not mlad's.
-                why = part.figures["under MPS"]["daemon"][-300:]
-                part.not_run("MPS", f"no device under MPS: {why} {mps.logs()[-300:]}")
-    except Skip as reason:
-        part.not_run("MPS", str(reason))
+    for what, options in (("under MPS", ()), ("under MPS for several users", ("-multiuser-server",))):
+        try:
+            with Mps(control, folder, *options) as mps:
+                names = {"same user, kv": (None, False), "same user, all tensors": (None, True),
+                         "other user, kv": (CLIENT_UID, False)}
+                if try_users(part, shared, what, None, names, mps.environment):
+                    for name in ("same user, kv", "same user, all tensors"):
+                        found = part.figures[what][name]
+                        part.check(found["outcome"] in ("right", "no start"), f"{what}, {name}: {found['said']}")
+                else:
+                    # No context under MPS at all is this machine's doing (containers often forbid it), not mlad's.
+                    why = part.figures[what]["daemon"][-300:]
+                    part.not_run(what, f"no device: {why} {mps.logs()[-300:]}")
+        except Skip as reason:
+            part.not_run(what, str(reason))
 
 
 def two_gpus(part: Part):
