@@ -1,6 +1,7 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     warp       takes a quarter (128 columns) of a folded row that was split at a time; lane i owns columns 4i..4i+3
+ *     warp       takes a piece of a folded row that was split at a time: one, two or four quarters of 128 columns, as
+ *                there are enough warps; lane i owns columns 4i..4i+3 of each quarter
  * row order      splits are merged in their order, never in that of their arrival: the same launch gives the same bits
  *     the end    the last block to finish writes each row's result, then the completion word
  *
@@ -64,47 +65,54 @@ __device__ static uint32_t combine_request(const struct mlak_cuda_job *job, uint
 }
 static_assert(MLAK_CUDA_MAX_REQUESTS <= 32 * 32, "two looks");
 
-/* A quarter of folded row `folded` of a request. */
-__device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded, uint32_t quarter)
+/* Quarters [quarter, end) of folded row `folded` of a request. */
+__device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded, uint32_t quarter,
+                                   uint32_t end_quarter)
 {
     const struct mlak_row *row = &job->rows[index];
-    uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32, column = quarter * COMBINE_COLUMNS + lane * 4;
+    uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32;
     const struct combine_parts parts = combine_find(job, &job->requests[index], folded / job->rows_per_item);
     if (parts.written || row->code != MLAK_ROW_OK)
         return;
-    float top = -INFINITY, sum = 0;
+    float top = -INFINITY;
     for (uint32_t i = lane; i < parts.count; i += 32)
         top = fmaxf(top, combine_part(job, &parts, i)[MLAK_CUDA_M * MLAK_V + r]);
     top = combine_most(top);
-    float4 o = make_float4(0, 0, 0, 0);
+    for (; quarter < end_quarter; quarter++) {
+        uint32_t column = quarter * COMBINE_COLUMNS + lane * 4;
+        float sum = 0;
+        float4 o = make_float4(0, 0, 0, 0);
 #pragma unroll 8
-    for (uint32_t i = 0; i < parts.count; i++) {
-        const float *part = combine_part(job, &parts, i);
-        float4 value = *(const float4 *)(const void *)(part + r * MLAK_V + column);
-        float own = part[MLAK_CUDA_M * MLAK_V + r];
-        float weight = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
-        bool counts = weight != 0; /* what a part without a visible key holds may be NaN */
-        sum += counts ? weight * part[MLAK_CUDA_M * (MLAK_V + 1) + r] : 0;
-        o.x += counts ? weight * value.x : 0;
-        o.y += counts ? weight * value.y : 0;
-        o.z += counts ? weight * value.z : 0;
-        o.w += counts ? weight * value.w : 0;
+        for (uint32_t i = 0; i < parts.count; i++) {
+            const float *part = combine_part(job, &parts, i);
+            float4 value = *(const float4 *)(const void *)(part + r * MLAK_V + column);
+            float own = part[MLAK_CUDA_M * MLAK_V + r];
+            float weight = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
+            bool counts = weight != 0; /* what a part without a visible key holds may be NaN */
+            sum += counts ? weight * part[MLAK_CUDA_M * (MLAK_V + 1) + r] : 0;
+            o.x += counts ? weight * value.x : 0;
+            o.y += counts ? weight * value.y : 0;
+            o.z += counts ? weight * value.z : 0;
+            o.w += counts ? weight * value.w : 0;
+        }
+        struct item_end end = item_end(row, folded % row->heads, top, sum);
+        item_store(row, folded, column, o.x, o.y, end.factor);
+        item_store(row, folded, column + 2, o.z, o.w, end.factor);
+        if (quarter == 0 && lane == 0 && row->lse != NULL)
+            row->lse[folded] = end.lse;
     }
-    struct item_end end = item_end(row, folded % row->heads, top, sum);
-    item_store(row, folded, column, o.x, o.y, end.factor);
-    item_store(row, folded, column + 2, o.z, o.w, end.factor);
-    if (quarter == 0 && lane == 0 && row->lse != NULL)
-        row->lse[folded] = end.lse;
 }
 
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
-    enum { WARPS = MLAK_CUDA_THREADS / 32 };
     uint32_t *last = (uint32_t *)(void *)mlak_shared;
-    uint64_t units = (uint64_t)job.schedule->merges * COMBINE_QUARTERS;
-    for (uint64_t unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += (uint64_t)gridDim.x * WARPS) {
-        uint32_t merge = (uint32_t)(unit / COMBINE_QUARTERS), index = combine_request(&job, merge);
-        combine_row(&job, index, merge - job.requests[index].first_merge, unit % COMBINE_QUARTERS);
+    uint64_t warps = gridDim.x * (MLAK_CUDA_THREADS / 32), merges = job.schedule->merges;
+    uint32_t pieces = merges * 4 <= warps ? 4 : merges * 2 <= warps ? 2 : 1, quarters = COMBINE_QUARTERS / pieces;
+    for (uint64_t piece = blockIdx.x * (MLAK_CUDA_THREADS / 32) + threadIdx.x / 32; piece < merges * pieces;
+         piece += warps) {
+        uint32_t merge = (uint32_t)(piece / pieces), quarter = (uint32_t)(piece % pieces) * quarters;
+        uint32_t index = combine_request(&job, merge);
+        combine_row(&job, index, merge - job.requests[index].first_merge, quarter, quarter + quarters);
     }
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */
