@@ -23,7 +23,7 @@ enum {
     MIN_ROUNDS = 5,
     MAX_ROUNDS = 1000,
     MAX_LAUNCHES = 4096,
-    MAX_COPIES = 32,
+    MAX_COPIES = 16,
     ROUND_TRIPS = 20000,
     BURST = 100
 };
@@ -146,7 +146,7 @@ static double percentile(double *values, unsigned count, double share)
 
 struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
 
-/* As many as exceed the last-level cache twice. */
+/* As many as exceed the last-level cache twice; smaller batches than the default ones may need more than we make. */
 static unsigned copies_needed(const struct bench *bench)
 {
     const double kv_bytes = (double)bench->batch * bench->keys * D * 2;

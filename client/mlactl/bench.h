@@ -6,8 +6,8 @@
 
 #include <stddef.h>
 
-/* What is decoded: bf16, 16 heads, pages of 64; the copies of the batch are used in turn, so that its KV is in no cache,
- * because a model's layers do not find theirs there either. */
+/* What is decoded: bf16, 16 heads, pages of 64. The copies of the batch are used in turn, so that KV is in no cache: a
+ * model's layers do not find theirs there either. */
 enum { BENCH_HEADS = 16, BENCH_PAGE = 64 };
 struct bench_shape { unsigned batch, keys, q_len, copies; };
 

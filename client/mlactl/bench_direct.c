@@ -104,10 +104,9 @@ int direct_new(const char *device, const char *variant, unsigned threads, const 
     snprintf(n_keys, sizeof n_keys, "%u", shape->keys);
     snprintf(n_copies, sizeof n_copies, "%u", shape->copies);
     snprintf(n_page, sizeof n_page, "%d", BENCH_PAGE);
-    char *const argv[] = {path,        "--serve",  "--dtype",   "bf16",      "--device",  (char *)device, "--variant",
-                          (char *)variant, "--q-len", n_q,      "--heads",   n_heads,     "--batch",      n_batch,
-                          "--kv-len",  n_keys,     "--page-size", n_page,    "--copies",  n_copies,
-                          threads > 0 ? "--threads" : NULL, n_threads, NULL};
+    char *const argv[] = {path, "--serve", "--dtype", "bf16", "--device", (char *)device, "--variant", (char *)variant,
+                          "--q-len", n_q, "--heads", n_heads, "--batch", n_batch, "--kv-len", n_keys,
+                          "--page-size", n_page, "--copies", n_copies, threads ? "--threads" : NULL, n_threads, NULL};
     cJSON *line = NULL;
     if (find_program(path, fault) || spawn(direct, argv, fault) || !(line = read_line(direct, "ceilings", fault))) {
         direct_free(direct);
