@@ -2,9 +2,12 @@
  *
  *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
  *   what does the daemon cost a large decode?                   daemon : direct, slice by slice
- *   what does it cost a tiny one?                               one-key decode : raw ping-pong, hundred by hundred */
+ *   what does it cost a tiny one?                               one-key decode : raw ping-pong, hundred by hundred
+ *
+ * On a GPU the first has no ceilings to be answered with, and the others no targets. */
 #include "bench.h"
 #include "admin.h"
+#include "gpu.h"
 #include "output.h"
 #include "progress.h"
 #include "run.h"
@@ -20,7 +23,7 @@ enum {
     MIN_ROUNDS = 5,
     MAX_ROUNDS = 1000,
     MAX_LAUNCHES = 4096,
-    MAX_COPIES = 64,
+    MAX_COPIES = 16,
     ROUND_TRIPS = 20000,
     BURST = 100
 };
@@ -34,8 +37,9 @@ struct bench {
     const struct ctl *ctl;
     mla_client *client;
     struct pingpong *pingpong;
-    char variant[32];
-    unsigned threads;
+    char device[64], variant[32];
+    unsigned threads;   /* 0: a GPU's */
+    unsigned batch, keys;
     double slice_s;     /* of one side at a time */
     double load;        /* processes that wanted to run when we began */
     struct direct_rates rates;  /* the best that any part of the run measured: a host may slow a part of it */
@@ -45,16 +49,19 @@ struct bench {
 
 /* ---- batches ---- */
 
-/* Random bf16 of magnitude 0.5 to 2 and either sign. */
-static void fill_bf16(uint16_t *to, uint64_t count)
+static uint64_t next_random(uint64_t *state)
 {
-    uint64_t state = 88172645463325252u;
-    for (uint64_t i = 0; i < count; i++) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        to[i] = (uint16_t)((state & 0x80ff) | 0x3f00);
-    }
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state;
+}
+
+/* Random bf16 of magnitude 0.5 to 2 and either sign. */
+static void fill_bf16(uint16_t *to, uint64_t count, uint64_t *state)
+{
+    for (uint64_t i = 0; i < count; i++)
+        to[i] = (uint16_t)((next_random(state) & 0x80ff) | 0x3f00);
 }
 
 static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys)
@@ -72,10 +79,14 @@ static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_
     int32_t *table = capture_add(capture, CAPTURE_BLOCK_TABLE), *seqlens = capture_add(capture, CAPTURE_SEQLENS);
     if (!q || !kv || !table || !seqlens)
         return NULL;
-    fill_bf16(q, batch->q_rows * heads * D);
-    fill_bf16(kv, (uint64_t)batch->pages * BENCH_PAGE * D);
-    for (uint32_t i = 0; i < batch->pages; i++) /* shuffled by a stride that no page count here divides */
-        table[i] = (int32_t)((i * UINT64_C(7919)) % batch->pages);
+    uint64_t state = 88172645463325252u;
+    fill_bf16(q, batch->q_rows * heads * D, &state);
+    fill_bf16(kv, (uint64_t)batch->pages * BENCH_PAGE * D, &state);
+    for (uint32_t i = 0; i < batch->pages; i++) { /* shuffled */
+        uint32_t other = (uint32_t)(next_random(&state) % (i + 1));
+        table[i] = table[other];
+        table[other] = (int32_t)i;
+    }
     for (uint32_t b = 0; b < requests; b++)
         seqlens[b] = (int32_t)keys;
     struct capture *made = capture;
@@ -133,16 +144,15 @@ static double percentile(double *values, unsigned count, double share)
     return values[index < count ? index : count - 1];
 }
 
-/* As many copies of the batch as exceed the last-level cache twice, used in turn, because a model's layers do not find
- * their KV in a cache either; mlad-kernel-bench does the same. */
 struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
 
-static unsigned copies_needed(void)
+/* As many as exceed the last-level cache twice; smaller batches than the default ones may need more than we make. */
+static unsigned copies_needed(const struct bench *bench)
 {
-    const double kv_bytes = (double)BENCH_BATCH * BENCH_KEYS * D * 2;
-    double cache = (double)sysconf(_SC_LEVEL3_CACHE_SIZE);
-    cache = fmin(fmax(cache, 16 << 20), 256 << 20);
-    return kv_bytes >= 2 * cache ? 1 : (unsigned)(2 * cache / kv_bytes) + 1;
+    const double kv_bytes = (double)bench->batch * bench->keys * D * 2;
+    double cache = gpu_named(bench->device) ? 128 << 20 /* no GPU served has more L2 */
+                                            : fmin(fmax((double)sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20), 256 << 20);
+    return kv_bytes >= 2 * cache ? 1 : (unsigned)fmin(2 * cache / kv_bytes + 1, MAX_COPIES);
 }
 
 static struct run *next_copy(struct copies *copies) { return copies->runs[copies->next++ % copies->count]; }
@@ -224,14 +234,15 @@ static void note_rates(struct direct_rates *best, const struct direct_rates *rat
 
 static int measure_shape(struct bench *bench, unsigned q_len, double seconds, struct shape_result *result)
 {
-    struct copies copies = {.count = copies_needed()};
+    struct copies copies = {.count = copies_needed(bench)};
+    const struct bench_shape shape = {bench->batch, bench->keys, q_len, copies.count};
     struct direct *direct = NULL;
     struct ctl_fault fault;
     int code = CTL_OK;
     progress("measuring q_len %u", q_len);
     for (unsigned i = 0; i < copies.count && !code; i++)
-        code = bind_batch(bench, BENCH_BATCH, BENCH_HEADS, q_len, BENCH_KEYS, &copies.runs[i]);
-    if (!code && direct_new(bench->threads, bench->variant, q_len, &direct, &fault))
+        code = bind_batch(bench, bench->batch, BENCH_HEADS, q_len, bench->keys, &copies.runs[i]);
+    if (!code && direct_new(bench->device, bench->variant, bench->threads, &shape, &direct, &fault))
         code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
     if (!code) {
         note_rates(&bench->rates, direct_rates(direct));
@@ -289,61 +300,84 @@ static int start_pingpong(struct bench *bench)
 /* ---- report ---- */
 
 static double round_trip_ratio(const struct round_trip_result *r) { return r->decode_p50 / r->raw_p50; }
-static double kv_gb_s(double ns) { return (double)BENCH_BATCH * BENCH_KEYS * D * 2 / ns; }
+static double kv_gb_s(const struct bench *bench, double ns) { return (double)bench->batch * bench->keys * D * 2 / ns; }
+
+static double tflop_s(const struct bench *bench, unsigned i, double ns)
+{
+    return 2.0 * (D + V) * BENCH_HEADS * q_lens[i] * bench->batch * bench->keys / ns / 1e3;
+}
+
+static bool has_ceilings(const struct bench *bench) { return bench->rates.read_gb_s > 0; }
 
 /* The share of the ceiling that binds: the larger of the times that reading the KV and that the arithmetic take at
  * best. */
 static double of_ceiling(const struct bench *bench, unsigned i, const char **ceiling)
 {
-    const double keys = (double)BENCH_BATCH * BENCH_KEYS, rows = (double)BENCH_HEADS * q_lens[i];
-    const double read_ns = keys * D * 2 / bench->rates.read_gb_s;
-    const double work_ns = 2 * (D + V) * rows * keys / bench->rates.matmul_gflop_s;
-    *ceiling = read_ns > work_ns ? "read" : bench->rates.matmul;
-    return fmax(read_ns, work_ns) / bench->shapes[i].direct_ns;
+    const double direct_ns = bench->shapes[i].direct_ns;
+    const double read = kv_gb_s(bench, direct_ns) / bench->rates.read_gb_s;
+    const double work = tflop_s(bench, i, direct_ns) * 1e3 / bench->rates.matmul_gflop_s;
+    *ceiling = read > work ? "read" : bench->rates.matmul;
+    return fmax(read, work);
 }
 
-static void mark(struct table *table, bool good, const char *format, double value)
+/* Beside its target, which only cpu has. */
+static void mark(const struct bench *bench, struct table *table, bool good, const char *format, double value)
 {
     char text[32];
     snprintf(text, sizeof text, format, value);
-    table_cell(table, good ? GOOD : BAD, "%s %s", text, good ? "pass" : "MISS");
+    if (has_ceilings(bench))
+        table_cell(table, good ? GOOD : BAD, "%s %s", text, good ? "pass" : "MISS");
+    else
+        table_cell(table, PLAIN, "%s", text);
 }
 
 static void report_text(const struct bench *bench)
 {
-    printf("cpu, variant %s, %u threads; bf16, H=%d, B=%d, K=%d, pages of %d\n\n", bench->variant, bench->threads,
-           BENCH_HEADS, BENCH_BATCH, BENCH_KEYS, BENCH_PAGE);
+    printf("%s, variant %s", bench->device, bench->variant);
+    if (bench->threads > 0)
+        printf(", %u threads", bench->threads);
+    printf("; bf16, H=%d, B=%u, K=%u, pages of %d\n\n", BENCH_HEADS, bench->batch, bench->keys, BENCH_PAGE);
     if (bench->load >= 1)
         output_print(WARN, "  the machine was busy (load %.1f): these figures mean little\n\n", bench->load);
-    printf("  ceilings: read %.1f GB/s, %s %.0f GFLOP/s\n\n", bench->rates.read_gb_s, bench->rates.matmul,
-           bench->rates.matmul_gflop_s);
-    struct table *table = table_new(
-        ">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>ONE AT A TIME|>DIRECT KV GB/S|>DAEMON KV GB/S|BINDS|>OF CEILING, >= 0.5|"
-        ">DAEMON/DIRECT, >= 0.97");
+    if (has_ceilings(bench))
+        printf("  ceilings: read %.1f GB/s, %s %.0f GFLOP/s\n\n", bench->rates.read_gb_s, bench->rates.matmul,
+               bench->rates.matmul_gflop_s);
+    char headings[256];
+    snprintf(headings, sizeof headings,
+             ">Q_LEN|>ROUNDS|>DIRECT|>DAEMON|>OVERHEAD|>ONE AT A TIME|>ITS OVERHEAD|>DIRECT KV GB/S|>DAEMON KV GB/S|"
+             ">DIRECT TFLOP/S|%s",
+             has_ceilings(bench) ? "BINDS|>OF CEILING, >= 0.5|>DAEMON/DIRECT, >= 0.97" : ">DAEMON/DIRECT");
+    struct table *table = table_new(headings);
     for (unsigned i = 0; i < SHAPES; i++) {
         const struct shape_result *shape = &bench->shapes[i];
-        const char *ceiling;
-        double share = of_ceiling(bench, i, &ceiling);
         table_cell(table, PLAIN, "%u", q_lens[i]);
         table_cell(table, PLAIN, "%u", shape->rounds);
         table_cell(table, PLAIN, "%s", human_ns(shape->direct_ns).s);
         table_cell(table, PLAIN, "%s", human_ns(shape->daemon_ns).s);
+        table_cell(table, PLAIN, "%.1f us", (shape->daemon_ns - shape->direct_ns) / 1e3);
         table_cell(table, PLAIN, "%s", human_ns(shape->alone_ns).s);
-        table_cell(table, PLAIN, "%.1f", kv_gb_s(shape->direct_ns));
-        table_cell(table, PLAIN, "%.1f", kv_gb_s(shape->daemon_ns));
-        table_cell(table, PLAIN, "%s", ceiling);
-        mark(table, share >= target_ceiling, "%.2f", share);
-        mark(table, shape->ratio >= target_daemon, "%.3f", shape->ratio);
+        table_cell(table, PLAIN, "%.1f us", (shape->alone_ns - shape->direct_ns) / 1e3);
+        table_cell(table, PLAIN, "%.1f", kv_gb_s(bench, shape->direct_ns));
+        table_cell(table, PLAIN, "%.1f", kv_gb_s(bench, shape->daemon_ns));
+        table_cell(table, PLAIN, "%.2f", tflop_s(bench, i, shape->direct_ns));
+        if (has_ceilings(bench)) {
+            const char *ceiling;
+            double share = of_ceiling(bench, i, &ceiling);
+            table_cell(table, PLAIN, "%s", ceiling);
+            mark(bench, table, share >= target_ceiling, "%.2f", share);
+        }
+        mark(bench, table, shape->ratio >= target_daemon, "%.3f", shape->ratio);
     }
     table_print(table);
     const struct round_trip_result *r = &bench->round_trip;
     putchar('\n');
-    table = table_new("ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50, <= 2.0");
+    table = table_new(has_ceilings(bench) ? "ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50, <= 2.0"
+                                          : "ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50");
     table_cell(table, PLAIN, "one-key decode");
     table_cell(table, PLAIN, "%u", r->count);
     table_cell(table, PLAIN, "%s", human_ns(r->decode_p50).s);
     table_cell(table, PLAIN, "%s", human_ns(r->decode_p99).s);
-    mark(table, round_trip_ratio(r) <= target_round_trip, "%.2f", round_trip_ratio(r));
+    mark(bench, table, round_trip_ratio(r) <= target_round_trip, "%.2f", round_trip_ratio(r));
     table_cell(table, PLAIN, "raw socket");
     table_cell(table, PLAIN, "%u", r->count);
     table_cell(table, PLAIN, "%s", human_ns(r->raw_p50).s);
@@ -354,32 +388,45 @@ static void report_text(const struct bench *bench)
 
 static void report_json(const struct bench *bench)
 {
-    cJSON *root = cJSON_CreateObject(), *ceilings = cJSON_AddObjectToObject(root, "ceilings");
-    cJSON_AddStringToObject(root, "device", "cpu");
+    cJSON *root = cJSON_CreateObject();
+    cJSON_AddStringToObject(root, "device", bench->device);
     cJSON_AddStringToObject(root, "variant", bench->variant);
-    cJSON_AddNumberToObject(root, "threads", bench->threads);
+    if (bench->threads > 0)
+        cJSON_AddNumberToObject(root, "threads", bench->threads);
     cJSON_AddNumberToObject(root, "load", bench->load);
-    cJSON_AddNumberToObject(ceilings, "read_gb_s", bench->rates.read_gb_s);
-    cJSON_AddNumberToObject(ceilings, "matmul_gflop_s", bench->rates.matmul_gflop_s);
-    cJSON_AddStringToObject(ceilings, "matmul", bench->rates.matmul);
+    cJSON_AddNumberToObject(root, "batch", bench->batch);
+    cJSON_AddNumberToObject(root, "heads", BENCH_HEADS);
+    cJSON_AddNumberToObject(root, "kv_len", bench->keys);
+    cJSON_AddNumberToObject(root, "page_size", BENCH_PAGE);
+    if (has_ceilings(bench)) {
+        cJSON *ceilings = cJSON_AddObjectToObject(root, "ceilings");
+        cJSON_AddNumberToObject(ceilings, "read_gb_s", bench->rates.read_gb_s);
+        cJSON_AddNumberToObject(ceilings, "matmul_gflop_s", bench->rates.matmul_gflop_s);
+        cJSON_AddStringToObject(ceilings, "matmul", bench->rates.matmul);
+    }
     cJSON *cases = cJSON_AddArrayToObject(root, "cases");
     for (unsigned i = 0; i < SHAPES; i++) {
         const struct shape_result *shape = &bench->shapes[i];
-        const char *ceiling;
-        double share = of_ceiling(bench, i, &ceiling);
         cJSON *entry = cJSON_CreateObject();
         cJSON_AddNumberToObject(entry, "q_len", q_lens[i]);
         cJSON_AddNumberToObject(entry, "rounds", shape->rounds);
         cJSON_AddNumberToObject(entry, "direct_ns", shape->direct_ns);
         cJSON_AddNumberToObject(entry, "daemon_ns", shape->daemon_ns);
+        cJSON_AddNumberToObject(entry, "overhead_us", (shape->daemon_ns - shape->direct_ns) / 1e3);
         cJSON_AddNumberToObject(entry, "one_at_a_time_ns", shape->alone_ns);
-        cJSON_AddNumberToObject(entry, "direct_kv_gb_s", kv_gb_s(shape->direct_ns));
-        cJSON_AddNumberToObject(entry, "daemon_kv_gb_s", kv_gb_s(shape->daemon_ns));
-        cJSON_AddStringToObject(entry, "binding_ceiling", ceiling);
-        cJSON_AddNumberToObject(entry, "of_ceiling", share);
-        cJSON_AddBoolToObject(entry, "of_ceiling_pass", share >= target_ceiling);
+        cJSON_AddNumberToObject(entry, "one_at_a_time_overhead_us", (shape->alone_ns - shape->direct_ns) / 1e3);
+        cJSON_AddNumberToObject(entry, "direct_kv_gb_s", kv_gb_s(bench, shape->direct_ns));
+        cJSON_AddNumberToObject(entry, "daemon_kv_gb_s", kv_gb_s(bench, shape->daemon_ns));
+        cJSON_AddNumberToObject(entry, "direct_tflop_s", tflop_s(bench, i, shape->direct_ns));
         cJSON_AddNumberToObject(entry, "daemon_over_direct", shape->ratio);
-        cJSON_AddBoolToObject(entry, "daemon_over_direct_pass", shape->ratio >= target_daemon);
+        if (has_ceilings(bench)) {
+            const char *ceiling;
+            double share = of_ceiling(bench, i, &ceiling);
+            cJSON_AddStringToObject(entry, "binding_ceiling", ceiling);
+            cJSON_AddNumberToObject(entry, "of_ceiling", share);
+            cJSON_AddBoolToObject(entry, "of_ceiling_pass", share >= target_ceiling);
+            cJSON_AddBoolToObject(entry, "daemon_over_direct_pass", shape->ratio >= target_daemon);
+        }
         cJSON_AddItemToArray(cases, entry);
     }
     const struct round_trip_result *r = &bench->round_trip;
@@ -390,7 +437,8 @@ static void report_json(const struct bench *bench)
     cJSON_AddNumberToObject(trip, "raw_p50_ns", r->raw_p50);
     cJSON_AddNumberToObject(trip, "raw_p99_ns", r->raw_p99);
     cJSON_AddNumberToObject(trip, "ratio", round_trip_ratio(r));
-    cJSON_AddBoolToObject(trip, "ratio_pass", round_trip_ratio(r) <= target_round_trip);
+    if (has_ceilings(bench))
+        cJSON_AddBoolToObject(trip, "ratio_pass", round_trip_ratio(r) <= target_round_trip);
     output_json(root);
 }
 
@@ -407,19 +455,33 @@ static int read_device(struct bench *bench)
         code = admin_status(admin, &status, &fault);
     if (code)
         return ctl_error(bench->ctl, code, "%s", fault.text);
-    const struct mlap_device *device = admin_find(status, "cpu");
+    const struct mlap_device *device = admin_find(status, bench->device);
     if (!device)
-        return ctl_error(bench->ctl, CTL_FAILED, "device cpu is not served; start mlad with --devices cpu");
+        return ctl_error(bench->ctl, CTL_FAILED, "device %s is no longer served", bench->device);
     snprintf(bench->variant, sizeof bench->variant, "%s", device->variant);
     bench->threads = device->threads;
     return CTL_OK;
 }
 
+/* Sizes that were not given are the device's. */
+static int choose_device(struct bench *bench)
+{
+    int code = run_connect(bench->ctl, ctl_value(bench->ctl, "--device"), &bench->client);
+    if (code)
+        return code;
+    snprintf(bench->device, sizeof bench->device, "%s", mla_device(bench->client));
+    bool gpu = gpu_named(bench->device);
+    if (!gpu && strcmp(bench->device, "cpu") != 0)
+        return ctl_error(bench->ctl, CTL_FAILED, "device %s is not measured; serve and name cpu or a GPU",
+                         bench->device);
+    bench->batch = bench->batch ? bench->batch : gpu ? 64 : 8;
+    bench->keys = bench->keys ? bench->keys : 4096;
+    return read_device(bench);
+}
+
 static int measure_all(struct bench *bench, double seconds)
 {
-    int code = run_connect(bench->ctl, "cpu", &bench->client);
-    if (!code)
-        code = read_device(bench);
+    int code = choose_device(bench);
     if (!code)
         code = start_pingpong(bench);
     if (code)
@@ -433,10 +495,12 @@ static int measure_all(struct bench *bench, double seconds)
 
 int ctl_bench(const struct ctl *ctl)
 {
-    uint64_t seconds = 10;
-    if (ctl_number(ctl, "--seconds", 1, 3600, &seconds))
+    uint64_t seconds = 10, batch = 0, keys = 0;
+    if (ctl_number(ctl, "--seconds", 1, 3600, &seconds) || ctl_number(ctl, "--batch", 1, 1024, &batch) ||
+        ctl_number(ctl, "--kv-len", 1, 1 << 20, &keys))
         return CTL_USAGE;
-    struct bench bench = {.ctl = ctl, .slice_s = fmin(fmax((double)seconds / 40, 0.02), 0.25)};
+    struct bench bench = {.ctl = ctl, .batch = (unsigned)batch, .keys = (unsigned)keys,
+                          .slice_s = fmin(fmax((double)seconds / 40, 0.02), 0.25)};
     if (getloadavg(&bench.load, 1) != 1)
         bench.load = 0;
     int code = measure_all(&bench, (double)seconds);

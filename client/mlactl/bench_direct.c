@@ -90,22 +90,23 @@ static void read_rates(const cJSON *line, struct direct_rates *rates)
     }
 }
 
-int direct_new(unsigned threads, const char *variant, unsigned q_len, struct direct **out, struct ctl_fault *fault)
+int direct_new(const char *device, const char *variant, unsigned threads, const struct bench_shape *shape,
+               struct direct **out, struct ctl_fault *fault)
 {
-    char path[4096], n_threads[12], n_q[12], n_heads[12], n_batch[12], n_keys[12], n_page[12];
+    char path[4096], n_threads[12], n_q[12], n_heads[12], n_batch[12], n_keys[12], n_page[12], n_copies[12];
     struct direct *direct = calloc(1, sizeof *direct);
     if (!direct)
         return ctl_fail(fault, "out of memory");
     snprintf(n_threads, sizeof n_threads, "%u", threads);
-    snprintf(n_q, sizeof n_q, "%u", q_len);
+    snprintf(n_q, sizeof n_q, "%u", shape->q_len);
     snprintf(n_heads, sizeof n_heads, "%d", BENCH_HEADS);
-    snprintf(n_batch, sizeof n_batch, "%d", BENCH_BATCH);
-    snprintf(n_keys, sizeof n_keys, "%d", BENCH_KEYS);
+    snprintf(n_batch, sizeof n_batch, "%u", shape->batch);
+    snprintf(n_keys, sizeof n_keys, "%u", shape->keys);
+    snprintf(n_copies, sizeof n_copies, "%u", shape->copies);
     snprintf(n_page, sizeof n_page, "%d", BENCH_PAGE);
-    char *const argv[] = {path,      "--serve",     "--dtype",       "bf16",    "--threads",
-                          n_threads, "--variant",   (char *)variant, "--q-len", n_q,
-                          "--heads", n_heads,       "--batch",       n_batch,   "--kv-len",
-                          n_keys,    "--page-size", n_page,          NULL};
+    char *const argv[] = {path, "--serve", "--dtype", "bf16", "--device", (char *)device, "--variant", (char *)variant,
+                          "--q-len", n_q, "--heads", n_heads, "--batch", n_batch, "--kv-len", n_keys,
+                          "--page-size", n_page, "--copies", n_copies, threads ? "--threads" : NULL, n_threads, NULL};
     cJSON *line = NULL;
     if (find_program(path, fault) || spawn(direct, argv, fault) || !(line = read_line(direct, "ceilings", fault))) {
         direct_free(direct);

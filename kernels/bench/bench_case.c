@@ -169,6 +169,8 @@ struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_b
     }
     bench->kv_bytes = mlak_extent(batch, MLAK_T_KV);
     bench->copies = (uint32_t)(bench->kv_bytes >= 2 * cache_bytes ? 1 : 2 * cache_bytes / bench->kv_bytes + 1);
+    if (shape->copies > 0)
+        bench->copies = shape->copies;
     if (bench->copies > 4096)
         bench->copies = 4096;
     if (!allocate(bench)) {

@@ -5,7 +5,8 @@
 #include "ceilings.h"
 #include "mlak.h"
 
-struct shape { uint32_t batch, heads, q_len, kv_len, page_size, types; };
+/* copies: of the batch, used in turn; 0: as many as together exceed the last-level cache twice. */
+struct shape { uint32_t batch, heads, q_len, kv_len, page_size, types, copies; };
 
 /* The names of the element types: bf16 fp16 e4m3 bf16_e4m3 bf16_656. NULL beyond the last. */
 const char *shape_types_name(uint32_t types);
@@ -14,8 +15,8 @@ const char *shape_types_name(uint32_t types);
  * without a pause, as its own events tell; elsewhere it is one launch. */
 struct timing { uint32_t launches; double median, least, p90; double bytes, flop; };
 
-/* A case owns its buffers: as many copies of the batch as together exceed the last-level cache twice, used in turn,
- * because a model's layers do not find their KV in a cache either. */
+/* A case owns its buffers, the copies of the batch among them: there are several because a model's layers do not find
+ * their KV in a cache either. */
 struct bench_case;
 
 struct bench_case *bench_case_new(const struct shape *shape, const struct mlak_backend *backend,

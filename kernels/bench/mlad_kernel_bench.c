@@ -22,7 +22,7 @@ static const char usage[] =
     "Times decodes by direct calls of a backend, and prints the ceilings of the machine first: read bandwidth and the\n"
     "rates of the vector instructions, on the same threads. KV is cold: copies of the batch are used in turn.\n"
     "  --device NAME       cpu (default), reference, or a GPU's UUID (GPU-...), which is timed by its own events and\n"
-    "                      without ceilings\n"
+    "                      has no ceilings\n"
     "  --variant NAME      generic, avx2, avx512 or amx; the best of this processor by default\n"
     "  --threads N         default: one for each processor\n"
     "  --dtype NAME        bf16, fp16, e4m3, bf16_e4m3 or bf16_656 (q and KV types); all by default\n"
@@ -31,6 +31,7 @@ static const char usage[] =
     "  --heads N           default 16\n"
     "  --kv-len N          default 4096\n"
     "  --page-size N       default 64\n"
+    "  --copies N          of the batch, 1..4096; default: as many as exceed the last-level cache twice\n"
     "  --seconds S         of each case, default 1\n"
     "  --json              a line of JSON for each result\n"
     "  --serve             with --dtype and --q-len: run the case once for each line on standard input, which holds\n"
@@ -72,15 +73,17 @@ static uint32_t types_of(const char *name)
 
 static struct options parse(int argc, char **argv)
 {
-    enum { DEVICE = 256, VARIANT, THREADS, DTYPE, Q_LEN, BATCH, HEADS, KV_LEN, PAGE_SIZE, SECONDS, JSON, SERVE, HELP };
+    enum { DEVICE = 256, VARIANT, THREADS, DTYPE, Q_LEN, BATCH, HEADS, KV_LEN, PAGE_SIZE, COPIES, SECONDS, JSON, SERVE,
+           HELP };
     static const struct option table[] = {
         {"device", 1, NULL, DEVICE},       {"variant", 1, NULL, VARIANT},
         {"threads", 1, NULL, THREADS},     {"dtype", 1, NULL, DTYPE},
         {"q-len", 1, NULL, Q_LEN},         {"batch", 1, NULL, BATCH},
         {"heads", 1, NULL, HEADS},         {"kv-len", 1, NULL, KV_LEN},
-        {"page-size", 1, NULL, PAGE_SIZE}, {"seconds", 1, NULL, SECONDS},
-        {"json", 0, NULL, JSON},           {"serve", 0, NULL, SERVE},
-        {"help", 0, NULL, HELP},           {NULL, 0, NULL, 0},
+        {"page-size", 1, NULL, PAGE_SIZE}, {"copies", 1, NULL, COPIES},
+        {"seconds", 1, NULL, SECONDS},     {"json", 0, NULL, JSON},
+        {"serve", 0, NULL, SERVE},         {"help", 0, NULL, HELP},
+        {NULL, 0, NULL, 0},
     };
     struct options options = {.device = "cpu", .types = UINT32_MAX, .seconds = 1,
                               .shape = {.batch = 8, .heads = 16, .kv_len = 4096, .page_size = 64}};
@@ -96,6 +99,7 @@ static struct options parse(int argc, char **argv)
         case HEADS: options.shape.heads = number("heads", optarg, 1, MLAK_MAX_HEADS); break;
         case KV_LEN: options.shape.kv_len = number("kv-len", optarg, 1, 1 << 24); break;
         case PAGE_SIZE: options.shape.page_size = number("page-size", optarg, 1, MLAK_MAX_PAGE); break;
+        case COPIES: options.shape.copies = number("copies", optarg, 1, 4096); break;
         case SECONDS:
             if (!parse_seconds(optarg, &options.seconds))
                 refuse("seconds", optarg, "give a number above 0, to 3600");
@@ -122,13 +126,19 @@ static size_t cache_bytes(const struct mlak_backend *backend)
     return size > 16 << 20 ? size < 256 << 20 ? (size_t)size : 256 << 20 : 16 << 20;
 }
 
+/* A GPU has none. */
+static bool has_ceilings(const struct ceilings *ceilings) { return ceilings->rate[CEILING_READ] > 0; }
+
 static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, const char *device, const char *variant,
                            bool json)
 {
+    bool any = has_ceilings(ceilings);
     if (json)
         printf("{\"type\":\"ceilings\",\"device\":\"%s\",\"variant\":\"%s\",\"threads\":%u", device, variant, threads);
-    else
+    else if (any)
         printf("%s, variant %s, %u thread%s. Ceilings:\n", device, variant, threads, threads == 1 ? "" : "s");
+    else
+        printf("%s, variant %s\n", device, variant);
     for (int i = 0; i < CEILING_COUNT; i++) {
         const char *name = ceiling_name((enum ceiling)i), *unit = i == CEILING_READ ? "GB/s" : "GFLOP/s";
         if (ceilings->rate[i] == 0)
@@ -141,27 +151,30 @@ static void print_ceilings(const struct ceilings *ceilings, uint32_t threads, co
     if (json)
         printf("}\n");
     else
-        printf("%-10s %5s %5s %5s %6s %5s %10s %10s %10s %8s %9s  %s\n", "dtype", "batch", "heads", "q_len", "kv_len",
-               "page", "median us", "min us", "p90 us", "KV GB/s", "GFLOP/s", "of the ceiling");
+        printf("%-10s %5s %5s %5s %6s %5s %10s %10s %10s %8s %9s%s\n", "dtype", "batch", "heads", "q_len", "kv_len",
+               "page", "median us", "min us", "p90 us", "KV GB/s", any ? "GFLOP/s" : "TFLOP/s",
+               any ? "  of the ceiling" : "");
     fflush(stdout);
 }
 
 static void print_case(const struct options *options, const struct shape *shape, const struct ceilings *ceilings,
                        const char *variant, const struct timing *timing)
 {
-    double least = 0;
-    enum ceiling ceiling = CEILING_READ;
-    if (ceilings->rate[CEILING_READ] > 0)
-        ceiling = binding_ceiling(ceilings, variant, shape->types, timing, &least);
-    printf(
-        options->json
-            ? "{\"type\":\"case\",\"dtype\":\"%s\",\"batch\":%u,\"heads\":%u,\"q_len\":%u,\"kv_len\":%u,"
-              "\"page_size\":%u,\"median_us\":%.2f,\"min_us\":%.2f,\"p90_us\":%.2f,\"kv_gbps\":%.2f,\"gflops\":%.1f,"
-              "\"fraction\":%.3f,\"ceiling\":\"%s\",\"launches\":%u}\n"
-            : "%-10s %5u %5u %5u %6u %5u %10.1f %10.1f %10.1f %8.2f %9.1f  %.3f of %s (%u launches)\n",
-        shape_types_name(shape->types), shape->batch, shape->heads, shape->q_len, shape->kv_len, shape->page_size,
-        timing->median / 1e3, timing->least / 1e3, timing->p90 / 1e3, timing->bytes / timing->median,
-        timing->flop / timing->median, least / timing->median, ceiling_name(ceiling), timing->launches);
+    double least = 0, gflops = timing->flop / timing->median;
+    printf(options->json
+               ? "{\"type\":\"case\",\"dtype\":\"%s\",\"batch\":%u,\"heads\":%u,\"q_len\":%u,\"kv_len\":%u,"
+                 "\"page_size\":%u,\"median_us\":%.2f,\"min_us\":%.2f,\"p90_us\":%.2f,\"kv_gbps\":%.2f,"
+               : "%-10s %5u %5u %5u %6u %5u %10.1f %10.1f %10.1f %8.2f ",
+           shape_types_name(shape->types), shape->batch, shape->heads, shape->q_len, shape->kv_len, shape->page_size,
+           timing->median / 1e3, timing->least / 1e3, timing->p90 / 1e3, timing->bytes / timing->median);
+    if (has_ceilings(ceilings)) {
+        enum ceiling ceiling = binding_ceiling(ceilings, variant, shape->types, timing, &least);
+        printf(options->json ? "\"gflops\":%.1f,\"fraction\":%.3f,\"ceiling\":\"%s\"," : "%9.1f  %.3f of %s", gflops,
+               least / timing->median, ceiling_name(ceiling));
+    } else {
+        printf(options->json ? "\"tflops\":%.3f," : "%9.1f ", gflops / 1e3);
+    }
+    printf(options->json ? "\"launches\":%u}\n" : " (%u launches)\n", timing->launches);
     fflush(stdout);
 }
 

@@ -2,6 +2,7 @@
 emulated, and the driver fails on demand.
 
 usage: test_gpu.py, with MLAD_BIN, MLACTL_BIN, VMM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,46 @@ def decode(daemon, **extra):
 def every_combination_meets_the_bar(daemon):
     result = daemon.json("verify", "--device", GPU, "--cases", 18)
     assert len(result["rows"]) == 18 and not result["failures"], result
+
+
+def a_tiny_bench(daemon, *arguments):
+    result = daemon.ctl("bench", "--device", GPU, "--batch", 1, "--kv-len", 4, "--seconds", 1, *arguments,
+                        MLAD_FAKE_CUDA_CONTROL="")
+    assert result.returncode == 0, result
+    return result.stdout
+
+
+def bench_times_the_gpu_and_the_daemon_and_names_no_ceilings(daemon):
+    report = json.loads(a_tiny_bench(daemon, "--json"))
+    assert set(report) == {"device", "variant", "load", "batch", "heads", "kv_len", "page_size", "cases",
+                           "round_trip"}, report
+    assert (report["device"], report["batch"], report["kv_len"]) == (GPU, 1, 4)
+    assert [case["q_len"] for case in report["cases"]] == [1, 4]
+    for case in report["cases"]:
+        assert set(case) == {"q_len", "rounds", "direct_ns", "daemon_ns", "overhead_us", "one_at_a_time_ns",
+                             "one_at_a_time_overhead_us", "direct_kv_gb_s", "daemon_kv_gb_s", "direct_tflop_s",
+                             "daemon_over_direct"}, case
+        assert case["rounds"] >= 5
+        for side in ("direct", "daemon"):
+            assert abs(case[f"{side}_kv_gb_s"] * case[f"{side}_ns"] - 4 * 1152) < 1, case
+        assert abs(case["overhead_us"] * 1000 - (case["daemon_ns"] - case["direct_ns"])) < 1, case
+        assert abs(case["direct_tflop_s"] * case["direct_ns"] * 1000 - 2 * 1088 * 16 * case["q_len"] * 4) < 1, case
+    assert 0 < report["round_trip"]["decode_p50_ns"] and "ratio_pass" not in report["round_trip"]
+    text = a_tiny_bench(daemon)
+    assert GPU in text and "one-key decode" in text and "KV GB/S" in text, text
+    assert not any(word in text for word in ("ceiling", "CEILING", "pass", "MISS", "threads")), text
+
+
+def the_kernels_own_bench_names_no_ceilings_either(_):
+    program = os.path.join(os.path.dirname(os.environ["MLAD_BIN"]), "../libexec/mlad/mlad-kernel-bench")
+    words = [program, "--device", GPU, "--dtype", "bf16", "--q-len", "1", "--batch", "1", "--kv-len", "4", "--copies",
+             "16", "--seconds", "0.01"]
+    lines = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True).stdout.splitlines()
+    ceilings, case = map(json.loads, lines)
+    assert set(ceilings) == {"type", "device", "variant", "threads"}, ceilings
+    assert case["median_us"] > 0 and "tflops" in case and not {"fraction", "ceiling", "gflops"} & set(case), case
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "TFLOP/s" in text and "KV GB/s" in text and "eiling" not in text, text
 
 
 def nothing_stays_held(daemon):
@@ -274,8 +315,9 @@ for test in (a_gpu_that_is_not_there_is_absent_with_its_reason, the_worker_lists
     test()
     print("ok   ", test.__name__, flush=True)
 try:
-    run([every_combination_meets_the_bar, nothing_stays_held, a_failed_import_is_the_clients_error_and_only_that,
-         a_sticky_error_is_a_delay_for_the_client,
+    run([every_combination_meets_the_bar, bench_times_the_gpu_and_the_daemon_and_names_no_ceilings,
+         the_kernels_own_bench_names_no_ceilings_either, nothing_stays_held,
+         a_failed_import_is_the_clients_error_and_only_that, a_sticky_error_is_a_delay_for_the_client,
          a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
          a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
          vmm_memory_decodes_as_any_other, vmm_outputs_may_not_lie_in_inputs,

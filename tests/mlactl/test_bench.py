@@ -5,6 +5,7 @@ from daemon import Daemon, run
 def every_figure_is_there(daemon):
     report = daemon.json("bench", "--seconds", 1)
     assert report["ceilings"]["read_gb_s"] > 0 and report["ceilings"]["matmul_gflop_s"] > 0 and report["ceilings"]["matmul"]
+    assert (report["device"], report["batch"], report["kv_len"]) == ("cpu", 8, 4096) and report["threads"] > 0
     assert [case["q_len"] for case in report["cases"]] == [1, 4]
     for case in report["cases"]:
         assert case["rounds"] >= 5 and case["daemon_ns"] > 0 and case["one_at_a_time_ns"] > 0
@@ -22,13 +23,14 @@ def the_table_marks_the_targets(daemon):
     assert "ceilings: read" in text and "one-key decode" in text
 
 
-def the_cpu_device_is_needed(daemon):
+def only_cpu_and_gpus_are_measured(daemon):
     other = Daemon("reference")
     try:
-        assert "cpu" in other.json("bench", code=1)["error"]
+        assert "cpu or a GPU" in other.json("bench", "--device", "reference", code=1)["error"]
+        assert "cpu" in other.json("bench", "--device", "cpu", code=1)["error"]
     finally:
         other.stop()
 
 
 if __name__ == "__main__":
-    run([every_figure_is_there, the_table_marks_the_targets, the_cpu_device_is_needed], Daemon("cpu"))
+    run([every_figure_is_there, the_table_marks_the_targets, only_cpu_and_gpus_are_measured], Daemon("cpu"))
