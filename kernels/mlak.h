@@ -182,7 +182,7 @@ struct mlak_memory {
     uint8_t handle[64];           /* CUDA_IPC: a bearer secret, never logged; the caller wipes it */
     const int *fds;               /* CUDA_VMM: [n_fds], stay the caller's */
     uint32_t n_fds;
-    char gpu[64];                 /* CUDA_*: "GPU-..." on which the memory lies, as the client says; checked */
+    char gpu[64];                 /* CUDA_*: "GPU-..." on which the memory lies, as the client says; checked for VMM */
     uint64_t allocation;          /* CUDA_VMM: bytes of each allocation, a multiple of its granularity; up to 2^48 */
     uint64_t offset;              /* CUDA_*: from the start of the (first) allocation to the buffer */
     uint64_t bytes;               /* of the buffer */

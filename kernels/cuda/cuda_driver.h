@@ -33,7 +33,6 @@
     D(host_unregister, cuMemHostUnregister, (void *)) \
     D(host_pointer, cuMemHostGetDevicePointer_v2, (CUdeviceptr *, void *, unsigned)) \
     D(address_range, cuMemGetAddressRange_v2, (CUdeviceptr *, size_t *, CUdeviceptr)) \
-    D(pointer_attribute, cuPointerGetAttribute, (void *, CUpointer_attribute, CUdeviceptr)) \
     D(ipc_open, cuIpcOpenMemHandle_v2, (CUdeviceptr *, CUipcMemHandle, unsigned)) \
     D(ipc_close, cuIpcCloseMemHandle, (CUdeviceptr)) \
     D(address_reserve, cuMemAddressReserve, (CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long)) \

@@ -102,18 +102,13 @@ failed:
     return fault->code;
 }
 
-static enum mlak_code fail_elsewhere(const struct mlak_memory *what, struct mlak_fault *fault)
-{
-    return mlak_fail(fault, MLAK_INVALID, "gpu",
-                     "the handle's memory does not lie on %.48s; give the GPU it was allocated on", what->gpu);
-}
-
-static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_memory *what, CUdevice gpu,
-                               struct cuda_opened *opened, struct mlak_fault *fault)
+/* On which GPU a handle's memory lies is the client's word: of an opened handle the driver names the GPU that opened it
+ * (seen with driver 580), wherever the memory is. A wrong word costs the client speed, or its KV is refused. */
+static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_memory *what, struct cuda_opened *opened,
+                               struct mlak_fault *fault)
 {
     CUipcMemHandle handle;
     CUdeviceptr base;
-    int ordinal = -1;
     memcpy(&handle, what->handle, sizeof handle);
     CUresult result = cu->ipc_open(&opened->base, handle, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
     explicit_bzero(&handle, sizeof handle);
@@ -122,12 +117,8 @@ static enum mlak_code open_ipc(const struct mlak_driver *cu, const struct mlak_m
                                 "cuIpcOpenMemHandle", result);
     memcpy(opened->handle, what->handle, sizeof opened->handle);
     TRY(address_range, "handle", &base, &opened->bytes, opened->base);
-    TRY(pointer_attribute, "gpu", &ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, opened->base);
-    if (ordinal == (int)gpu) {
-        opened->bytes -= opened->base - base; /* less what lies before the handle's memory */
-        return MLAK_OK;
-    }
-    fail_elsewhere(what, fault);
+    opened->bytes -= opened->base - base; /* less what lies before the handle's memory */
+    return MLAK_OK;
 failed:
     cu->ipc_close(opened->base);
     explicit_bzero(opened->handle, sizeof opened->handle);
@@ -216,7 +207,9 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
         return NULL;
     struct cuda_opened *opened = what->kind == MLAK_MEMORY_CUDA_IPC ? find_handle(memory, what->handle) : NULL;
     if (opened && opened->gpu != gpu) {
-        fail_elsewhere(what, fault);
+        mlak_fail(fault, MLAK_INVALID, "gpu",
+                  "the handle's memory was registered before, and as on another GPU than %.48s; give the one that it was "
+                  "allocated on", what->gpu);
         return NULL;
     }
     if (opened) {
@@ -234,7 +227,7 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
     opened->gpu = gpu;
     opened->local = !host && gpu == memory->gpu;
     enum mlak_code code = host                                 ? open_host(memory, what, opened, fault)
-                          : what->kind == MLAK_MEMORY_CUDA_IPC ? open_ipc(memory->cu, what, gpu, opened, fault)
+                          : what->kind == MLAK_MEMORY_CUDA_IPC ? open_ipc(memory->cu, what, opened, fault)
                                                                : open_vmm(memory, what, gpu, opened, fault);
     if (code != MLAK_OK) {
         free(opened);

@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-struct ipc { uint64_t magic, id, size; int pid, fd, device; };
+struct ipc { uint64_t magic, id, size; int pid, fd; };
 struct fake_physical { struct fake_physical *next; int fd, device, refs, handles; size_t size; };
 
 static const uint64_t MAGIC = 0x4d4c414446414b45;
@@ -27,7 +27,7 @@ API(cuIpcGetMemHandle, (CUipcMemHandle *out, CUdeviceptr p), (out, p))
     struct fake_range *r = fake_find(p, false);
     bool ok = r && r->kind == FAKE_LEGACY;
     struct ipc ipc = {.magic = MAGIC, .pid = (int)getpid()};
-    if (ok) ipc.id = r->id, ipc.size = r->size, ipc.fd = r->fd, ipc.device = r->device;
+    if (ok) ipc.id = r->id, ipc.size = r->size, ipc.fd = r->fd;
     UNLOCK();
     memset(out, 0, sizeof *out);
     memcpy(out, &ipc, sizeof ipc);
@@ -52,7 +52,7 @@ API(cuIpcOpenMemHandle_v2, (CUdeviceptr *out, CUipcMemHandle handle, unsigned fl
         bool whole = fd >= 0 && fstat(fd, &st) == 0 && (uint64_t)st.st_size == ipc.size;
         void *at = whole ? fake_map(fd, ipc.size, PROT_READ | PROT_WRITE) : NULL;
         if (fd >= 0) close(fd);
-        if (at && (r = fake_add(FAKE_IMPORT, (uint64_t)at, ipc.size, ipc.device, -1)))
+        if (at && (r = fake_add(FAKE_IMPORT, (uint64_t)at, ipc.size, fake_current_device(), -1)))
             r->owner = ipc.pid, r->owner_id = ipc.id;
     }
     if (r) *out = r->base;
