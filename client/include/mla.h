@@ -140,7 +140,8 @@ MLA_API mla_status mla_buffer_import(mla_client *client, int memfd, uint64_t off
  * us for each allocation of cuMemCreate: not for the decode path. */
 MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, size_t bytes, mla_access access,
                                             mla_buffer **buffer, mla_error *error);
-/* Wait for all work on a CUDA stream of this process (a cudaStream_t; NULL: the default one). */
+/* Wait for all work on a CUDA stream of this process (a cudaStream_t; NULL: the default one). MLA_DEVICE_LOST: the
+ * process's own GPU context is lost, which under MPS another process may cause. */
 MLA_API mla_status mla_stream_drain(void *stream, mla_error *error);
 
 /* Its first byte here; NULL for GPU memory, and if an import cannot be mapped. */

@@ -80,10 +80,21 @@ static mla_status need_driver(mla_error *error)
                : MLA_OK;
 }
 
+/* Errors that stay: this process's context is of no use any more, of its own doing or, under MPS, of another's. */
+static bool is_lost(int code)
+{
+    return code == 700 || code == 702 || code == 709 || code == 710 || (code >= 714 && code <= 719) ||
+           (code >= 805 && code <= 810);
+}
+
 static mla_status driver_fail(mla_error *error, const char *field, const char *call, int code)
 {
     const char *text = NULL;
     driver.error_text(code, &text);
+    if (is_lost(code))
+        return mlac_fail(error, MLA_DEVICE_LOST, field,
+                         "%s: %s (%d); this process's GPU context is lost, start the process again", call,
+                         text ? text : "unknown error", code);
     return mlac_fail(error, MLA_BUFFER, field, "%s: %s (%d)%s", call, text ? text : "unknown error", code,
                      code == ERROR_INVALID_CONTEXT ? "; call cudaSetDevice in this thread first" : "");
 }

@@ -289,7 +289,6 @@ static void each_call_of_an_import_may_fail(void **state)
         int n; /* which one */
     } calls[] = {{false, "cuIpcOpenMemHandle", 1},
                  {false, "cuMemGetAddressRange", 1},
-                 {false, "cuPointerGetAttribute", 1},
                  {true, "cuMemImportFromShareableHandle", 1},
                  {true, "cuMemImportFromShareableHandle", 3},
                  {true, "cuMemGetAllocationPropertiesFromHandle", 2},
