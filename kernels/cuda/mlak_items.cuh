@@ -45,9 +45,10 @@ struct item_end {
 };
 __device__ static inline struct item_end item_end(const struct mlak_row *row, uint32_t head, float maximum, float sum)
 {
-    float top = maximum, weight = maximum == -INFINITY ? 0 : 1;
+    float top = maximum, weight = maximum == -INFINITY ? 0 : 1, natural = NAN;
     if (row->sink != NULL) {
-        float sink = read_once(&row->sink[head]) * ITEM_LOG2_E;
+        natural = read_once(&row->sink[head]);
+        float sink = natural * ITEM_LOG2_E; /* infinite, of the largest numbers */
         top = fmaxf(maximum, sink);
         weight = maximum == top && top != -INFINITY ? 1 : maximum == -INFINITY ? 0 : power_of_two(maximum - top);
         sum = sum * weight + (sink == -INFINITY ? 0 : sink == top ? 1 : power_of_two(sink - top));
@@ -55,8 +56,8 @@ __device__ static inline struct item_end item_end(const struct mlak_row *row, ui
     struct item_end end;
     end.factor = weight == 0 ? 0 : weight * row->v_scale / sum;
     end.lse = top == -INFINITY ? -INFINITY : top + log2f(sum);
-    if (row->lse_base == MLAK_LSE_E)
-        end.lse *= ITEM_LN_2;
+    if (row->lse_base == MLAK_LSE_E) /* where there is only a sink, it is the outcome, unrounded */
+        end.lse = weight == 0 && sum == 1 && natural == natural ? natural : end.lse * ITEM_LN_2;
     return end;
 }
 

@@ -82,6 +82,27 @@ def the_kernels_own_bench_names_no_ceilings_either(_):
     assert "TFLOP/s" in text and "KV GB/s" in text and "eiling" not in text, text
 
 
+def a_launch_that_hangs_is_a_delay_for_the_client():
+    daemon = Daemon(GPU, "-o", "worker_timeout=1s")
+    try:
+        inject("hang=1")
+        results = []
+        thread = threading.Thread(target=lambda: results.append(decode(daemon)))
+        thread.start()
+        deadline = time.monotonic() + 30
+        while daemon.devices()[GPU]["restarts"] == 0:
+            assert time.monotonic() < deadline, daemon.devices()
+            time.sleep(0.05)
+        assert not results, results  # it was in the hanging launch, and waits for another worker
+        assert daemon.ctl("health").returncode == 1, daemon.ctl("health")
+        inject()
+        thread.join(30)
+        assert results and results[0].returncode == 0, results
+    finally:
+        inject()
+        daemon.stop()
+
+
 LOSE_THE_CONTEXT = """
 import ctypes, sys
 cuda, mla = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(sys.argv[1])
@@ -336,7 +357,7 @@ def all_is_cpu_and_every_gpu():
 
 
 for test in (a_gpu_that_is_not_there_is_absent_with_its_reason, the_worker_lists_the_gpus_and_says_why_there_is_none,
-             all_is_cpu_and_every_gpu):
+             all_is_cpu_and_every_gpu, a_launch_that_hangs_is_a_delay_for_the_client):
     test()
     print("ok   ", test.__name__, flush=True)
 try:

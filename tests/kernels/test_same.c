@@ -10,7 +10,7 @@
 
 #include <cmocka.h>
 
-enum { B = 4, H = 3, Q = 4 };
+enum { B = 4, H = 6, Q = 4 }; /* 24 folded rows: more than one block of 16, less than one of 32 */
 
 static struct mlak_batch plain_shape(void) { return maker_plain(B, H, Q); }
 

@@ -32,6 +32,12 @@ class Refusals(unittest.TestCase):
         self.assertIsInstance(caught.exception, ValueError)
         return caught.exception.message
 
+    def test_negative_shapes(self):
+        for shape in (-5, (2, -3), (2, 1.5)):
+            with self.assertRaises(mlad.InvalidArgument) as caught:
+                self.client.empty(shape, np.float16)
+            self.assertEqual(caught.exception.field, "shape")
+
     def test_arguments(self):
         self.decode()
         for field, changes in (
@@ -49,6 +55,16 @@ class Refusals(unittest.TestCase):
                 ("block_table", {"block_table": np.zeros((2, 2), np.int64)}),
                 ("block_table", {"block_table": [[0, 1]]}),
                 ("seqlens", {"seqlens": np.zeros((2, 1), np.int32)}),
+                ("seqlens", {"seqlens": [2**32 + 7, 30]}),
+                ("seqlens", {"seqlens": [20.9, 30]}),
+                ("seqlens", {"seqlens": [True, True]}),
+                ("seqlens", {"seqlens": [[20], [30, 1]]}),
+                ("block_table", {"block_table": [[0, 1.0], [2, 3]]}),
+                ("softmax_scale", {"softmax_scale": None}),
+                ("softmax_scale", {"softmax_scale": True}),
+                ("deterministic", {"deterministic": "no"}),
+                ("dcp", {"dcp": 3}),
+                ("lse_base", {"lse_base": [1]}),
                 ("mask", {"mask": "full"}),
                 ("mask", {"mask": np.ones(4, bool)}),
                 ("tree_mask", {"mask": np.ones(3, np.uint64)}),

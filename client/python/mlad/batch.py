@@ -70,7 +70,7 @@ class Description:
     def small(self, array, field, dtypes, *shapes):
         """The same for metadata, which is copied into shared memory where it is not there already."""
         if isinstance(array, (list, tuple)) and "i32" in dtypes:
-            array = np.asarray(array, np.int32)
+            array = _integers(array, field)
         seen = self.see(array, field)
         arrays.require(seen, field, dtypes, *shapes)
         if seen.packed() and (self.memory.locate(seen) or seen.kind == "cuda"):
@@ -100,6 +100,22 @@ class Description:
                 target.kind, target.tensor = _libmla.SCALE_TENSOR, _libmla.mla_tensor(lease.segment.buffer, int(start))
             else:
                 setattr(self.batch, field, _libmla.mla_tensor(lease.segment.buffer, int(start)))
+
+
+def _integers(values, field):
+    """A list of integers as int32; what int32 cannot hold is refused, not wrapped or cut."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise invalid(field, f"it must be a list of integers, or of lists of one length: {error}") from None
+    if array.size == 0:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise invalid(field, f"it must hold integers, not {array.dtype}")
+    limits = np.iinfo(np.int32)
+    if int(array.min()) < limits.min or int(array.max()) > limits.max:
+        raise invalid(field, f"it must hold int32; it has {int(array.min())}..{int(array.max())}")
+    return array.astype(np.int32)
 
 
 def _bytes(array):
@@ -150,17 +166,21 @@ def describe(memory, copy_metadata, q, kv, block_table, seqlens, *, softmax_scal
         if scale is not None:
             _scale(d, scale, field)
 
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, np.integer, np.floating)):
+        raise invalid("softmax_scale", f"it must be a number, not {softmax_scale!r}")
     b.softmax_scale = float(softmax_scale)
     b.window = _count(window, "window")
-    dcp = (1, 0, 1) if dcp is None else tuple(dcp)
-    if len(dcp) != 3:
+    dcp = (1, 0, 1) if dcp is None else dcp
+    if not isinstance(dcp, (tuple, list)) or len(dcp) != 3:
         raise invalid("dcp", f"it must be (world, rank, interleave), not {dcp}")
     world, rank, interleave = dcp
     b.dcp_world, b.dcp_rank = _count(world, "dcp", 1), _count(rank, "dcp")
     b.dcp_interleave = _count(interleave, "dcp", 1)
-    if lse_base not in _LSE_BASES:
+    if not isinstance(lse_base, str) or lse_base not in _LSE_BASES:
         raise invalid("lse_base", f'it must be "e" or "2", not {lse_base!r}')
-    b.lse_base, b.deterministic = _LSE_BASES[lse_base], int(bool(deterministic))
+    if not isinstance(deterministic, (bool, np.bool_)):
+        raise invalid("deterministic", f"it must be True or False, not {deterministic!r}")
+    b.lse_base, b.deterministic = _LSE_BASES[lse_base], int(deterministic)
 
     if out is None:
         out = _output(d, q, q_seen, "out", "fp16" if q_seen.dtype == "fp16" else "bf16", rows + (LATENT,))

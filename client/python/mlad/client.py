@@ -205,6 +205,8 @@ class Client:
             raise invalid("like", f'it must be "numpy" or "torch", not {like!r}')
         name = arrays.dtype_name(dtype)
         shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+        if not all(isinstance(n, (int, np.integer)) and n >= 0 for n in shape):
+            raise invalid("shape", f"it must hold integers of at least 0, not {shape}")
         size = int(np.prod(shape, dtype=object)) * arrays.ITEM_BYTES[name]
         with self._lock:
             self._use()
