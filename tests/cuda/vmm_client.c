@@ -329,6 +329,27 @@ static void run_failing(const char *word)
     mla_close(client);
 }
 
+/* Its own context is lost, by a launch that the fake driver lets fail. */
+static void run_lost(void)
+{
+    static char job[1 << 16];
+    void *parameters[] = {job};
+    CUstream stream;
+    CUmodule module;
+    CUfunction kernel;
+    mla_error error;
+    CU(cuStreamCreate, (CUstream *, unsigned), &stream, 1);
+    CU(cuModuleLoadData, (CUmodule *, const void *), &module, "x");
+    CU(cuModuleGetFunction, (CUfunction *, CUmodule, const char *), &kernel, module, "mlak_x");
+    REQUIRE(mla_stream_drain(stream, &error) == MLA_OK, error.message);
+    CU(cuLaunchKernel,
+       (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **),
+       kernel, 1, 1, 1, 32, 1, 1, 0, stream, parameters, NULL);
+    mla_status status = mla_stream_drain(stream, &error);
+    REQUIRE(status == MLA_DEVICE_LOST && strstr(error.message, "start the process again"),
+            status == MLA_OK ? "it worked" : error.message);
+}
+
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
@@ -343,9 +364,11 @@ int main(int argc, char **argv)
         run_refusals();
     else if (strcmp(name, "many") == 0)
         run_many();
+    else if (strcmp(name, "lost") == 0)
+        run_lost();
     else if (strcmp(name, "failing") == 0 && argc > 2)
         run_failing(argv[2]);
     else
-        die("usage", "vmm-client decode | replay | overlap | refusals | many | failing WORD");
+        die("usage", "vmm-client decode | replay | overlap | refusals | many | lost | failing WORD");
     return 0;
 }

@@ -103,31 +103,6 @@ def a_launch_that_hangs_is_a_delay_for_the_client():
         daemon.stop()
 
 
-LOSE_THE_CONTEXT = """
-import ctypes, sys
-cuda, mla = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL(sys.argv[1])
-stream, module, kernel, context = (ctypes.c_void_p() for _ in range(4))
-assert cuda.cuInit(0) == 0 and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
-assert cuda.cuCtxSetCurrent(context) == 0 and cuda.cuStreamCreate(ctypes.byref(stream), 1) == 0
-assert cuda.cuModuleLoadData(ctypes.byref(module), b"x") == 0
-assert cuda.cuModuleGetFunction(ctypes.byref(kernel), module, b"mlak_x") == 0
-assert mla.mla_stream_drain(stream, None) == 0
-job = ctypes.create_string_buffer(65536)
-parameters = (ctypes.c_void_p * 1)(ctypes.addressof(job))
-assert cuda.cuLaunchKernel(kernel, 1, 1, 1, 32, 1, 1, 0, stream, parameters, None) == 0
-error = ctypes.create_string_buffer(4 + 64 + 512)
-print(mla.mla_stream_drain(stream, error), error.raw[68:].split(b"\\0")[0].decode())
-"""
-
-
-def a_lost_context_of_the_clients_own_is_said_to_be_lost(daemon):
-    library = os.path.join(os.path.dirname(os.environ["MLAD_BIN"]), "..", "lib", "libmla.so.0")
-    inject("sticky=1")
-    done = subprocess.run([sys.executable, "-c", LOSE_THE_CONTEXT, library], capture_output=True, text=True, timeout=60)
-    inject()
-    assert done.stdout.startswith("27 ") and "start the process again" in done.stdout, done
-
-
 def nothing_stays_held(daemon):
     deadline = time.monotonic() + 10
     while daemon.devices()[GPU]["held_bytes"] or daemon.devices()[GPU]["sessions"]:
@@ -225,6 +200,10 @@ def vmm(daemon, *arguments, **extra):
         assert time.monotonic() < deadline, (arguments, extra, before, worker_holds(daemon))
         time.sleep(0.05)
     return output
+
+
+def a_lost_context_of_the_clients_own_is_said_to_be_lost(daemon):
+    vmm(daemon, "lost", MLAD_FAKE_CUDA="sticky=1")
 
 
 def vmm_memory_decodes_as_any_other(daemon):
@@ -364,10 +343,10 @@ try:
     run([every_combination_meets_the_bar, bench_times_the_gpu_and_the_daemon_and_names_no_ceilings,
          the_kernels_own_bench_names_no_ceilings_either, nothing_stays_held,
          a_failed_import_is_the_clients_error_and_only_that, a_sticky_error_is_a_delay_for_the_client,
-         a_lost_context_of_the_clients_own_is_said_to_be_lost,
          a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
          a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
-         vmm_memory_decodes_as_any_other, vmm_outputs_may_not_lie_in_inputs,
+         a_lost_context_of_the_clients_own_is_said_to_be_lost, vmm_memory_decodes_as_any_other,
+         vmm_outputs_may_not_lie_in_inputs,
          memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
          any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
          vmm_memory_is_exported_again_for_another_worker, nothing_stays_held], Daemon(f"reference,{GPU}"))
