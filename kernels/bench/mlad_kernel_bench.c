@@ -237,6 +237,8 @@ int main(int argc, char **argv)
     struct bench bench = {.backend = mlak_backend(options.device)};
     if (bench.backend == NULL)
         refuse("device", options.device, "there is no such device; give cpu, reference or a GPU's UUID");
+    if (options.threads > 0 && bench.backend->time_batches != NULL)
+        refuse("threads", "", "a GPU computes with none of ours; leave it out");
     bench.device = bench.backend->open(
         &(struct mlak_options){.threads = options.threads, .variant = options.variant, .device = options.device},
         &fault);

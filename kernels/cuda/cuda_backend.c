@@ -110,7 +110,7 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
     if (device->split_grid > MLAK_CUDA_PREPARE_THREADS)
         device->split_grid = MLAK_CUDA_PREPARE_THREADS;
-    device->combine_grid = (unsigned)processors * 3; /* all there at a time */
+    device->combine_grid = (unsigned)processors * 3;
     return MLAK_OK;
 }
 
@@ -133,6 +133,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(host_alloc, "memory", (void **)&device->cancelled, sizeof *device->cancelled, flags);
     TRY(host_alloc, "memory", (void **)&device->row_results, ROWS * sizeof *device->row_results, flags);
     memset(device->result, 0, sizeof *device->result);
+    *device->cancelled = 0; /* no launch has this ticket */
     job->rows = (void *)device->rows;
     job->requests = (void *)device->requests;
     job->starts = (void *)device->starts;
@@ -475,8 +476,8 @@ static enum mlak_code cuda_time_batches(struct mlak_device *device, const struct
     float milliseconds = 0;
     for (uint32_t i = 0; i < count; i++)
         if (batches[i].batch > MLAK_CUDA_MAX_REQUESTS || batches[i].deterministic)
-            return mlak_fail(fault, MLAK_UNSUPPORTED, "batch", "timed are batches of at most %d requests, not deterministic",
-                             MLAK_CUDA_MAX_REQUESTS);
+            return mlak_fail(fault, MLAK_UNSUPPORTED, "batch",
+                             "timed are batches of at most %d requests, not deterministic", MLAK_CUDA_MAX_REQUESTS);
     TRY(context_set, "", device->context);
     TRY(event_new, "", &events[0], CU_EVENT_DEFAULT);
     CUresult result = device->cu->event_new(&events[1], CU_EVENT_DEFAULT);

@@ -151,10 +151,13 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
                                                                    PREPARE_MIN_TILES);
     request.first = shared->first[now][thread] - own;
 
-    uint32_t slots = request.splits > 1 ? request.blocks * request.splits : 0, merges = 0;
-    now = prepare_sum(shared->slots, slots, job.count);
-    request.first_slot = shared->slots[now][thread] - slots;
-    slots = shared->slots[now][job.count - 1];
+    uint32_t slots = 0, merges = 0;
+    if (batch->deterministic) {
+        slots = request.splits > 1 ? request.blocks * request.splits : 0;
+        now = prepare_sum(shared->slots, slots, job.count);
+        request.first_slot = shared->slots[now][thread] - slots;
+        slots = shared->slots[now][job.count - 1];
+    }
     if (thread < job.count)
         merges = prepare_merges(&request, &job.rows[thread], share);
     now = prepare_sum(shared->merges, merges, job.count);

@@ -252,11 +252,14 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     assert_true(before > 0);
     inject("hang=1");
     memset(rows, 0, sizeof rows);
+    memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0]}), 0);
     assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     pthread_join(thread, NULL);
     assert_int_equal(rows[0].code, MLAK_ROW_CANCELLED);
     assert_int_equal(progress, before); /* not an item of it ran */
+    for (size_t i = 0; i < made->tensor[MLAK_T_OUT].bytes; i++)
+        assert_int_equal(made->tensor[MLAK_T_OUT].data[i], 0xff);
     backend->close(device);
     made_free(made);
 }

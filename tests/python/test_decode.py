@@ -28,8 +28,7 @@ class Decode(unittest.TestCase):
         self.rng = np.random.default_rng(1)
 
     def check(self, q_type="bf16", kv_type="bf16", out_type=None, q_len=4, heads=6, seqlens=(70, 3, 0), cu_q=None,
-    page_size=16,
-              extra=(), oracle=(), change=None, four=False):
+              page_size=16, extra=(), oracle=(), change=None, four=False):
         """Decode a random batch; `extra` goes to decode(), `oracle` states the same for the oracle."""
         extra, oracle = dict(extra), dict(oracle)
         requests, pages = len(seqlens), 16

@@ -96,7 +96,21 @@ class Pending:
             self._client._orphans.append((self._ticket, self._keep))
 
 
-class Plan:
+class _Closing:
+    """What has a close() that gives its `_handle` back: at the end of a `with`, or when it is collected."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+class Plan(_Closing):
     """One batch, validated once, for an engine's every step. Its arrays stay alive with it; their contents may change
     between submissions. `out` and `lse` are written by each decode."""
 
@@ -129,18 +143,8 @@ class Plan:
         if handle is not None:
             self._client._closed_plans.append(handle)
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if getattr(self, "_handle", None) is not None:
-            self.close()
-
-
-class Client:
+class Client(_Closing):
     """A connection to one device. Any thread may use it. After fork() the child must not.
 
     socket: the daemon's; None: $MLAD_SOCKET, else /run/mlad/mlad.sock. device: "cpu", "GPU-<uuid>", ...; None:
@@ -183,16 +187,6 @@ class Client:
             handle, self._handle = self._handle, None
             if handle is not None and self._pid == os.getpid():
                 _libmla.library().mla_close(handle)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __del__(self):
-        if getattr(self, "_handle", None) is not None:
-            self.close()
 
     # Memory.
 
