@@ -147,7 +147,13 @@ struct mlak_row {
                         * set MLAK_ROW_CANCELLED while it runs */
     int64_t detail[2]; /* PAGE_RANGE: column, page; TOO_LONG: local keys, room; by __atomic_*, before code */
 };
-enum mlak_row_code { MLAK_ROW_OK = 0, MLAK_ROW_SEQLEN_NEGATIVE, MLAK_ROW_SEQLEN_TOO_LONG, MLAK_ROW_PAGE_RANGE, MLAK_ROW_CANCELLED };
+enum mlak_row_code {
+    MLAK_ROW_OK = 0,
+    MLAK_ROW_SEQLEN_NEGATIVE,
+    MLAK_ROW_SEQLEN_TOO_LONG,
+    MLAK_ROW_PAGE_RANGE,
+    MLAK_ROW_CANCELLED
+};
 
 /* Fail a row from a kernel: its block_table[column] holds `page`, outside 0..pages-1. From any thread; the first one
  * counts. */
@@ -221,8 +227,8 @@ struct mlak_backend {
      * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
      *   pointers are the device's. rows[0..count) are zeros to begin with; it fills request, local_len, page_size,
      *   pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons the launch
-     *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its snapshot.
-     *   MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its
+     *   snapshot. MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
@@ -234,7 +240,8 @@ struct mlak_backend {
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.
      * memory_copy: between host and device memory in any direction, done on return; MLAK_OK or MLAK_LOST.
      * time_batches: launch batches[0..count) one after the other without a pause, `rounds` times, and say how many
-     *   nanoseconds passed on the device. Each has at most 1024 requests. As launch_batch, but nothing is told of rows. */
+     *   nanoseconds passed on the device. Each has at most 1024 requests. As launch_batch, but nothing is told of
+     *   rows. */
     void *(*memory_new)(struct mlak_device *device, uint64_t bytes, struct mlak_fault *fault);
     void (*memory_free)(struct mlak_device *device, void *memory);
     enum mlak_code (*memory_copy)(struct mlak_device *device, void *to, const void *from, uint64_t bytes);
@@ -251,8 +258,8 @@ struct mlak_gpu {
     char device[64]; /* its name as a device: "GPU-..." */
     char model[96];  /* for people: "NVIDIA H100 80GB HBM3" */
 };
-/* The GPUs that this process sees, in the driver's order, `most` at most; their number. 0: `why` says what is missing. May
- * take seconds: it starts the driver. Whether the kernels run on one is for its open to say. */
+/* The GPUs that this process sees, in the driver's order, `most` at most; their number. 0: `why` says what is missing.
+ * May take seconds: it starts the driver. Whether the kernels run on one is for its open to say. */
 uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why);
 
 /* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.

@@ -1,5 +1,5 @@
-/* mlak_prepare.c - a batch becomes rows of the request table, on the host, and what is said of rows that failed. The rows'
- * own arithmetic is mlak_rows.h.
+/* mlak_prepare.c - a batch becomes rows of the request table, on the host, and what is said of rows that failed. The
+ * rows' own arithmetic is mlak_rows.h.
  *
  * Client arrays (seqlens, cu_q, tree_mask, scales) may change at any moment. Each of their elements is read here
  * exactly once and only the copy is judged and used; block_table is left to the kernels. Rows are their caller's. */

@@ -111,8 +111,8 @@ static bool allocate(struct bench_case *bench)
     bench->rows = calloc((size_t)bench->copies * batch->batch, sizeof *bench->rows);
     bench->times = calloc(MAX_LAUNCHES, sizeof *bench->times);
     bench->batches = calloc(bench->copies, sizeof *bench->batches);
-    return bench->batches != NULL && bench->kv != NULL && bench->q != NULL && bench->out != NULL && bench->table != NULL &&
-           bench->seqlens != NULL && bench->rows != NULL && bench->times != NULL;
+    return bench->batches != NULL && bench->kv != NULL && bench->q != NULL && bench->out != NULL &&
+           bench->table != NULL && bench->seqlens != NULL && bench->rows != NULL && bench->times != NULL;
 }
 
 static uint64_t aligned(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -123,7 +123,11 @@ static enum mlak_code move_to_device(struct bench_case *bench, struct mlak_fault
     const struct mlak_backend *backend = bench->backend;
     const struct mlak_batch *batch = &bench->batch;
     const struct { enum mlak_tensor tensor; const void *from; } rest[] = {
-        {MLAK_T_Q, bench->q}, {MLAK_T_OUT, bench->out}, {MLAK_T_BLOCK_TABLE, bench->table}, {MLAK_T_SEQLENS, bench->seqlens}};
+        {MLAK_T_Q, bench->q},
+        {MLAK_T_OUT, bench->out},
+        {MLAK_T_BLOCK_TABLE, bench->table},
+        {MLAK_T_SEQLENS, bench->seqlens},
+    };
     uint64_t kv = aligned(bench->kv_bytes), bytes = kv * bench->copies;
     const uint8_t *at[4];
     for (int i = 0; i < 4; i++)
@@ -224,7 +228,8 @@ static enum mlak_code run_on_device(struct bench_case *bench, double seconds, ui
     double begin = bench_now(), ns = 0;
     uint32_t rounds = bench->copies < 16 ? 16 / bench->copies + 1 : 1;
     enum mlak_code code = bench->backend->time_batches(bench->device, bench->batches, bench->copies, 1, &ns, NULL);
-    for (*samples = 0; code == MLAK_OK && *samples < MAX_LAUNCHES && (*samples < 3 || bench_now() - begin < seconds * 1e9);
+    for (*samples = 0; code == MLAK_OK && *samples < MAX_LAUNCHES &&
+                       (*samples < 3 || bench_now() - begin < seconds * 1e9);
          ++*samples) {
         code = bench->backend->time_batches(bench->device, bench->batches, bench->copies, rounds, &ns, NULL);
         bench->times[*samples] = ns / ((double)rounds * bench->copies);

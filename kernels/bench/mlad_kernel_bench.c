@@ -185,7 +185,8 @@ static int run_case(const struct bench *bench, const struct options *options, co
 {
     struct mlak_fault fault = {0};
     struct timing timing;
-    struct bench_case *bench_case = bench_case_new(shape, bench->backend, bench->device, cache_bytes(bench->backend), &fault);
+    struct bench_case *bench_case =
+        bench_case_new(shape, bench->backend, bench->device, cache_bytes(bench->backend), &fault);
     if (bench_case == NULL) {
         fprintf(stderr, "mlad-kernel-bench: %s: %s\n", fault.field, fault.message);
         return 1;

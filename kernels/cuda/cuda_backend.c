@@ -238,16 +238,6 @@ static const struct mlak_capability *cuda_capabilities(const struct mlak_device 
 
 /* ---- launch ---- */
 
-static enum mlak_cuda_types types_of(const struct mlak_batch *batch)
-{
-    switch (batch->kv_format) {
-    case MLAK_KV_BF16: return MLAK_CUDA_BF16;
-    case MLAK_KV_FP16: return MLAK_CUDA_FP16;
-    case MLAK_KV_E4M3_656: return MLAK_CUDA_BF16_656;
-    default: return batch->q_dtype == MLAK_E4M3 ? MLAK_CUDA_FP8 : MLAK_CUDA_BF16_FP8;
-    }
-}
-
 static enum mlak_code lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
 {
     struct mlak_fault own;
@@ -293,7 +283,7 @@ static CUresult drain(struct mlak_device *device, uint64_t ticket)
 static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
 {
     void *parameters[] = {job};
-    enum mlak_cuda_types types = types_of(&job->batch);
+    enum mlak_cuda_types types = mlak_cuda_types_of(&job->batch);
     job->rows_per_item = mlak_cuda_rows(&job->batch, device->most_shared);
     bool wide = job->rows_per_item == 32;
     const struct {

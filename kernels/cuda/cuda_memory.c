@@ -208,8 +208,8 @@ static struct cuda_opened *find_or_open(struct cuda_memory *memory, const struct
     struct cuda_opened *opened = what->kind == MLAK_MEMORY_CUDA_IPC ? find_handle(memory, what->handle) : NULL;
     if (opened && opened->gpu != gpu) {
         mlak_fail(fault, MLAK_INVALID, "gpu",
-                  "the handle's memory was registered before, and as on another GPU than %.48s; give the one that it was "
-                  "allocated on", what->gpu);
+                  "the handle's memory was registered before, and as on another GPU than %.48s; give the one that it "
+                  "was allocated on", what->gpu);
         return NULL;
     }
     if (opened) {

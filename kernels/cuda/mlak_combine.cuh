@@ -52,7 +52,8 @@ __device__ static inline float combine_most(float value) /* of the warp */
     return value;
 }
 
-/* The request of folded row `merge`: the last that begins at or before it. Two looks of 32 requests find one of 1024. */
+/* The request of folded row `merge`: the last that begins at or before it. Two looks of 32 requests find one of
+ * 1024. */
 __device__ static uint32_t combine_request(const struct mlak_cuda_job *job, uint32_t merge)
 {
     uint32_t lane = threadIdx.x % 32, found = 0;
@@ -76,7 +77,7 @@ __device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t ind
         return;
     float top = -INFINITY;
     for (uint32_t i = lane; i < parts.count; i += 32)
-        top = fmaxf(top, combine_part(job, &parts, i)[MLAK_CUDA_M * MLAK_V + r]);
+        top = fmaxf(top, combine_part(job, &parts, i)[part_maximum(r)]);
     top = combine_most(top);
     for (; quarter < end_quarter; quarter++) {
         uint32_t column = quarter * COMBINE_COLUMNS + lane * 4;
@@ -85,11 +86,11 @@ __device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t ind
 #pragma unroll 8
         for (uint32_t i = 0; i < parts.count; i++) {
             const float *part = combine_part(job, &parts, i);
-            float4 value = *(const float4 *)(const void *)(part + r * MLAK_V + column);
-            float own = part[MLAK_CUDA_M * MLAK_V + r];
+            float4 value = *(const float4 *)(const void *)(part + part_o(r, column));
+            float own = part[part_maximum(r)];
             float weight = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
             bool counts = weight != 0; /* what a part without a visible key holds may be NaN */
-            sum += counts ? weight * part[MLAK_CUDA_M * (MLAK_V + 1) + r] : 0;
+            sum += counts ? weight * part[part_sum(r)] : 0;
             o.x += counts ? weight * value.x : 0;
             o.y += counts ? weight * value.y : 0;
             o.z += counts ? weight * value.z : 0;

@@ -40,11 +40,11 @@ struct mlak_cuda_schedule {
     uint64_t work;                 /* tiles of all row blocks; deterministic: items */
     uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
-    uint32_t merges;               /* folded rows that combine looks at: those that may have been split or have no tile */
+    uint32_t merges;               /* folded rows that combine looks at: maybe split, or without a tile */
     int32_t refused;               /* MLAK_BATCH: nothing of the launch runs */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
-    uint64_t cancelled;            /* the host's, by a copy: the ticket of a launch that should stop as soon as may be */
+    uint64_t cancelled;            /* the host's, by a copy: ticket of a launch that should stop as soon as may be */
 };
 
 /* What the schedule says of a request; device memory. */
@@ -97,6 +97,16 @@ enum mlak_cuda_types {
     MLAK_CUDA_BF16_656,
     MLAK_CUDA_TYPES
 };
+static inline enum mlak_cuda_types mlak_cuda_types_of(const struct mlak_batch *batch)
+{
+    switch (batch->kv_format) {
+    case MLAK_KV_BF16: return MLAK_CUDA_BF16;
+    case MLAK_KV_FP16: return MLAK_CUDA_FP16;
+    case MLAK_KV_E4M3_656: return MLAK_CUDA_BF16_656;
+    default: return batch->q_dtype == MLAK_E4M3 ? MLAK_CUDA_FP8 : MLAK_CUDA_BF16_FP8;
+    }
+}
+
 /* Rows of an item: 32 where most requests have more than 16 folded rows, as one walk over the keys then serves them
  * all. Of a deterministic batch from the heads alone, since the blocks decide where a request is split. */
 static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t shared_bytes)

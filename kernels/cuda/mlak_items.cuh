@@ -1,42 +1,96 @@
-/* mlak_items.cuh - what the split and the combine kernel share: which request an item belongs to, and how a row ends.
- */
+/* mlak_items.cuh - what the kernels do with an item that does not depend on how they compute it: begin one, find its
+ * keys, end its rows. */
 #ifndef MLAK_ITEMS_CUH
 #define MLAK_ITEMS_CUH
 
-#include "mlak_cuda.h"
-#include "mlak_ptx.cuh"
-#include "mlak_rows.h"
+#include "mlak_schedule.cuh"
 
 #define ITEM_LOG2_E 1.4426950408889634f
 #define ITEM_LN_2 0.6931471805599453f
 
-/* The last request that begins at or before `at`. Requests without any tile begin where the next one does, and are
- * passed over. */
-__device__ static inline uint32_t item_request(const struct mlak_cuda_request *requests, uint32_t count, uint64_t at)
+/* ---- begin ---- */
+
+/* Copy the item's request to `row`, in shared memory, by all `threads` of the block, and begin with `failed`, shared
+ * too: the request has a bad page, or the launch is cancelled. False: there is nothing to do. Until the next barrier
+ * some threads may still have to look at `failed`: nobody sets it before. */
+__device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct item *item, struct mlak_row *row,
+                                        int *failed, uint32_t threads)
 {
-    uint32_t low = 0, high = count;
-    while (high - low > 1) {
-        uint32_t middle = (low + high) / 2;
-        if (requests[middle].first <= at)
-            low = middle;
-        else
-            high = middle;
+    const uint64_t *from = (const uint64_t *)(const void *)&job->rows[item->request];
+    static_assert(sizeof *row % 8 == 0, "copied in words");
+    for (uint32_t i = threadIdx.x; i < sizeof *row / 8; i += threads)
+        ((uint64_t *)(void *)row)[i] = from[i];
+    if (threadIdx.x == 0)
+        *failed = item_cancelled(job);
+    __syncthreads();
+    return row->code == MLAK_ROW_OK && !*failed;
+}
+
+/* Which rows the item has, of at most `most`, and what they see together. */
+__device__ static inline void item_look(struct item *item, const struct mlak_row *row, uint32_t most)
+{
+    uint32_t folded = row->q_len * row->heads;
+    item->first_row = item->block * most;
+    item->rows = (uint32_t)row_least(folded - item->first_row, most);
+    item->first_token = item->first_row / row->heads;
+    item->end_token = (item->first_row + item->rows - 1) / row->heads + 1;
+    item->any = row_visible_any(row, item->first_token, item->end_token, &item->any_bits);
+    item->all_lo = row_visible(row, item->end_token - 1).lo;
+    item->all_end = row_visible(row, item->first_token).base;
+}
+
+/* The token of row `r` of the item; a row too many sees as the last. */
+__device__ static inline uint32_t item_token(const struct item *item, const struct mlak_row *row, uint32_t r)
+{
+    return r < item->rows ? (item->first_row + r) / row->heads : item->end_token - 1;
+}
+
+/* ---- keys ---- */
+
+enum { ITEM_NOBODY = -1 }; /* address of a key that no row of the item sees */
+
+/* A key of a tile on its way to its address: the page id is asked for early and used late. */
+struct item_key {
+    bool seen;
+    uint32_t column, slot; /* of the block table; of the page */
+    int32_t page;
+};
+
+/* Key `i` of a tile; none from MLAK_CUDA_TILE on. A page is needed iff some row of the item sees one of its keys. */
+__device__ static inline struct item_key item_ask(const struct item *item, const struct mlak_row *row, uint32_t tile,
+                                                  uint32_t i)
+{
+    int64_t c = (int64_t)tile * MLAK_CUDA_TILE + i;
+    struct item_key key = {false, 0, 0, 0};
+    if (i >= MLAK_CUDA_TILE || c < item->any.lo || c >= item->any.hi ||
+        (c >= item->any.base && !row_tree_sees(row, item->any_bits, c)))
+        return key;
+    key.seen = true;
+    key.column = (uint32_t)c / row->page_size; /* lengths are int32: so are keys */
+    key.slot = (uint32_t)c - key.column * row->page_size;
+    key.page = read_once(&row->block_table[key.column]);
+    return key;
+}
+
+/* The key's address, from row->kv on; or ITEM_NOBODY. A page that is needed and out of range fails the request,
+ * `shared_by_all` of the job, and nothing is read from it. */
+__device__ static inline int64_t item_settle(const struct mlak_row *row, struct mlak_row *shared_by_all,
+                                             const struct item_key *key, int *failed)
+{
+    if (key->seen && key->page >= 0 && (uint32_t)key->page < row->pages)
+        return (int64_t)((uint64_t)key->page * row->page_stride + (uint64_t)key->slot * row->row_stride);
+    if (key->seen) {
+        if (atomicCAS((unsigned long long *)&shared_by_all->detail[0], (unsigned long long)-1,
+                      (unsigned long long)key->column) == (unsigned long long)-1) {
+            shared_by_all->detail[1] = key->page;
+            shared_by_all->code = MLAK_ROW_PAGE_RANGE;
+        }
+        *failed = 1;
     }
-    return low;
+    return ITEM_NOBODY;
 }
 
-/* Slots of the parts of thread block `block` of the split kernel: of the item that its share begins with, and of the one
- * that it ends with, if that is another. */
-__device__ static inline uint32_t item_slot(uint64_t block, bool begins)
-{
-    return (uint32_t)(block * 2 + (begins ? 0 : 1));
-}
-
-/* Nobody wants the launch's result any more. */
-__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job)
-{
-    return read_once(&job->schedule->cancelled) == job->ticket;
-}
+/* ---- end ---- */
 
 /* A row's last step. `maximum` and `sum` are of its visible keys, in base 2; -inf and 0 without any. The sink is one
  * more logit, in natural-log units. */
@@ -69,6 +123,14 @@ __device__ static inline void item_store(const struct mlak_row *row, uint32_t r,
     b = factor == 0 ? 0 : b * factor;
     uint32_t *to = (uint32_t *)(void *)(row->out + ((uint64_t)r * MLAK_V + column) * 2);
     *to = row->out_dtype == MLAK_BF16 ? pack_bf16(a, b) : pack_fp16(a, b);
+}
+
+/* An item is complete. One thread. */
+__device__ static inline void item_done(const struct mlak_cuda_job *job)
+{
+    unsigned long long done = atomicAdd(&job->schedule->progress, 1ull) + 1;
+    if (done % MLAK_CUDA_SIGN_OF_LIFE == 0)
+        write_for_host(&job->result->progress, done);
 }
 
 #endif

@@ -96,8 +96,8 @@ __device__ static uint32_t prepare_merges(const struct mlak_cuda_request *reques
     return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : row->q_len * row->heads;
 }
 
-/* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. Entries from `count`
- * on are no one's. Returns which of the two steps holds the result. */
+/* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. Entries from
+ * `count` on are no one's. Returns which of the two steps holds the result. */
 template <typename T>
 __device__ static uint32_t prepare_sum(T sums[2][MLAK_CUDA_PREPARE_THREADS], T own, uint32_t count)
 {

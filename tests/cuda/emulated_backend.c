@@ -50,12 +50,7 @@ static const struct mlak_capability *emulated_capabilities(const struct mlak_dev
 static const char *split_kernel(const struct mlak_batch *batch, bool wide, char name[64])
 {
     static const char *const types[MLAK_CUDA_TYPES] = MLAK_CUDA_TYPE_NAMES;
-    enum mlak_cuda_types which = batch->kv_format == MLAK_KV_BF16       ? MLAK_CUDA_BF16
-                                 : batch->kv_format == MLAK_KV_FP16     ? MLAK_CUDA_FP16
-                                 : batch->kv_format == MLAK_KV_E4M3_656 ? MLAK_CUDA_BF16_656
-                                 : batch->q_dtype == MLAK_E4M3          ? MLAK_CUDA_FP8
-                                                                        : MLAK_CUDA_BF16_FP8;
-    snprintf(name, 64, "mlak_cuda_split_%s%s", wide ? "wide_" : "", types[which]);
+    snprintf(name, 64, "mlak_cuda_split_%s%s", wide ? "wide_" : "", types[mlak_cuda_types_of(batch)]);
     return name;
 }
 

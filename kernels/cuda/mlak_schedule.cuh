@@ -1,0 +1,128 @@
+/* mlak_schedule.cuh - the schedule's items: how a thread block of a split kernel walks through its share of them, and
+ * where their parts lie.
+ *
+ * Nothing here depends on a tile's shape in a split kernel, nor on its number of threads. */
+#ifndef MLAK_SCHEDULE_CUH
+#define MLAK_SCHEDULE_CUH
+
+#include "mlak_cuda.h"
+#include "mlak_ptx.cuh"
+#include "mlak_rows.h"
+
+/* An item. The first lines are schedule_next's to fill; the others are item_look's (mlak_items.cuh). */
+struct item {
+    uint32_t request, block; /* its place in the job's requests; row block */
+    uint32_t tile, end_tile;
+    float *part; /* its slot; NULL: to out */
+    uint32_t first_row, rows; /* folded rows of the block */
+    uint32_t first_token, end_token;
+    struct mlak_visible any; /* what any of its rows sees */
+    uint64_t any_bits;
+    int64_t all_lo, all_end; /* keys that all of its rows see: no mask needed */
+};
+
+/* The last request that begins at or before `at`. Requests without any tile begin where the next one does, and are
+ * passed over. */
+__device__ static inline uint32_t item_request(const struct mlak_cuda_request *requests, uint32_t count, uint64_t at)
+{
+    uint32_t low = 0, high = count;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (requests[middle].first <= at)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Slots of the parts of thread block `block` of the split kernel: of the item that its share begins with, and of the
+ * one that it ends with, if that is another. */
+__device__ static inline uint32_t item_slot(uint64_t block, bool begins)
+{
+    return (uint32_t)(block * 2 + (begins ? 0 : 1));
+}
+
+/* Nobody wants the launch's result any more. */
+__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job)
+{
+    return read_once(&job->schedule->cancelled) == job->ticket;
+}
+
+/* In a slot, counted in floats: O of row `r` of the item, not normalised; its maximum, of log2 scores; its sum. */
+__device__ static inline uint32_t part_o(uint32_t r, uint32_t column)
+{
+    return r * MLAK_V + column;
+}
+__device__ static inline uint32_t part_maximum(uint32_t r)
+{
+    return MLAK_CUDA_M * MLAK_V + r;
+}
+__device__ static inline uint32_t part_sum(uint32_t r)
+{
+    return MLAK_CUDA_M * (MLAK_V + 1) + r;
+}
+
+/* ---- a thread block's share ---- */
+
+/* Tiles (deterministic: items) of all, from the thread block's next one on. */
+struct schedule_walk {
+    uint64_t at, end;
+};
+
+__device__ static inline struct schedule_walk schedule_begin(const struct mlak_cuda_job *job)
+{
+    uint64_t share = job->schedule->share;
+    struct schedule_walk walk = {share ? blockIdx.x * share : blockIdx.x, job->schedule->work};
+    if (share)
+        walk.end = (uint64_t)row_least((int64_t)(walk.at + share), (int64_t)walk.end);
+    return walk;
+}
+
+/* The next item, into the same `item` as the one before it: which it is, its tiles, and where it goes. False: there is
+ * none. All threads. */
+__device__ static inline bool schedule_next(const struct mlak_cuda_job *job, struct schedule_walk *walk,
+                                            struct item *item)
+{
+    uint64_t at = walk->at, share = job->schedule->share;
+    if (at >= walk->end)
+        return false;
+    item->part = NULL;
+    if (share == 0) {
+        item->request = item_request(job->requests, job->count, at);
+        const struct mlak_cuda_request *request = &job->requests[item->request];
+        uint32_t own = (uint32_t)(at - request->first), split = own / request->blocks;
+        item->block = own % request->blocks;
+        item->tile = split * request->split_tiles;
+        item->end_tile = (uint32_t)row_least(item->tile + request->split_tiles, request->tiles);
+        if (request->splits > 1)
+            item->part = job->parts + (request->first_slot + (uint64_t)item->block * request->splits + split) *
+                                          MLAK_CUDA_PART_FLOATS;
+        walk->at += gridDim.x;
+    } else {
+        bool begins = at == blockIdx.x * share;
+        if (begins) {
+            struct mlak_cuda_start start = job->starts[blockIdx.x];
+            item->request = start.request;
+            item->block = start.block;
+            item->tile = start.tile;
+        } else {
+            item->tile = 0;
+            item->block++;
+            while (item->block >= job->requests[item->request].blocks || job->requests[item->request].tiles == 0) {
+                item->request++;
+                item->block = 0;
+            }
+        }
+        uint32_t tiles = job->requests[item->request].tiles;
+        item->end_tile = (uint32_t)row_least(item->tile + (int64_t)(walk->end - at), tiles);
+        if (item->tile > 0 || item->end_tile < tiles)
+            item->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
+        walk->at += item->end_tile - item->tile;
+    }
+    item->tile += job->requests[item->request].first_tile;
+    item->end_tile += job->requests[item->request].first_tile;
+    return true;
+}
+
+#endif
