@@ -17,6 +17,6 @@ enum { MLAK_CONTRACT_ROWS = 18 };
 void mlak_whole_contract(struct mlak_capability rows[MLAK_CONTRACT_ROWS], const char *variant);
 
 /* cuda_capabilities.c: the table of every GPU that the cuda backend opens. */
-void mlak_cuda_capabilities(struct mlak_capability rows[MLAK_CONTRACT_ROWS]);
+void mlak_cuda_capabilities(struct mlak_capability rows[MLAK_CONTRACT_ROWS], bool wgmma);
 
 #endif

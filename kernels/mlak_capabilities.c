@@ -121,7 +121,7 @@ static void add_reference(void)
 static void add_gpu(void)
 {
     struct mlak_capability rows[MLAK_CONTRACT_ROWS];
-    mlak_cuda_capabilities(rows);
+    mlak_cuda_capabilities(rows, false);
     for (size_t i = 0; i < MLAK_CONTRACT_ROWS; i++)
         add_row("GPU", &rows[i]);
 }

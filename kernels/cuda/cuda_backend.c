@@ -17,7 +17,7 @@
 #include <time.h>
 
 enum {
-    LEAST_SLOTS = 2048, /* of scratch: 135 MB; deterministic batches take 64 a request */
+    LEAST_SLOTS = 1024, /* of scratch: 135 MB; deterministic batches take 64 a request */
     SPIN = 2000, /* looks at the completion word before the thread gives way */
     NAP_NS = 20000,
     LOOKS_A_QUERY = 64 /* looks at the completion word for each question to the driver */
@@ -30,7 +30,10 @@ struct mlak_device {
     CUdevice gpu;
     CUcontext context;
     CUmodule module;
-    CUfunction prepare, split[MLAK_CUDA_TYPES], wide[MLAK_CUDA_TYPES], combine; /* wide: NULL without the room */
+    CUfunction prepare, combine, split[MLAK_CUDA_TYPES];
+    CUfunction wide[MLAK_CUDA_TYPES]; /* NULL without the room */
+    bool wgmma;                       /* it is Hopper, and its own kernels are wanted */
+    CUfunction split_wgmma[MLAK_CUDA_WGMMA_TYPES];
     CUstream stream, control; /* control: what overtakes a launch */
     unsigned split_grid, combine_grid, split_shared, most_shared;
     struct cuda_memory memory;
@@ -72,6 +75,7 @@ static enum mlak_code find_gpu(struct mlak_device *device, const char *name, str
         return mlak_fail(fault, MLAK_UNSUPPORTED, "device", "the driver sees %d GPUs, and none is %.48s", count, name);
     TRY(device_attribute, "device", &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device->gpu);
     TRY(device_attribute, "device", &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device->gpu);
+    device->wgmma = major == 9 && minor == 0;
     if (major < 8)
         return mlak_fail(fault, MLAK_UNSUPPORTED, "device",
                          "the GPU's compute capability is %d.%d; the kernels need 8.0 or higher", major, minor);
@@ -105,6 +109,13 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
         TRY(module_function, "kernels", &device->wide[i], device->module, name);
         TRY(function_attribute, "kernels", device->wide[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
             MLAK_CUDA_SPLIT_SHARED_WIDE);
+    }
+    for (unsigned i = 0; device->wgmma && i < MLAK_CUDA_WGMMA_TYPES; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "mlak_cuda_split_wgmma_%s", types[i]);
+        TRY(module_function, "kernels", &device->split_wgmma[i], device->module, name);
+        TRY(function_attribute, "kernels", device->split_wgmma[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            MLAK_CUDA_SPLIT_SHARED_WGMMA);
     }
     TRY(occupancy, "kernels", &resident, device->split[0], MLAK_CUDA_THREADS, device->split_shared);
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
@@ -151,12 +162,16 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
 static enum mlak_code open_device(struct mlak_device *device, const struct mlak_options *options,
                                   struct mlak_fault *fault)
 {
-    if (options->variant && strcmp(options->variant, "mma") != 0)
-        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "a GPU has no variant %.64s; leave it out",
-                         options->variant);
+    const char *variant = options->variant;
+    if (variant && strcmp(variant, "mma") != 0 && strcmp(variant, "wgmma") != 0)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "a GPU has no variant %.64s; leave it out", variant);
     enum mlak_code code = find_gpu(device, options->device ? options->device : "", fault);
     if (code != MLAK_OK)
         return code;
+    if (variant && strcmp(variant, "wgmma") == 0 && !device->wgmma)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "wgmma needs compute capability 9.0; leave it out");
+    if (variant && strcmp(variant, "mma") == 0)
+        device->wgmma = false;
     TRY(context_retain, "device", &device->context, device->gpu);
     TRY(context_set, "device", device->context);
     cuda_memory_init(&device->memory, device->cu, device->gpu);
@@ -215,13 +230,13 @@ static struct mlak_device *cuda_open(const struct mlak_options *options, struct 
         cuda_close(device);
         return NULL;
     }
-    mlak_cuda_capabilities(device->capabilities);
+    mlak_cuda_capabilities(device->capabilities, device->wgmma);
     return device;
 }
 
 static const char *cuda_variant(const struct mlak_device *device)
 {
-    return device->capabilities[0].variant;
+    return device->wgmma ? "wgmma" : "mma";
 }
 
 static uint32_t cuda_threads(const struct mlak_device *device)
@@ -284,15 +299,19 @@ static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *
 {
     void *parameters[] = {job};
     enum mlak_cuda_types types = mlak_cuda_types_of(&job->batch);
-    job->rows_per_item = mlak_cuda_rows(&job->batch, device->most_shared);
-    bool wide = job->rows_per_item == 32;
+    job->rows_per_item = mlak_cuda_rows(&job->batch, device->most_shared, device->wgmma);
+    job->abreast = mlak_cuda_abreast(&job->batch, job->rows_per_item);
+    bool wgmma = job->rows_per_item == 64, wide = job->rows_per_item == 32;
     const struct {
         CUfunction kernel;
         unsigned grid, block, shared;
     } kernels[] = {
         {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
-        {wide ? device->wide[types] : device->split[types], device->split_grid, MLAK_CUDA_THREADS,
-         wide ? MLAK_CUDA_SPLIT_SHARED_WIDE : device->split_shared},
+        {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], device->split_grid,
+         wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS,
+         wgmma  ? MLAK_CUDA_SPLIT_SHARED_WGMMA
+         : wide ? MLAK_CUDA_SPLIT_SHARED_WIDE
+                : device->split_shared},
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
     };
     for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {

@@ -15,23 +15,24 @@ enum { COMBINE_QUARTERS = 4, COMBINE_COLUMNS = MLAK_V / COMBINE_QUARTERS };
 struct combine_parts {
     uint32_t count;
     bool written; /* its one part went to out */
-    uint64_t first_block, begin, share; /* thread blocks from first_block on; begin: the row block's first tile */
+    uint64_t first_share, begin, share; /* shares from first_share on; begin: the strip's first tile */
+    uint32_t abreast, own;              /* which of the thread blocks of a share */
     uint32_t first_slot;
 };
 
 __device__ static inline struct combine_parts combine_find(const struct mlak_cuda_job *job,
                                                            const struct mlak_cuda_request *request, uint32_t block)
 {
-    struct combine_parts parts = {0, false, 0, 0, job->schedule->share, 0};
+    struct combine_parts parts = {0, false, 0, 0, job->schedule->share, job->abreast, block % job->abreast, 0};
     if (request->tiles == 0)
         return parts;
     if (parts.share == 0) {
         parts.count = request->splits;
         parts.first_slot = request->first_slot + block * request->splits;
     } else {
-        parts.begin = request->first + (uint64_t)block * request->tiles;
-        parts.first_block = parts.begin / parts.share;
-        parts.count = (uint32_t)((parts.begin + request->tiles - 1) / parts.share - parts.first_block + 1);
+        parts.begin = request->first + (uint64_t)(block / job->abreast) * request->tiles;
+        parts.first_share = parts.begin / parts.share;
+        parts.count = (uint32_t)((parts.begin + request->tiles - 1) / parts.share - parts.first_share + 1);
     }
     parts.written = parts.count == 1;
     return parts;
@@ -40,8 +41,10 @@ __device__ static inline struct combine_parts combine_find(const struct mlak_cud
 __device__ static inline const float *combine_part(const struct mlak_cuda_job *job, const struct combine_parts *parts,
                                                    uint32_t i)
 {
-    uint64_t block = parts->first_block + i;
-    uint32_t slot = parts->share == 0 ? parts->first_slot + i : item_slot(block, block * parts->share >= parts->begin);
+    uint64_t share = parts->first_share + i;
+    uint32_t slot = parts->share == 0 ? parts->first_slot + i
+                                      : item_slot(share * parts->abreast + parts->own,
+                                                  share * parts->share >= parts->begin);
     return job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
 }
 

@@ -7,29 +7,34 @@
  * Nothing of it depends on a length that the host knows, so a captured graph may be replayed with other lengths.
  *
  * An item is one row block (job.rows_per_item folded rows, token * heads + head) of one request over a range of its key
- * tiles. The schedule lays all tiles of all row blocks end to end and gives every thread block an equal share of them
- * (as FlashMLA and "Stream-K", Osama et al. 2023, do): a row block is split only where a share ends in it, and a thread
- * block has at most two parts that do not stand for a whole row block, in slots of its own. A deterministic batch is
- * split by each request's own length instead, into items that the thread blocks take in turn. */
+ * tiles. job.abreast thread blocks walk abreast, over the same tiles of a request at the same time and each for a row
+ * block of its own: so a tile that many rows need comes from memory once, and from the L2 cache for the others. Such row
+ * blocks are a strip. The schedule lays all tiles of all strips end to end and gives all that walk abreast an equal share
+ * of them (as FlashMLA and "Stream-K", Osama et al. 2023, do): a strip is split only where a share ends in it, and a
+ * thread block has at most two parts that do not stand for a whole row block, in slots of its own. A deterministic batch
+ * is split by each request's own length instead, into items that the thread blocks take in turn. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
 #include "mlak.h"
 
 enum {
-    MLAK_CUDA_M = 32,              /* folded rows of an item at most: 16 or 32, see mlak_cuda_rows */
+    MLAK_CUDA_M = 64,              /* folded rows of an item at most: 16, 32 or 64, see mlak_cuda_rows */
     MLAK_CUDA_TILE = 64,           /* keys of a tile */
     MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
+    MLAK_CUDA_WGMMA_THREADS = 512, /* of each block of the split kernels for Hopper */
+    MLAK_CUDA_MOST_ABREAST = 4,
     MLAK_CUDA_PREPARE_THREADS = 1024,
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
-    MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [32][512], maximum [32] (of log2
-                                                         * scores), sum [32] */
+    MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [64][512], maximum [64] (of log2
+                                                         * scores), sum [64] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
     MLAK_CUDA_PREPARE_SHARED = 33 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
+    MLAK_CUDA_SPLIT_SHARED_WGMMA = 231424, /* and 64 rows: those for Hopper; a block more of 1 KB may still start */
     MLAK_CUDA_COMBINE_SHARED = 16,
     MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
@@ -37,7 +42,7 @@ enum {
 /* How far the schedule went; device memory, filled by prepare. Kernels look at nothing that lies in host memory: a look
  * takes more than 1 us, and those of all blocks at one address follow one another. */
 struct mlak_cuda_schedule {
-    uint64_t work;                 /* tiles of all row blocks; deterministic: items */
+    uint64_t work;                 /* tiles of all strips; deterministic: items */
     uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
     uint32_t merges;               /* folded rows that combine looks at: maybe split, or without a tile */
@@ -50,7 +55,7 @@ struct mlak_cuda_schedule {
 /* What the schedule says of a request; device memory. */
 struct mlak_cuda_request {
     uint64_t first;                /* tile (deterministic: item) of all, with which it begins */
-    uint32_t blocks;               /* row blocks */
+    uint32_t blocks, strips;       /* row blocks, and what abreast makes of them */
     uint32_t tiles;                /* of each; counted from local key lo rounded down to a multiple of 64 */
     uint32_t first_tile;
     uint32_t first_merge;          /* its folded rows among those that combine looks at */
@@ -58,8 +63,8 @@ struct mlak_cuda_request {
     uint32_t first_slot;           /* deterministic: slot of (block, split): first_slot + block * splits + split */
 };
 
-/* Where a thread block's share begins; device memory. */
-struct mlak_cuda_start { uint32_t request, block, tile; };
+/* Where a share begins; device memory. */
+struct mlak_cuda_start { uint32_t request, strip, tile; };
 
 /* Pinned host memory, written by the device. */
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
@@ -74,13 +79,14 @@ struct mlak_cuda_result {
 struct mlak_cuda_job {
     struct mlak_batch batch;       /* pointers are the device's */
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
-    uint32_t rows_per_item;        /* 16, or 32 with the wide kernels */
+    uint32_t rows_per_item;        /* 16, 32 with the wide kernels, 64 with those for Hopper */
+    uint32_t abreast;              /* 1..MLAK_CUDA_MOST_ABREAST; deterministic: 1 */
     uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
     uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: FIXED_SLOTS * count */
     uint64_t ticket;
     struct mlak_row *rows;                 /* [count] */
     struct mlak_cuda_request *requests;    /* [count] */
-    struct mlak_cuda_start *starts;        /* [grid] */
+    struct mlak_cuda_start *starts;        /* [grid / abreast] */
     struct mlak_cuda_schedule *schedule;
     int32_t *cu_q;                         /* [batch.batch + 1]: the snapshot */
     float *parts;                          /* [max_slots][MLAK_CUDA_PART_FLOATS] */
@@ -92,7 +98,8 @@ struct mlak_cuda_job {
 enum mlak_cuda_types {
     MLAK_CUDA_BF16,
     MLAK_CUDA_FP16,
-    MLAK_CUDA_FP8,
+    MLAK_CUDA_WGMMA_TYPES, /* Hopper's own kernels are for those above */
+    MLAK_CUDA_FP8 = MLAK_CUDA_WGMMA_TYPES,
     MLAK_CUDA_BF16_FP8,
     MLAK_CUDA_BF16_656,
     MLAK_CUDA_TYPES
@@ -107,15 +114,29 @@ static inline enum mlak_cuda_types mlak_cuda_types_of(const struct mlak_batch *b
     }
 }
 
-/* Rows of an item: 32 where most requests have more than 16 folded rows, as one walk over the keys then serves them
- * all. Of a deterministic batch from the heads alone, since the blocks decide where a request is split. */
-static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t shared_bytes)
+/* Rows of an item: 64 where the device is Hopper (`wgmma`) and the types are those of its kernels; else 32 where most
+ * requests have more than 16 folded rows, as one walk over the keys then serves them all. Of a deterministic batch from
+ * the heads alone, since the blocks decide where a request is split. */
+static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t shared_bytes, bool wgmma)
 {
+    enum mlak_cuda_types types = mlak_cuda_types_of(batch);
     uint64_t rows = batch->deterministic ? batch->heads : batch->q_rows * batch->heads / batch->batch;
+    if (wgmma && types < MLAK_CUDA_WGMMA_TYPES)
+        return 64;
     return rows > 16 && shared_bytes >= MLAK_CUDA_SPLIT_SHARED_WIDE ? 32 : 16;
 }
 
-/* "mlak_cuda_split_" or "mlak_cuda_split_wide_" and one of these */
+/* Thread blocks abreast: as many as leave at most a fifth of them without a row block, in a request of mean size. */
+static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_t rows_per_item)
+{
+    uint64_t blocks = (batch->q_rows * batch->heads / batch->batch + rows_per_item - 1) / rows_per_item;
+    uint64_t abreast = batch->deterministic ? 1 : MLAK_CUDA_MOST_ABREAST;
+    while ((blocks + abreast - 1) / abreast * abreast * 4 > blocks * 5 && abreast > 1)
+        abreast--;
+    return (uint32_t)abreast;
+}
+
+/* "mlak_cuda_split_", "mlak_cuda_split_wide_" or "mlak_cuda_split_wgmma_" (the first two only) and one of these */
 #define MLAK_CUDA_TYPE_NAMES {"bf16", "fp16", "fp8", "bf16_fp8", "bf16_656"}
 
 #endif

@@ -115,14 +115,21 @@ __device__ static inline struct item_end item_end(const struct mlak_row *row, ui
     return end;
 }
 
-/* Two neighbouring elements of folded row r. */
-__device__ static inline void item_store(const struct mlak_row *row, uint32_t r, uint32_t column, float a, float b,
-                                         float factor)
+/* Two neighbouring elements of folded row r: where they go, and what is stored there. */
+__device__ static inline uint32_t *item_out(const struct mlak_row *row, uint32_t r, uint32_t column)
+{
+    return (uint32_t *)(void *)(row->out + ((uint64_t)r * MLAK_V + column) * 2);
+}
+__device__ static inline uint32_t item_pack(const struct mlak_row *row, float a, float b, float factor)
 {
     a = factor == 0 ? 0 : a * factor; /* a row that sees nothing is 0, whatever the others of its tile saw */
     b = factor == 0 ? 0 : b * factor;
-    uint32_t *to = (uint32_t *)(void *)(row->out + ((uint64_t)r * MLAK_V + column) * 2);
-    *to = row->out_dtype == MLAK_BF16 ? pack_bf16(a, b) : pack_fp16(a, b);
+    return row->out_dtype == MLAK_BF16 ? pack_bf16(a, b) : pack_fp16(a, b);
+}
+__device__ static inline void item_store(const struct mlak_row *row, uint32_t r, uint32_t column, float a, float b,
+                                         float factor)
+{
+    *item_out(row, r, column) = item_pack(row, a, b, factor);
 }
 
 /* An item is complete. One thread. */

@@ -4,7 +4,7 @@
  *     thread i      1. copies entries i, i + 1024, ... of cu_q, and judges the copies (the first fault counts)
  *                   2. fills row i from the batch; reads its length, its tree masks once
  *                   3. counts its tiles; sums over the block say where it begins
- *                   4. finds where the share of thread block i of the split kernel begins
+ *                   4. finds where share i of the split kernel's work begins
  *     shared        struct prepare_shared, 32.8 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
@@ -64,10 +64,11 @@ __device__ static void prepare_row(const struct mlak_cuda_job *job, const struct
 }
 
 /* Blocks and tiles of a row. A row without a visible key has no tile, and still outputs to write. */
-__device__ static void prepare_extent(const struct mlak_row *row, uint32_t rows_per_item,
+__device__ static void prepare_extent(const struct mlak_row *row, uint32_t rows_per_item, uint32_t abreast,
                                       struct mlak_cuda_request *request)
 {
     request->blocks = row->code == MLAK_ROW_OK ? (row->q_len * row->heads + rows_per_item - 1) / rows_per_item : 0;
+    request->strips = (request->blocks + abreast - 1) / abreast;
     request->first_tile = request->tiles = 0;
     if (request->blocks == 0)
         return;
@@ -91,7 +92,7 @@ __device__ static void prepare_splits(struct mlak_cuda_request *request)
 __device__ static uint32_t prepare_merges(const struct mlak_cuda_request *request, const struct mlak_row *row,
                                           uint64_t share)
 {
-    uint64_t end = request->first + (uint64_t)request->blocks * request->tiles;
+    uint64_t end = request->first + (uint64_t)request->strips * request->tiles;
     bool whole = share ? request->first / share == (end - 1) / share : request->splits == 1;
     return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : row->q_len * row->heads;
 }
@@ -140,14 +141,15 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     struct mlak_cuda_request request = {};
     if (thread < job.count) {
         prepare_row(&job, shared, thread);
-        prepare_extent(&job.rows[thread], job.rows_per_item, &request);
+        prepare_extent(&job.rows[thread], job.rows_per_item, job.abreast, &request);
         if (batch->deterministic)
             prepare_splits(&request);
     }
-    uint64_t own = (uint64_t)request.blocks * (batch->deterministic ? request.splits : request.tiles);
+    uint64_t own = (uint64_t)request.strips * (batch->deterministic ? request.splits : request.tiles);
     uint32_t now = prepare_sum(shared->first, own, job.count);
     uint64_t work = shared->first[now][job.count - 1];
-    uint64_t share = batch->deterministic ? 0 : (uint64_t)row_most((int64_t)((work + job.grid - 1) / job.grid),
+    uint32_t shares = job.grid / job.abreast;
+    uint64_t share = batch->deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares),
                                                                    PREPARE_MIN_TILES);
     request.first = shared->first[now][thread] - own;
 
@@ -174,12 +176,12 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         job.result->batch_code = job.schedule->refused = MLAK_OK;
     }
     __syncthreads(); /* requests can be read */
-    if (thread < job.grid && thread * share < work) {
+    if (thread < shares && thread * share < work) {
         uint32_t index = item_request(job.requests, job.count, thread * share);
         uint64_t within = thread * share - job.requests[index].first;
         struct mlak_cuda_start start = {index, 0, 0};
         if (!batch->deterministic) {
-            start.block = (uint32_t)(within / job.requests[index].tiles);
+            start.strip = (uint32_t)(within / job.requests[index].tiles);
             start.tile = (uint32_t)(within % job.requests[index].tiles);
         }
         job.starts[thread] = start;

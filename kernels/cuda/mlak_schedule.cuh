@@ -65,63 +65,70 @@ __device__ static inline uint32_t part_sum(uint32_t r)
 
 /* ---- a thread block's share ---- */
 
-/* Tiles (deterministic: items) of all, from the thread block's next one on. */
+/* Tiles (deterministic: items) of all, from the thread block's next one on; and the strip it is at. */
 struct schedule_walk {
-    uint64_t at, end;
+    uint64_t at, end, first;
+    uint32_t request, strip;
 };
 
 __device__ static inline struct schedule_walk schedule_begin(const struct mlak_cuda_job *job)
 {
-    uint64_t share = job->schedule->share;
-    struct schedule_walk walk = {share ? blockIdx.x * share : blockIdx.x, job->schedule->work};
+    uint64_t share = job->schedule->share, work = job->schedule->work;
+    uint32_t shares = job->grid / job->abreast, own = blockIdx.x / job->abreast;
+    struct schedule_walk walk = {share ? own * share : blockIdx.x, work, 0, 0, 0};
     if (share)
-        walk.end = (uint64_t)row_least((int64_t)(walk.at + share), (int64_t)walk.end);
+        walk.end = own < shares ? (uint64_t)row_least((int64_t)(walk.at + share), (int64_t)work) : 0;
+    walk.first = walk.at;
     return walk;
 }
 
-/* The next item, into the same `item` as the one before it: which it is, its tiles, and where it goes. False: there is
- * none. All threads. */
+/* The next item: which it is, its tiles, and where it goes. False: there is none. */
 __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, struct schedule_walk *walk,
                                             struct item *item)
 {
-    uint64_t at = walk->at, share = job->schedule->share;
-    if (at >= walk->end)
-        return false;
-    item->part = NULL;
-    if (share == 0) {
-        item->request = item_request(job->requests, job->count, at);
-        const struct mlak_cuda_request *request = &job->requests[item->request];
-        uint32_t own = (uint32_t)(at - request->first), split = own / request->blocks;
-        item->block = own % request->blocks;
-        item->tile = split * request->split_tiles;
-        item->end_tile = (uint32_t)row_least(item->tile + request->split_tiles, request->tiles);
-        if (request->splits > 1)
-            item->part = job->parts + (request->first_slot + (uint64_t)item->block * request->splits + split) *
-                                          MLAK_CUDA_PART_FLOATS;
-        walk->at += gridDim.x;
-    } else {
-        bool begins = at == blockIdx.x * share;
+    uint64_t share = job->schedule->share;
+    const struct mlak_cuda_request *request;
+    do {
+        uint64_t at = walk->at;
+        bool begins = at == walk->first;
+        if (at >= walk->end)
+            return false;
+        item->part = NULL;
+        if (share == 0) {
+            item->request = item_request(job->requests, job->count, at);
+            request = &job->requests[item->request];
+            uint32_t own = (uint32_t)(at - request->first), split = own / request->blocks;
+            item->block = own % request->blocks;
+            item->tile = split * request->split_tiles;
+            item->end_tile = (uint32_t)row_least(item->tile + request->split_tiles, request->tiles);
+            if (request->splits > 1)
+                item->part = job->parts + (request->first_slot + (uint64_t)item->block * request->splits + split) *
+                                              MLAK_CUDA_PART_FLOATS;
+            walk->at += gridDim.x;
+            continue;
+        }
+        item->tile = 0;
         if (begins) {
-            struct mlak_cuda_start start = job->starts[blockIdx.x];
-            item->request = start.request;
-            item->block = start.block;
+            struct mlak_cuda_start start = job->starts[blockIdx.x / job->abreast];
+            walk->request = start.request;
+            walk->strip = start.strip;
             item->tile = start.tile;
         } else {
-            item->tile = 0;
-            item->block++;
-            while (item->block >= job->requests[item->request].blocks || job->requests[item->request].tiles == 0) {
-                item->request++;
-                item->block = 0;
-            }
+            walk->strip++;
         }
-        uint32_t tiles = job->requests[item->request].tiles;
-        item->end_tile = (uint32_t)row_least(item->tile + (int64_t)(walk->end - at), tiles);
-        if (item->tile > 0 || item->end_tile < tiles)
+        while (request = &job->requests[walk->request], walk->strip >= request->strips || request->tiles == 0) {
+            walk->request++;
+            walk->strip = 0;
+        }
+        item->request = walk->request;
+        item->block = walk->strip * job->abreast + blockIdx.x % job->abreast;
+        item->end_tile = (uint32_t)row_least(item->tile + (int64_t)(walk->end - at), request->tiles);
+        if (item->tile > 0 || item->end_tile < request->tiles)
             item->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
         walk->at += item->end_tile - item->tile;
-    }
-    item->tile += job->requests[item->request].first_tile;
-    item->end_tile += job->requests[item->request].first_tile;
+    } while (item->block >= request->blocks); /* the last strip may have less row blocks than thread blocks */
+    item->tile += request->first_tile;
+    item->end_tile += request->first_tile;
     return true;
 }
 

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GRID = 3 };
+enum { GRID = 7 };
 
 struct mlak_device {
     size_t shared; /* of the split kernel: one stage, two, or two and 32 rows */
@@ -32,7 +32,7 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
         return NULL;
     }
     device.shared = shared[kind];
-    mlak_cuda_capabilities(device.capabilities);
+    mlak_cuda_capabilities(device.capabilities, false);
     return &device;
 }
 
@@ -100,7 +100,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .batch = *batch,
         .first = first,
         .count = count,
-        .rows_per_item = mlak_cuda_rows(batch, device->shared),
+        .rows_per_item = mlak_cuda_rows(batch, device->shared, false),
         .grid = GRID,
         .max_slots = slots,
         .ticket = ++device->ticket,
@@ -113,6 +113,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .result = &device->result,
         .row_results = (void *)fences[RESULTS].data,
     };
+    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item);
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
     run(split_kernel(batch, job.rows_per_item == 32, name), GRID, MLAK_CUDA_THREADS, device->shared, &job);

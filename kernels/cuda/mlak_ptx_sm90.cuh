@@ -1,0 +1,170 @@
+/* mlak_ptx_sm90.cuh - instructions of sm_90a alone, under the names that mlak_wgmma.cuh uses: barriers that count
+ * arrivals (mbarrier), products of a whole warpgroup out of shared memory (wgmma), and registers that change hands.
+ *
+ * A warpgroup is four warps; its products are 64 rows high, 16 of them a warp. Accumulators, of lane 4 g + i in warp w
+ * and of columns 8 n..8 n + 7 (PTX ISA, "wgmma.mma_async, register fragment D"):
+ *     c[4 n] (16 w + g, 8 n + 2 i)  c[4 n + 1] (.., + 1)  c[4 n + 2] (16 w + g + 8, ..)  c[4 n + 3] (.., + 1)
+ *
+ * Operands lie in chunks of 64 columns, [rows][64] 16-bit values, 128 bytes a row, of which 16-byte piece j of row r is
+ * at piece j ^ (r % 8) ("128B swizzle"); a chunk begins at a multiple of 1,024 bytes. */
+#ifndef MLAK_PTX_SM90_CUH
+#define MLAK_PTX_SM90_CUH
+
+#include "mlak_ptx.cuh"
+
+/* ---- barriers ---- */
+
+__device__ static inline void barrier_new(uint64_t *barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ static inline void barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/* As copy_async, of mlak_ptx.cuh, to a shared address. */
+__device__ static inline void copy_async_to(uint32_t to, const void *from, bool valid)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+/* This thread's arrival, once all its copies so far have landed. */
+__device__ static inline void barrier_arrive_after_copies(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/* Until the barrier's phase of this parity has ended: 0 is that of the first, and 1 of the one before it, which has. */
+__device__ static inline void barrier_wait(uint64_t *barrier, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@done bra over;\n"
+                 "bra again;\n"
+                 "over:\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Named barrier `id`, 1..15, of `threads` threads, whole warps: none goes on before all have arrived. */
+__device__ static inline void barrier_meet(uint32_t id, uint32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* What was written to shared memory by ordinary stores and copies and is seen by this thread is seen by the products
+ * that follow. */
+__device__ static inline void shared_to_products(void)
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* A value that is the same for a whole warp, and that the compiler takes for it. */
+__device__ static inline uint32_t warp_uniform(uint32_t value)
+{
+    return __shfl_sync(0xffffffff, value, 0);
+}
+
+/* Lane `lane`'s value. */
+__device__ static inline int64_t shuffle(int64_t value, uint32_t lane)
+{
+    return __shfl_sync(0xffffffff, value, (int)lane);
+}
+
+/* ---- registers of a thread ---- */
+
+template <int REGISTERS> __device__ static inline void registers_give(void)
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS> __device__ static inline void registers_take(void)
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* ---- products ---- */
+
+/* Accumulators are touched by the products that follow. */
+__device__ static inline void products_begin(void)
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ static inline void products_commit(void)
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING> __device__ static inline void products_wait(void)
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Name an operand by its first byte. Rows are what the product sums over along a row (K-major): 8 rows are 1,024 bytes
+ * apart, and 16 columns 32 bytes. */
+__device__ static inline uint64_t operand_rows(const void *chunk)
+{
+    return (uint64_t)((shared_address(chunk) & 0x3ffff) >> 4) | 1ull << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+/* The sum runs down the columns (MN-major): 8 rows are 1,024 bytes apart, the next 64 columns are the next chunk of
+ * `chunk_bytes`; 16 rows are 2,048 bytes. */
+__device__ static inline uint64_t operand_columns(const void *chunk, uint32_t chunk_bytes)
+{
+    return (uint64_t)((shared_address(chunk) & 0x3ffff) >> 4) | (uint64_t)(chunk_bytes >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+__device__ static inline uint64_t operand_move(uint64_t operand, uint32_t bytes)
+{
+    return operand + (bytes >> 4);
+}
+
+#define MLAK_8(c, i)                                                                                                   \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),         \
+        "+f"(c[i + 7])
+
+#define MLAK_REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MLAK_REGISTERS_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+    "%59, %60, %61, %62, %63"
+
+/* c = a b, or c += a b: 64 rows x 64 columns, 16 summed over; both operands' rows are summed over. */
+#define MLAK_SCORES(name, type)                                                                                        \
+    __device__ static inline void name(float c[32], uint64_t a, uint64_t b, bool add)                                  \
+    {                                                                                                                  \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                 \
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MLAK_REGISTERS_32                \
+                     "}, %32, %33, add, 1, 1, 0, 0;\n}"                                                                \
+                     : MLAK_8(c, 0), MLAK_8(c, 8), MLAK_8(c, 16), MLAK_8(c, 24)                                        \
+                     : "l"(a), "l"(b), "r"((int)add));                                                                 \
+    }
+MLAK_SCORES(product_64x64_bf16, "bf16")
+MLAK_SCORES(product_64x64_fp16, "f16")
+
+/* The same, 64 rows x 128 columns, and the sum runs down b's columns. */
+#define MLAK_VALUES(name, type)                                                                                        \
+    __device__ static inline void name(float *c, uint64_t a, uint64_t b, bool add)                                     \
+    {                                                                                                                  \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MLAK_REGISTERS_64               \
+                     "}, %64, %65, add, 1, 1, 0, 1;\n}"                                                                \
+                     : MLAK_8(c, 0), MLAK_8(c, 8), MLAK_8(c, 16), MLAK_8(c, 24), MLAK_8(c, 32), MLAK_8(c, 40),         \
+                       MLAK_8(c, 48), MLAK_8(c, 56)                                                                    \
+                     : "l"(a), "l"(b), "r"((int)add));                                                                 \
+    }
+MLAK_VALUES(product_64x128_bf16, "bf16")
+MLAK_VALUES(product_64x128_fp16, "f16")
+
+#endif
