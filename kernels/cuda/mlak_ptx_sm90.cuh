@@ -107,24 +107,34 @@ template <int PENDING> __device__ static inline void products_wait(void)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-/* Name an operand by its first byte. Rows are what the product sums over along a row (K-major): 8 rows are 1,024 bytes
- * apart, and 16 columns 32 bytes. */
-__device__ static inline uint64_t operand_rows(const void *chunk)
+/* Operands are named by the lower half of the instruction's descriptor: address / 16 and, 16 bits above, the distance
+ * of neighbouring chunks / 16. The upper half is the same for all: 8 rows are 1,024 bytes apart, 128B swizzle. */
+#define MLAK_OPERAND(name, half) "mov.b64 " name ", {" half ", 0x40000040};\n"
+
+/* What the product sums over lies along a row (K-major); 16 columns are 32 bytes. */
+__device__ static inline uint32_t operand_rows(const void *chunk)
 {
-    return (uint64_t)((shared_address(chunk) & 0x3ffff) >> 4) | 1ull << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+    return (shared_address(chunk) & 0x3ffff) >> 4 | 1u << 16;
 }
 
-/* The sum runs down the columns (MN-major): 8 rows are 1,024 bytes apart, the next 64 columns are the next chunk of
- * `chunk_bytes`; 16 rows are 2,048 bytes. */
-__device__ static inline uint64_t operand_columns(const void *chunk, uint32_t chunk_bytes)
+/* What it sums over runs down the columns (MN-major), the next 64 columns are the next chunk of `chunk_bytes`; 16 rows
+ * are 2,048 bytes. */
+__device__ static inline uint32_t operand_columns(const void *chunk, uint32_t chunk_bytes)
 {
-    return (uint64_t)((shared_address(chunk) & 0x3ffff) >> 4) | (uint64_t)(chunk_bytes >> 4) << 16 |
-           (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+    return (shared_address(chunk) & 0x3ffff) >> 4 | chunk_bytes >> 4 << 16;
 }
 
-__device__ static inline uint64_t operand_move(uint64_t operand, uint32_t bytes)
+__device__ static inline uint32_t operand_move(uint32_t operand, uint32_t bytes)
 {
     return operand + (bytes >> 4);
+}
+
+/* The same operand, but the compiler does not see that: so it adds to it where that is needed, and does not keep all
+ * sums in registers. */
+__device__ static inline uint32_t operand_here(uint32_t operand)
+{
+    asm volatile("" : "+r"(operand));
+    return operand;
 }
 
 #define MLAK_8(c, i)                                                                                                   \
@@ -142,27 +152,29 @@ __device__ static inline uint64_t operand_move(uint64_t operand, uint32_t bytes)
 
 /* c = a b, or c += a b: 64 rows x 64 columns, 16 summed over; both operands' rows are summed over. */
 #define MLAK_SCORES(name, type)                                                                                        \
-    __device__ static inline void name(float c[32], uint64_t a, uint64_t b, bool add)                                  \
+    __device__ static inline void name(float c[32], uint32_t a, uint32_t b, bool add)                                  \
     {                                                                                                                  \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                 \
+        asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"                                 \
+                     MLAK_OPERAND("a", "%32") MLAK_OPERAND("b", "%33")                                                 \
                      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MLAK_REGISTERS_32                \
-                     "}, %32, %33, add, 1, 1, 0, 0;\n}"                                                                \
+                     "}, a, b, add, 1, 1, 0, 0;\n}"                                                                    \
                      : MLAK_8(c, 0), MLAK_8(c, 8), MLAK_8(c, 16), MLAK_8(c, 24)                                        \
-                     : "l"(a), "l"(b), "r"((int)add));                                                                 \
+                     : "r"(a), "r"(b), "r"((int)add));                                                                 \
     }
 MLAK_SCORES(product_64x64_bf16, "bf16")
 MLAK_SCORES(product_64x64_fp16, "f16")
 
 /* The same, 64 rows x 128 columns, and the sum runs down b's columns. */
 #define MLAK_VALUES(name, type)                                                                                        \
-    __device__ static inline void name(float *c, uint64_t a, uint64_t b, bool add)                                     \
+    __device__ static inline void name(float *c, uint32_t a, uint32_t b, bool add)                                     \
     {                                                                                                                  \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                  \
+        asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\n"                                 \
+                     MLAK_OPERAND("a", "%64") MLAK_OPERAND("b", "%65")                                                 \
                      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MLAK_REGISTERS_64               \
-                     "}, %64, %65, add, 1, 1, 0, 1;\n}"                                                                \
+                     "}, a, b, add, 1, 1, 0, 1;\n}"                                                                    \
                      : MLAK_8(c, 0), MLAK_8(c, 8), MLAK_8(c, 16), MLAK_8(c, 24), MLAK_8(c, 32), MLAK_8(c, 40),         \
                        MLAK_8(c, 48), MLAK_8(c, 56)                                                                    \
-                     : "l"(a), "l"(b), "r"((int)add));                                                                 \
+                     : "r"(a), "r"(b), "r"((int)add));                                                                 \
     }
 MLAK_VALUES(product_64x128_bf16, "bf16")
 MLAK_VALUES(product_64x128_fp16, "f16")

@@ -20,8 +20,9 @@
  * written anew four items later, when its readers are long past it: an item has a tile at least, and the loads are two
  * tiles ahead of the values at most.
  *
- * The maximum that a row's weights refer to follows its scores only when they exceed it by more than 2^8: seldom after
- * the first tile, and else O need not be touched. Weights up to 2^8 round as those up to 1 do, in bf16 and in fp16. */
+ * The maximum that a row's weights refer to follows its scores for four tiles, and then only when they exceed it by more
+ * than 2^8: seldom, and else O need not be touched. Weights up to 2^8 round as those up to 1 do, in bf16 and in fp16; but
+ * the largest of a few is exact if it is 1. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
 #include "mlak_types.cuh"
@@ -34,7 +35,8 @@ enum {
     WGMMA_STAGES = 2,
     WGMMA_ITEMS = 4,   /* slots of the ring */
     WGMMA_LOADERS = 1, /* named barrier of the loads */
-    WGMMA_LAZY = 8     /* log2 of the largest weight */
+    WGMMA_LAZY = 8,    /* log2 of the largest weight */
+    WGMMA_EXACT = 4    /* tiles of an item with weights up to 1 */
 };
 enum { WGMMA_VALUES_0, WGMMA_VALUES_1, WGMMA_SCORES, WGMMA_LOADS }; /* warpgroups */
 
@@ -199,27 +201,34 @@ struct wgmma_rows {
     float scale;              /* to log2 */
 };
 
+/* S += Q K^T over the columns of a piece, as soon as its keys are there. */
+template <enum mlak_cuda_types TYPES, uint32_t PIECE>
+__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, uint32_t q, uint32_t keys,
+                                                float s[32])
+{
+    barrier_wait(&shared->keys_full[count % WGMMA_STAGES][PIECE], count / WGMMA_STAGES % 2);
+    shared_to_products();
+    products_begin();
+#pragma unroll
+    for (uint32_t step = wgmma_first(PIECE) * 4; step < wgmma_end(PIECE) * 4; step++) {
+        uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
+        bool add = PIECE != WGMMA_ROPE || step % 4 > 0;
+        if (TYPES == MLAK_CUDA_FP16)
+            product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
+        else
+            product_64x64_bf16(s, operand_move(q, at), operand_move(keys, at), add);
+    }
+}
+
 /* Set off S of tile `count`. */
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_begin_scores(struct wgmma_shared *shared, uint32_t count, float s[32])
 {
-    uint32_t stage = count % WGMMA_STAGES;
-    uint64_t q = operand_rows(shared->q[0]), keys = operand_rows(shared->keys[stage][0]);
-#pragma unroll
-    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
-        barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
-        shared_to_products();
-        products_begin();
-#pragma unroll
-        for (uint32_t step = wgmma_first(piece) * 4; step < wgmma_end(piece) * 4; step++) {
-            uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
-            bool add = piece > 0 || step % 4 > 0;
-            if (TYPES == MLAK_CUDA_FP16)
-                product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
-            else
-                product_64x64_bf16(s, operand_move(q, at), operand_move(keys, at), add);
-        }
-    }
+    uint32_t q = operand_here(operand_rows(shared->q[0]));
+    uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][0]));
+    wgmma_score_piece<TYPES, WGMMA_ROPE>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, WGMMA_LEFT>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, WGMMA_RIGHT>(shared, count, q, keys, s);
     products_commit();
 }
 
@@ -276,7 +285,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             top = fmaxf(top, s[i / 2 * 4 + half * 2 + i % 2]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-        bool follow = top > before + WGMMA_LAZY; /* also from -inf */
+        bool follow = top > before + (tile - item->tile < WGMMA_EXACT ? 0 : WGMMA_LAZY); /* also from -inf */
         shrink[half] = follow ? power_of_two(before - top) : 1;
         rows->maximum[half] = follow ? top : before;
         rows->sum[half] *= shrink[half];
@@ -395,7 +404,7 @@ template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_values(struct wgmma_shared *shared, const struct mlak_cuda_job *job, uint32_t own)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4, count = 0;
-    const uint64_t p = operand_rows(shared->p);
+    const uint32_t p = operand_rows(shared->p);
     float o[128];
     for (uint32_t items = 0;; items++) {
         const struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
@@ -405,7 +414,7 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
             break;
         for (uint32_t i = 0; i < tiles; i++, count++) {
             uint32_t stage = count % WGMMA_STAGES;
-            uint64_t values = operand_columns(shared->keys[stage][own * 4], WGMMA_CHUNK);
+            uint32_t values = operand_columns(shared->keys[stage][own * 4], WGMMA_CHUNK);
             if (i > 0)
                 barrier_wait(&shared->p_full, count % 2);
             if (i > 0 && shared->shrinks[warp]) {
@@ -419,8 +428,8 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
             for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++)
 #pragma unroll
                 for (uint32_t part = 0; part < 2; part++) {
-                    uint64_t a = operand_move(p, step * 32);
-                    uint64_t b = operand_move(values, part * 2 * WGMMA_CHUNK + step * 2048);
+                    uint32_t a = operand_move(p, step * 32);
+                    uint32_t b = operand_move(values, part * 2 * WGMMA_CHUNK + step * 2048);
                     if (TYPES == MLAK_CUDA_FP16)
                         product_64x128_fp16(o + part * 64, a, b, i > 0 || step > 0);
                     else
