@@ -1,15 +1,16 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     warp       takes a piece of a folded row that was split at a time: one, two or four quarters of 128 columns, as
- *                there are enough warps; lane i owns columns 4i..4i+3 of each quarter
- * row order      splits are merged in their order, never in that of their arrival: the same launch gives the same bits
+ *     warp       takes a piece of a folded row that was split at a time: all of its 512 columns, a half, a quarter or an
+ *                eighth, as there are enough warps
+ *     lane       owns 4 or 2 neighbouring columns of each step of a warp; looks at one of 32 parts' maximum and sum
+ *     row order  splits are merged in their order, never in that of their arrival: the same launch gives the same bits
  *     the end    the last block to finish writes each row's result, then the completion word
  *
- * What it does is wait for memory: so each look-up is made by all lanes at once, and several parts are on their way at
- * a time. */
+ * What it does is wait for memory: so each look-up is made by all lanes at once, and many parts are on their way at a
+ * time. */
 #include "mlak_items.cuh"
 
-enum { COMBINE_QUARTERS = 4, COMBINE_COLUMNS = MLAK_V / COMBINE_QUARTERS };
+enum { COMBINE_MOST_PIECES = 8 };
 
 /* The parts of a row block, in the order of their tiles. */
 struct combine_parts {
@@ -38,20 +39,24 @@ __device__ static inline struct combine_parts combine_find(const struct mlak_cud
     return parts;
 }
 
-__device__ static inline const float *combine_part(const struct mlak_cuda_job *job, const struct combine_parts *parts,
-                                                   uint32_t i)
+__device__ static inline uint32_t combine_slot(const struct combine_parts *parts, uint32_t i)
 {
     uint64_t share = parts->first_share + i;
-    uint32_t slot = parts->share == 0 ? parts->first_slot + i
-                                      : item_slot(share * parts->abreast + parts->own,
-                                                  share * parts->share >= parts->begin);
-    return job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
+    return parts->share == 0 ? parts->first_slot + i
+                             : item_slot(share * parts->abreast + parts->own, share * parts->share >= parts->begin);
 }
 
 __device__ static inline float combine_most(float value) /* of the warp */
 {
     for (int lanes = 16; lanes > 0; lanes /= 2)
         value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, lanes));
+    return value;
+}
+
+__device__ static inline float combine_sum(float value) /* of the warp */
+{
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+        value += __shfl_xor_sync(0xffffffff, value, lanes);
     return value;
 }
 
@@ -69,10 +74,26 @@ __device__ static uint32_t combine_request(const struct mlak_cuda_job *job, uint
 }
 static_assert(MLAK_CUDA_MAX_REQUESTS <= 32 * 32, "two looks");
 
-/* Quarters [quarter, end) of folded row `folded` of a request. */
-__device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded, uint32_t quarter,
-                                   uint32_t end_quarter)
+/* WIDTH neighbouring columns, or what they add up to. */
+template <int WIDTH> struct combine_columns {
+    float at[WIDTH];
+};
+template <int WIDTH> __device__ static inline struct combine_columns<WIDTH> combine_load(const float *from)
 {
+    struct combine_columns<WIDTH> columns;
+    if (WIDTH == 4)
+        *(float4 *)(void *)columns.at = *(const float4 *)(const void *)from;
+    else
+        *(float2 *)(void *)columns.at = *(const float2 *)(const void *)from;
+    return columns;
+}
+
+/* Columns [column, end) of folded row `folded` of a request. */
+template <int WIDTH>
+__device__ static inline void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded,
+                                          uint32_t column, uint32_t end)
+{
+    enum { AT_A_TIME = 32 / WIDTH };
     const struct mlak_row *row = &job->rows[index];
     uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32;
     const struct combine_parts parts = combine_find(job, &job->requests[index], folded / job->rows_per_item);
@@ -80,30 +101,45 @@ __device__ static void combine_row(const struct mlak_cuda_job *job, uint32_t ind
         return;
     float top = -INFINITY;
     for (uint32_t i = lane; i < parts.count; i += 32)
-        top = fmaxf(top, combine_part(job, &parts, i)[part_maximum(r)]);
+        top = fmaxf(top, job->parts[(uint64_t)combine_slot(&parts, i) * MLAK_CUDA_PART_FLOATS + part_maximum(r)]);
     top = combine_most(top);
-    for (; quarter < end_quarter; quarter++) {
-        uint32_t column = quarter * COMBINE_COLUMNS + lane * 4;
+    for (bool speaks = column == 0 && lane == 0; column < end; column += 32 * WIDTH, speaks = false) {
+        struct combine_columns<WIDTH> o = {};
         float sum = 0;
-        float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (uint32_t i = 0; i < parts.count; i++) {
-            const float *part = combine_part(job, &parts, i);
-            float4 value = *(const float4 *)(const void *)(part + part_o(r, column));
-            float own = part[part_maximum(r)];
-            float weight = own == -INFINITY ? 0 : power_of_two(own - top); /* not -inf - -inf */
-            bool counts = weight != 0; /* what a part without a visible key holds may be NaN */
-            sum += counts ? weight * part[part_sum(r)] : 0;
-            o.x += counts ? weight * value.x : 0;
-            o.y += counts ? weight * value.y : 0;
-            o.z += counts ? weight * value.z : 0;
-            o.w += counts ? weight * value.w : 0;
+        for (uint32_t first = 0; first < parts.count; first += 32) {
+            uint32_t own = first + lane, count = (uint32_t)row_least(parts.count - first, 32), slot = 0;
+            float weight = 0;
+            if (own < parts.count) {
+                slot = combine_slot(&parts, own);
+                const float *part = job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
+                float maximum = part[part_maximum(r)];
+                weight = maximum == -INFINITY ? 0 : power_of_two(maximum - top); /* not -inf - -inf */
+                sum += weight == 0 ? 0 : weight * part[part_sum(r)];
+            }
+            for (uint32_t at = 0; at < count; at += AT_A_TIME) {
+                struct combine_columns<WIDTH> values[AT_A_TIME];
+#pragma unroll
+                for (uint32_t i = 0; i < AT_A_TIME; i++) {
+                    uint32_t from = __shfl_sync(0xffffffff, slot, (int)(at + i));
+                    values[i] = at + i < count ? combine_load<WIDTH>(job->parts + (uint64_t)from * MLAK_CUDA_PART_FLOATS +
+                                                                     part_o(r, column + lane * WIDTH))
+                                               : combine_columns<WIDTH>{};
+                }
+#pragma unroll
+                for (uint32_t i = 0; i < AT_A_TIME; i++) {
+                    float by = __shfl_sync(0xffffffff, weight, (int)(at + i));
+#pragma unroll
+                    for (uint32_t j = 0; j < WIDTH; j++) /* what a part without a visible key holds may be NaN */
+                        o.at[j] += by == 0 ? 0 : by * values[i].at[j];
+                }
+            }
         }
-        struct item_end end = item_end(row, folded % row->heads, top, sum);
-        item_store(row, folded, column, o.x, o.y, end.factor);
-        item_store(row, folded, column + 2, o.z, o.w, end.factor);
-        if (quarter == 0 && lane == 0 && row->lse != NULL)
-            row->lse[folded] = end.lse;
+        struct item_end outcome = item_end(row, folded % row->heads, top, combine_sum(sum));
+#pragma unroll
+        for (uint32_t j = 0; j < WIDTH; j += 2)
+            item_store(row, folded, column + lane * WIDTH + j, o.at[j], o.at[j + 1], outcome.factor);
+        if (speaks && row->lse != NULL)
+            row->lse[folded] = outcome.lse;
     }
 }
 
@@ -111,12 +147,18 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
     uint32_t *last = (uint32_t *)(void *)mlak_shared;
     uint64_t warps = gridDim.x * (MLAK_CUDA_THREADS / 32), merges = job.schedule->merges;
-    uint32_t pieces = merges * 4 <= warps ? 4 : merges * 2 <= warps ? 2 : 1, quarters = COMBINE_QUARTERS / pieces;
+    uint32_t pieces = COMBINE_MOST_PIECES;
+    while (merges * pieces > warps && pieces > 1)
+        pieces /= 2;
     for (uint64_t piece = blockIdx.x * (MLAK_CUDA_THREADS / 32) + threadIdx.x / 32; piece < merges * pieces;
          piece += warps) {
-        uint32_t merge = (uint32_t)(piece / pieces), quarter = (uint32_t)(piece % pieces) * quarters;
-        uint32_t index = combine_request(&job, merge);
-        combine_row(&job, index, merge - job.requests[index].first_merge, quarter, quarter + quarters);
+        uint32_t merge = (uint32_t)(piece / pieces), columns = MLAK_V / pieces;
+        uint32_t column = (uint32_t)(piece % pieces) * columns, index = combine_request(&job, merge);
+        uint32_t folded = merge - job.requests[index].first_merge;
+        if (pieces == COMBINE_MOST_PIECES)
+            combine_row<2>(&job, index, folded, column, column + columns);
+        else
+            combine_row<4>(&job, index, folded, column, column + columns);
     }
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */

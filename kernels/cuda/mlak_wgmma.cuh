@@ -4,8 +4,7 @@
  *   warpgroup   what it does with tile n of 64 keys                                   registers a thread
  *   values 0    O[64][0..255]   = O * shrink + P V, 8 products of 64 x 128 x 16       160 (O is 128 of them)
  *   values 1    O[64][256..511]                                                       160
- *   scores      S = Q K^T, 36 products of 64 x 64 x 16, into one of two sets of       152 (both are 64 of them)
- *               registers, while the other one becomes P = 2^(S - maximum)
+ *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           XXX
  *   loads       page ids, keys, q: by cp.async, so that any page size and stride      40
  *               will do; zeros where no row of the item sees a key
  *
@@ -40,15 +39,20 @@ enum {
 };
 enum { WGMMA_VALUES_0, WGMMA_VALUES_1, WGMMA_SCORES, WGMMA_LOADS }; /* warpgroups */
 
-/* A tile's keys in the order of their loading, which is that in which the room for them is given back. */
-enum { WGMMA_ROPE, WGMMA_LEFT, WGMMA_RIGHT, WGMMA_PIECES };
+/* A tile's keys in the order of their loading, which is that in which the room for them is given back: the rope, by
+ * scores; columns 0..127 and 256..383, by values 0 and 1; and the rest of their halves. */
+enum { WGMMA_ROPE, WGMMA_VALUES, WGMMA_PIECES = WGMMA_VALUES + 4 };
+__device__ static constexpr uint32_t wgmma_piece(uint32_t values, uint32_t part)
+{
+    return WGMMA_VALUES + part * 2 + values;
+}
 __device__ static constexpr uint32_t wgmma_first(uint32_t piece) /* of its chunks */
 {
-    return piece == WGMMA_ROPE ? 8 : (piece - 1) * 4;
+    return piece == WGMMA_ROPE ? 8 : (piece - WGMMA_VALUES) % 2 * 4 + (piece - WGMMA_VALUES) / 2 * 2;
 }
-__device__ static constexpr uint32_t wgmma_end(uint32_t piece)
+__device__ static constexpr uint32_t wgmma_chunks(uint32_t piece)
 {
-    return piece == WGMMA_ROPE ? 9 : piece * 4;
+    return piece == WGMMA_ROPE ? 1 : 2;
 }
 
 struct wgmma_item {
@@ -97,7 +101,7 @@ __device__ static inline void wgmma_load_keys(struct wgmma_shared *shared, const
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
         barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
 #pragma unroll
-        for (uint32_t chunk = wgmma_first(piece); chunk < wgmma_end(piece); chunk++)
+        for (uint32_t chunk = wgmma_first(piece); chunk < wgmma_first(piece) + wgmma_chunks(piece); chunk++)
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++)
                 copy_async_to(to[i % 2] + chunk * WGMMA_CHUNK + i / 2 * 1024, from[i] + chunk * 128, seen[i]);
@@ -210,9 +214,9 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
     shared_to_products();
     products_begin();
 #pragma unroll
-    for (uint32_t step = wgmma_first(PIECE) * 4; step < wgmma_end(PIECE) * 4; step++) {
-        uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
-        bool add = PIECE != WGMMA_ROPE || step % 4 > 0;
+    for (uint32_t step = 0; step < wgmma_chunks(PIECE) * 4; step++) {
+        uint32_t at = (wgmma_first(PIECE) + step / 4) * WGMMA_CHUNK + step % 4 * 32;
+        bool add = PIECE != WGMMA_ROPE || step > 0;
         if (TYPES == MLAK_CUDA_FP16)
             product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
         else
@@ -220,21 +224,18 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
     }
 }
 
-/* Set off S of tile `count`. */
+/* S of tile `count`. `last`: of the item, so that q is not needed any more. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_begin_scores(struct wgmma_shared *shared, uint32_t count, float s[32])
+__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
 {
     uint32_t q = operand_here(operand_rows(shared->q[0]));
     uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][0]));
-    wgmma_score_piece<TYPES, WGMMA_ROPE>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, WGMMA_LEFT>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, WGMMA_RIGHT>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 0>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 1>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 2>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 3>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 4>(shared, count, q, keys, s);
     products_commit();
-}
-
-/* S of tile `count` is there. `last`: of the item. */
-__device__ static inline void wgmma_end_scores(struct wgmma_shared *shared, uint32_t count, bool last)
-{
     products_wait<0>();
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][WGMMA_ROPE]);
@@ -264,11 +265,11 @@ __device__ static inline void wgmma_mask(const struct item *item, const struct m
         s[i] = visible[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1 ? s[i] : -INFINITY;
 }
 
-/* S becomes P, in shared memory. LAST: of the item, whose sums and maxima follow. */
-template <enum mlak_cuda_types TYPES, bool LAST>
+/* S becomes P, in shared memory. `last`: of the item, whose sums and maxima follow. */
+template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
                                           const struct item *item, struct wgmma_rows *rows, uint32_t tile,
-                                          uint32_t count, uint32_t items, float s[32])
+                                          uint32_t count, uint32_t items, bool last, float s[32])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
     float shrink[2], from[2];
@@ -309,7 +310,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             uint32_t *to = (uint32_t *)(void *)(shared->p + wgmma_at(r + half * 8, n));
             to[lane % 4] = pack<TYPES>(low, high);
         }
-    if (LAST) {
+    if (last) {
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             float sum = rows->sum[half];
@@ -338,24 +339,10 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         if (tiles == 0)
             break;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, job->rows[item->request].score_scale * ITEM_LOG2_E};
-        float even[32], odd[32];
-        wgmma_begin_scores<TYPES>(shared, count, even);
-        wgmma_end_scores(shared, count, tiles == 1);
-        for (uint32_t end = tile + tiles;; tile++, count++) {
-            if (tile + 1 == end) {
-                wgmma_weigh<TYPES, true>(shared, job, item, &rows, tile, count++, items, even);
-                break;
-            }
-            wgmma_begin_scores<TYPES>(shared, count + 1, odd);
-            wgmma_weigh<TYPES, false>(shared, job, item, &rows, tile++, count++, items, even);
-            wgmma_end_scores(shared, count, tile + 1 == end);
-            if (tile + 1 == end) {
-                wgmma_weigh<TYPES, true>(shared, job, item, &rows, tile, count++, items, odd);
-                break;
-            }
-            wgmma_begin_scores<TYPES>(shared, count + 1, even);
-            wgmma_weigh<TYPES, false>(shared, job, item, &rows, tile, count, items, odd);
-            wgmma_end_scores(shared, count + 1, tile + 2 == end);
+        for (uint32_t i = 0; i < tiles; i++, count++) {
+            float s[32];
+            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
+            wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
         }
     }
     barrier_wait(&shared->p_empty, count % 2 ^ 1);
@@ -425,9 +412,9 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
             }
             products_begin();
 #pragma unroll
-            for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++)
+            for (uint32_t part = 0; part < 2; part++) {
 #pragma unroll
-                for (uint32_t part = 0; part < 2; part++) {
+                for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
                     uint32_t a = operand_move(p, step * 32);
                     uint32_t b = operand_move(values, part * 2 * WGMMA_CHUNK + step * 2048);
                     if (TYPES == MLAK_CUDA_FP16)
@@ -435,11 +422,15 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
                     else
                         product_64x128_bf16(o + part * 64, a, b, i > 0 || step > 0);
                 }
-            products_commit();
+                products_commit();
+            }
+            products_wait<1>();
+            if (lane == 0)
+                barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 0)]);
             products_wait<0>();
             if (lane == 0) {
+                barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 1)]);
                 barrier_arrive(&shared->p_empty);
-                barrier_arrive(&shared->keys_empty[stage][WGMMA_LEFT + own]);
             }
         }
         if (*(const volatile int *)&slot->stopped)
@@ -469,10 +460,10 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     }
     __syncthreads();
     if (group == WGMMA_LOADS) {
-        registers_give<56>();
+        registers_give<88>();
         wgmma_loads(shared, job);
     } else if (group == WGMMA_SCORES) {
-        registers_take<136>();
+        registers_give<104>();
         wgmma_scores<TYPES>(shared, job);
     } else {
         registers_take<160>();

@@ -14,6 +14,9 @@
 struct uint2 {
     uint32_t x, y;
 };
+struct float2 {
+    float x, y;
+};
 struct uint4 {
     uint32_t x, y, z, w;
 };
@@ -43,6 +46,7 @@ unsigned char *emulated_shared();
 uint32_t shared_bytes();
 void __syncthreads();
 float __shfl_xor_sync(uint32_t mask, float value, int lanes);
+float __shfl_sync(uint32_t mask, float value, int from);
 void copy_async(void *to, const void *from, bool valid);
 void copy_commit();
 void emulated_copy_wait(int pending);
@@ -92,6 +96,10 @@ static inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector
     for (int i = 0; i < 4; i++)
         picked |= (uint32_t)(all >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return picked;
+}
+static inline uint32_t __shfl_sync(uint32_t mask, uint32_t value, int from)
+{
+    return float_bits(__shfl_sync(mask, bits_float(value), from));
 }
 template <typename T> static inline T read_once(const T *pointer)
 {

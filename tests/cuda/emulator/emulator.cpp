@@ -279,6 +279,20 @@ float __shfl_xor_sync(uint32_t mask, float value, int lanes)
     return own.result;
 }
 
+float __shfl_sync(uint32_t mask, float value, int from)
+{
+    shuffle own = {value, 0, from};
+    if (mask != 0xffffffff)
+        fault("only whole warps shuffle here");
+    if (meet(warp(), lane(), &own)) {
+        shuffle **all = (shuffle **)warp()->arguments;
+        for (uint32_t i = 0; i < WARP; i++)
+            all[i]->result = all[(uint32_t)all[i]->lanes % WARP]->value;
+        leave(warp());
+    }
+    return own.result;
+}
+
 /* ---- matrices ---- */
 
 struct load {
