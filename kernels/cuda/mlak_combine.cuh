@@ -182,6 +182,8 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
     __syncthreads();
     if (threadIdx.x == 0) {
         job.schedule->blocks_done = 0;
+        job.result->batch_code = job.schedule->refused;
+        __threadfence_system();
         publish(&job.result->done, job.ticket);
     }
 }

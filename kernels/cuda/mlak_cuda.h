@@ -30,7 +30,7 @@ enum {
                                                          * scores), sum [64] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
-    MLAK_CUDA_PREPARE_SHARED = 33 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_PREPARE_SHARED = 13 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */

@@ -5,18 +5,20 @@
  *                   2. fills row i from the batch; reads its length, its tree masks once
  *                   3. counts its tiles; sums over the block say where it begins
  *                   4. finds where share i of the split kernel's work begins
- *     shared        struct prepare_shared, 32.8 KB
+ *     shared        struct prepare_shared, 12.7 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
  * on lengths and splits whatever the client does. */
 #include "mlak_items.cuh"
 
+enum { PREPARE_WARPS = MLAK_CUDA_PREPARE_THREADS / 32 };
+
 struct prepare_shared {
     uint32_t first_fault; /* entry of cu_q */
     float q_scale, k_scale, v_scale;
-    /* running sums, two steps of them */
-    uint64_t first[2][MLAK_CUDA_PREPARE_THREADS];
-    uint32_t slots[2][MLAK_CUDA_PREPARE_THREADS], merges[2][MLAK_CUDA_PREPARE_THREADS];
+    uint64_t first[MLAK_CUDA_MAX_REQUESTS]; /* as in mlak_cuda_request, and tiles */
+    uint32_t tiles[MLAK_CUDA_MAX_REQUESTS];
+    uint64_t sums[2][PREPARE_WARPS]; /* of warps; two, since one sum may begin where another is still read */
 };
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
@@ -41,11 +43,15 @@ __device__ static void prepare_cu_q(const struct mlak_cuda_job *job, struct prep
     __syncthreads();
 }
 
-__device__ static void prepare_row(const struct mlak_cuda_job *job, const struct prepare_shared *shared, uint32_t i)
+/* Row i of the job, and what of it the schedule needs. A row without a visible key has no tile, and still outputs to
+ * write. What is computed with is a copy: the row itself lies in memory, and is only written. */
+__device__ static void prepare_row(const struct mlak_cuda_job *job, const struct prepare_shared *shared, uint32_t i,
+                                   struct mlak_cuda_request *request)
 {
     const struct mlak_batch *batch = &job->batch;
-    struct mlak_row *row = &job->rows[i];
+    struct mlak_row copy, *row = &job->rows[i];
     uint32_t b = job->first + i, q_len;
+    int32_t length = read_once(&batch->seqlens[b]);
     uint64_t token;
     if (batch->has_cu_q) {
         token = (uint64_t)job->cu_q[b];
@@ -55,29 +61,26 @@ __device__ static void prepare_row(const struct mlak_cuda_job *job, const struct
         token = (uint64_t)b * q_len;
     }
     row_describe(row, batch, b, token, q_len, shared->q_scale, shared->k_scale, shared->v_scale);
-    row_set_length(row, read_once(&batch->seqlens[b]));
-    if (batch->mask == MLAK_MASK_TREE) {
-        uint64_t valid = row_tree_bits(row);
-        for (uint32_t t = 0; t < q_len; t++)
-            row->tree_mask[t] = read_once(&batch->tree_mask[token + t]) & valid;
-    }
-}
+    row_describe(&copy, batch, b, token, q_len, shared->q_scale, shared->k_scale, shared->v_scale);
+    row_set_length(&copy, length);
+    row->global_len = copy.global_len;
+    row->local_len = copy.local_len;
+    row->detail[0] = copy.detail[0];
+    row->detail[1] = copy.detail[1];
+    row->code = copy.code;
+    uint64_t valid = batch->mask == MLAK_MASK_TREE ? row_tree_bits(&copy) : 0;
+    for (uint32_t t = 0; t < q_len; t++)
+        row->tree_mask[t] = valid ? read_once(&batch->tree_mask[token + t]) & valid : 0;
 
-/* Blocks and tiles of a row. A row without a visible key has no tile, and still outputs to write. */
-__device__ static void prepare_extent(const struct mlak_row *row, uint32_t rows_per_item, uint32_t abreast,
-                                      struct mlak_cuda_request *request)
-{
-    request->blocks = row->code == MLAK_ROW_OK ? (row->q_len * row->heads + rows_per_item - 1) / rows_per_item : 0;
-    request->strips = (request->blocks + abreast - 1) / abreast;
-    request->first_tile = request->tiles = 0;
+    request->blocks = copy.code == MLAK_ROW_OK ? (q_len * copy.heads + job->rows_per_item - 1) / job->rows_per_item : 0;
+    request->strips = (request->blocks + job->abreast - 1) / job->abreast;
     if (request->blocks == 0)
         return;
-    uint64_t bits;
-    struct mlak_visible any = row_visible_any(row, 0, row->q_len, &bits);
-    if (any.hi <= any.lo)
+    int64_t lo = row_local_count(&copy, row_global_start(&copy, 0)), hi = row_visible(&copy, q_len - 1).hi;
+    if (hi <= lo)
         return;
-    request->first_tile = (uint32_t)(any.lo / MLAK_CUDA_TILE);
-    request->tiles = (uint32_t)((any.hi - 1) / MLAK_CUDA_TILE) + 1 - request->first_tile;
+    request->first_tile = (uint32_t)(lo / MLAK_CUDA_TILE);
+    request->tiles = (uint32_t)((hi - 1) / MLAK_CUDA_TILE) + 1 - request->first_tile;
 }
 
 /* Deterministic: the request's splits, from its row alone. */
@@ -89,27 +92,48 @@ __device__ static void prepare_splits(struct mlak_cuda_request *request)
 }
 
 /* Folded rows of a request that combine has to look at. */
-__device__ static uint32_t prepare_merges(const struct mlak_cuda_request *request, const struct mlak_row *row,
-                                          uint64_t share)
+__device__ static uint32_t prepare_merges(const struct mlak_cuda_request *request, uint32_t rows, uint64_t share)
 {
     uint64_t end = request->first + (uint64_t)request->strips * request->tiles;
     bool whole = share ? request->first / share == (end - 1) / share : request->splits == 1;
-    return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : row->q_len * row->heads;
+    return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : rows;
 }
 
-/* Inclusive sums by doubling: after step s, entry i holds the sum of the 2^s entries that end at i. Entries from
- * `count` on are no one's. Returns which of the two steps holds the result. */
-template <typename T>
-__device__ static uint32_t prepare_sum(T sums[2][MLAK_CUDA_PREPARE_THREADS], T own, uint32_t count)
+/* The sum of what the threads before this one have, and that of all. All threads; `sums` is nobody else's meanwhile. */
+__device__ static uint64_t prepare_sum(uint64_t sums[PREPARE_WARPS], uint64_t own, uint32_t count, uint64_t *all)
 {
-    uint32_t now = 0, thread = threadIdx.x;
-    sums[0][thread] = own;
-    __syncthreads();
-    for (uint32_t reach = 1; reach < count; reach *= 2, now ^= 1) {
-        sums[now ^ 1][thread] = sums[now][thread] + (thread >= reach ? sums[now][thread - reach] : 0);
-        __syncthreads();
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    uint64_t sum = own; /* of the lanes up to this one */
+    for (uint32_t reach = 1; reach < 32; reach *= 2) {
+        uint32_t from = lane >= reach ? lane - reach : lane;
+        uint64_t low = __shfl_sync(0xffffffff, (uint32_t)sum, (int)from);
+        uint64_t high = __shfl_sync(0xffffffff, (uint32_t)(sum >> 32), (int)from);
+        sum += lane >= reach ? high << 32 | low : 0;
     }
-    return now;
+    if (lane == 31)
+        sums[warp] = sum;
+    __syncthreads();
+    *all = 0;
+    sum -= own;
+    for (uint32_t w = 0; w < (count + 31) / 32; w++) {
+        sum += w < warp ? sums[w] : 0;
+        *all += sums[w];
+    }
+    return sum;
+}
+
+/* The last request that begins at or before `at`: item_request's, by what is at hand. */
+__device__ static uint32_t prepare_find(const uint64_t *first, uint32_t count, uint64_t at)
+{
+    uint32_t low = 0, high = count;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (first[middle] <= at)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
@@ -132,7 +156,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
             job.result->batch_index = fault;
             job.result->batch_value = job.cu_q[fault];
             job.result->batch_before = fault ? job.cu_q[fault - 1] : 0;
-            job.result->batch_code = job.schedule->refused = MLAK_BATCH;
+            job.schedule->refused = MLAK_BATCH;
             job.schedule->work = job.schedule->slots = job.schedule->merges = 0;
         }
         return;
@@ -140,50 +164,43 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
 
     struct mlak_cuda_request request = {};
     if (thread < job.count) {
-        prepare_row(&job, shared, thread);
-        prepare_extent(&job.rows[thread], job.rows_per_item, job.abreast, &request);
+        prepare_row(&job, shared, thread, &request);
         if (batch->deterministic)
             prepare_splits(&request);
+        shared->tiles[thread] = request.tiles;
     }
-    uint64_t own = (uint64_t)request.strips * (batch->deterministic ? request.splits : request.tiles);
-    uint32_t now = prepare_sum(shared->first, own, job.count);
-    uint64_t work = shared->first[now][job.count - 1];
+    uint64_t work, slots = 0, merges;
+    request.first = prepare_sum(shared->sums[0],
+                                (uint64_t)request.strips * (batch->deterministic ? request.splits : request.tiles),
+                                job.count, &work);
     uint32_t shares = job.grid / job.abreast;
     uint64_t share = batch->deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares),
                                                                    PREPARE_MIN_TILES);
-    request.first = shared->first[now][thread] - own;
+    uint32_t q_len = batch->has_cu_q && thread < job.count
+                         ? (uint32_t)(job.cu_q[job.first + thread + 1] - job.cu_q[job.first + thread])
+                         : (uint32_t)(batch->q_rows / batch->batch);
+    request.first_merge = (uint32_t)prepare_sum(
+        shared->sums[1], thread < job.count ? prepare_merges(&request, q_len * batch->heads, share) : 0, job.count,
+        &merges);
+    if (batch->deterministic)
+        request.first_slot = (uint32_t)prepare_sum(
+            shared->sums[0], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
 
-    uint32_t slots = 0, merges = 0;
-    if (batch->deterministic) {
-        slots = request.splits > 1 ? request.blocks * request.splits : 0;
-        now = prepare_sum(shared->slots, slots, job.count);
-        request.first_slot = shared->slots[now][thread] - slots;
-        slots = shared->slots[now][job.count - 1];
-    }
-    if (thread < job.count)
-        merges = prepare_merges(&request, &job.rows[thread], share);
-    now = prepare_sum(shared->merges, merges, job.count);
-    request.first_merge = shared->merges[now][thread] - merges;
-    merges = shared->merges[now][job.count - 1];
-
-    if (thread < job.count)
+    if (thread < job.count) {
         job.requests[thread] = request;
+        shared->first[thread] = request.first;
+    }
     if (thread == 0) {
         job.schedule->work = work;
         job.schedule->share = share;
-        job.schedule->slots = slots;
-        job.schedule->merges = merges;
-        job.result->batch_code = job.schedule->refused = MLAK_OK;
+        job.schedule->slots = (uint32_t)slots;
+        job.schedule->merges = (uint32_t)merges;
+        job.schedule->refused = MLAK_OK;
     }
-    __syncthreads(); /* requests can be read */
-    if (thread < shares && thread * share < work) {
-        uint32_t index = item_request(job.requests, job.count, thread * share);
-        uint64_t within = thread * share - job.requests[index].first;
-        struct mlak_cuda_start start = {index, 0, 0};
-        if (!batch->deterministic) {
-            start.strip = (uint32_t)(within / job.requests[index].tiles);
-            start.tile = (uint32_t)(within % job.requests[index].tiles);
-        }
-        job.starts[thread] = start;
+    __syncthreads(); /* shared->first is there */
+    if (share && thread < shares && thread * share < work) {
+        uint32_t index = prepare_find(shared->first, job.count, thread * share), tiles = shared->tiles[index];
+        uint64_t within = thread * share - shared->first[index];
+        job.starts[thread] = {index, (uint32_t)(within / tiles), (uint32_t)(within % tiles)};
     }
 }
