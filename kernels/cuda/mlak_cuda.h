@@ -76,7 +76,14 @@ struct mlak_cuda_result {
     int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
 };
 
+/* A tensor map of the driver's. */
+struct mlak_cuda_map {
+    uint64_t words[16];
+} __attribute__((aligned(64)));
+
 struct mlak_cuda_job {
+    struct mlak_cuda_map keys[2];  /* of kv as [page][chunk of 64 columns][row][64]; boxes of box_rows x 1, 2 chunks */
+    uint32_t box_rows;             /* of a page, 8..64; 0: there are no maps, and keys come by cp.async */
     struct mlak_batch batch;       /* pointers are the device's */
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
     uint32_t rows_per_item;        /* 16, 32 with the wide kernels, 64 with those for Hopper */

@@ -10,6 +10,7 @@
 #ifndef MLAK_PTX_SM90_CUH
 #define MLAK_PTX_SM90_CUH
 
+#include "mlak_cuda.h"
 #include "mlak_ptx.cuh"
 
 /* ---- barriers ---- */
@@ -28,6 +29,23 @@ __device__ static inline void barrier_arrive(uint64_t *barrier)
 __device__ static inline void copy_async_to(uint32_t to, const void *from, bool valid)
 {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+/* A box of a tensor, by the copy engine: `map` is as the driver encodes it, and names the tensor's address and shape;
+ * coordinates beyond it are zeros. Its bytes are told to `barrier`, in expectation of which one thread arrives there. */
+__device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
+                                       int32_t chunk, int32_t page, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ static inline void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
 
@@ -52,6 +70,21 @@ __device__ static inline void barrier_wait(uint64_t *barrier, uint32_t parity)
                  : "memory");
 }
 
+/* Whether it has, now; the same for a whole warp. */
+__device__ static inline bool barrier_passed(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t passed;
+    asm volatile("{\n"
+                 ".reg .pred passed;\n"
+                 "mbarrier.test_wait.parity.shared.b64 passed, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, passed;\n"
+                 "}"
+                 : "=r"(passed)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return __all_sync(0xffffffff, passed);
+}
+
 /* Named barrier `id`, 1..15, of `threads` threads, whole warps: none goes on before all have arrived. */
 __device__ static inline void barrier_meet(uint32_t id, uint32_t threads)
 {
@@ -69,6 +102,12 @@ __device__ static inline void shared_to_products(void)
 __device__ static inline uint32_t warp_uniform(uint32_t value)
 {
     return __shfl_sync(0xffffffff, value, 0);
+}
+
+/* None of the warp goes on before all are here. */
+__device__ static inline void warp_meet(void)
+{
+    __syncwarp();
 }
 
 /* Lane `lane`'s value. */

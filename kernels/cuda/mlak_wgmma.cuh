@@ -4,9 +4,11 @@
  *   warpgroup   what it does with tile n of 64 keys                                   registers a thread
  *   values 0    O[64][0..255]   = O * shrink + P V, 8 products of 64 x 128 x 16       160 (O is 128 of them)
  *   values 1    O[64][256..511]                                                       160
- *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           XXX
- *   loads       page ids, keys, q: by cp.async, so that any page size and stride      40
- *               will do; zeros where no row of the item sees a key
+ *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           136
+ *               for two tiles at once, if the second one is there already
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       56
+ *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
+ *               any page size will do, and zeros where no row of the item sees a key
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> scores        q_empty
@@ -82,7 +84,7 @@ __device__ static inline uint32_t wgmma_at(uint32_t row, uint32_t lane)
 
 /* Set off the copies of tile `count`, each piece as soon as there is room for it: a warp has 16 keys, and eight lanes
  * each chunk of a key. `address`: of key lane % 16 of the warp, or ITEM_NOBODY. */
-__device__ static inline void wgmma_load_keys(struct wgmma_shared *shared, const uint8_t *kv, int64_t address,
+__device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const uint8_t *kv, int64_t address,
                                               uint32_t count)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, stage = count % WGMMA_STAGES;
@@ -109,6 +111,32 @@ __device__ static inline void wgmma_load_keys(struct wgmma_shared *shared, const
     }
 }
 
+/* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page. Lane i of the first
+ * warp names the place of box i. All threads arrive, as they do when they copy. */
+__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job, int32_t page,
+                                               int32_t slot, uint32_t count)
+{
+    uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
+    bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
+#pragma unroll
+    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
+        uint64_t *full = &shared->keys_full[stage][piece];
+        barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
+        if (thread > 0)
+            barrier_arrive(full);
+        else
+            barrier_arrive_expecting(full, wgmma_chunks(piece) * WGMMA_CHUNK);
+        if (thread < 32)
+            warp_meet();
+        uint32_t chunk = wgmma_first(piece), to = shared_address(shared->keys[stage][chunk]) + thread * rows * 128;
+        bool two = wgmma_chunks(piece) == 2;
+        if (fetches)
+            copy_box(to, &job->keys[two && whole], 0, slot, (int32_t)chunk, page, full);
+        if (fetches && two && !whole)
+            copy_box(to + WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)chunk + 1, page, full);
+    }
+}
+
 /* Rows beyond the item's are zeros. */
 __device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct item *item, const uint8_t *q)
 {
@@ -131,30 +159,66 @@ __device__ static inline void wgmma_stop(struct wgmma_item *slot)
     __threadfence_block();
 }
 
-/* The item's tiles, `count` of others before them. */
-__device__ static inline void wgmma_load_item(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                              struct wgmma_item *slot, uint32_t items, uint32_t count)
+/* Whether the copy engine can fetch a tile: it fetches what it finds, so all keys must be some row's. */
+__device__ static inline bool wgmma_fetches(const struct mlak_cuda_job *job, const struct item *item, uint32_t tile)
+{
+    int64_t c = (int64_t)tile * MLAK_CUDA_TILE;
+    return job->box_rows > 0 && c >= item->any.lo && c + MLAK_CUDA_TILE <= item->any.base;
+}
+
+/* The page of the key whose place in the pool a thread has to know. */
+__device__ static inline struct item_key wgmma_ask(const struct mlak_cuda_job *job, const struct item *item,
+                                                   const struct mlak_row *row, uint32_t tile)
+{
+    uint32_t thread = threadIdx.x % WGMMA_GROUP, key = thread / 32 * 16 + thread % 16;
+    if (wgmma_fetches(job, item, tile))
+        key = row_least(thread * job->box_rows, MLAK_CUDA_TILE); /* from 64 on: nobody's */
+    return item_ask(item, row, tile, key);
+}
+
+/* Tile i of the item, `count` of all, whose pages have been asked for; then those of the tile after next. */
+__device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                              struct wgmma_item *slot, struct item_key *asked, uint32_t i,
+                                              uint32_t count)
 {
     enum { LOOK_UP = 32 }; /* tiles between two looks at whether anybody still wants the result */
     const struct item *item = &slot->item;
     struct mlak_row *row = &job->rows[item->request];
-    uint32_t thread = threadIdx.x % WGMMA_GROUP, key = thread / 32 * 16 + thread % 16, tile = item->tile;
-    struct item_key asked = item_ask(item, row, tile, key);
-    for (uint32_t i = 0; i < slot->tiles; i++) {
-        int failed = 0;
-        int64_t address = item_settle(row, row, &asked, &failed);
-        if (failed || (thread == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job)))
-            wgmma_stop(slot);
+    uint32_t tile = item->tile + i;
+    int failed = 0;
+    int64_t address = item_settle(row, row, asked, &failed);
+    if (failed || (threadIdx.x % WGMMA_GROUP == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job)))
+        wgmma_stop(slot);
+    if (*(volatile int *)&slot->stopped)
+        address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
+    int32_t page = address == ITEM_NOBODY ? (int32_t)row->pages : asked->page, key = (int32_t)asked->slot;
+    if (i + 2 < slot->tiles)
+        *asked = wgmma_ask(job, item, row, tile + 2);
+    if (wgmma_fetches(job, item, tile))
+        wgmma_fetch_keys(shared, job, page, key, count);
+    else
+        wgmma_copy_keys(shared, row->kv, address, count);
+}
+
+/* The item's tiles, `count` of others before them. */
+__device__ static inline void wgmma_load_item(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                              struct wgmma_item *slot, uint32_t items, uint32_t count)
+{
+    const struct item *item = &slot->item;
+    const struct mlak_row *row = &job->rows[item->request];
+    struct item_key even = wgmma_ask(job, item, row, item->tile), odd = {};
+    if (slot->tiles > 1)
+        odd = wgmma_ask(job, item, row, item->tile + 1);
+    wgmma_load_tile(shared, job, slot, &even, 0, count);
+    barrier_wait(&shared->q_empty, items % 2 ^ 1);
+    wgmma_load_q(shared, item, row->q);
+    barrier_arrive_after_copies(&shared->q_full);
+    if (threadIdx.x % WGMMA_GROUP == 0)
+        barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
+    for (uint32_t i = 1; i < slot->tiles; i += 2) {
+        wgmma_load_tile(shared, job, slot, &odd, i, count + i);
         if (i + 1 < slot->tiles)
-            asked = item_ask(item, row, tile + i + 1, key);
-        wgmma_load_keys(shared, row->kv, *(volatile int *)&slot->stopped ? ITEM_NOBODY : address, count + i);
-        if (i == 0) {
-            barrier_wait(&shared->q_empty, items % 2 ^ 1);
-            wgmma_load_q(shared, item, row->q);
-            barrier_arrive_after_copies(&shared->q_full);
-            if (thread == 0)
-                barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
-        }
+            wgmma_load_tile(shared, job, slot, &even, i + 1, count + i + 1);
     }
 }
 
@@ -207,15 +271,16 @@ struct wgmma_rows {
 
 /* S += Q K^T over the columns of a piece, as soon as its keys are there. */
 template <enum mlak_cuda_types TYPES, uint32_t PIECE>
-__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, uint32_t q, uint32_t keys,
-                                                float s[32])
+__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, float s[32])
 {
+    uint32_t q = operand_here(operand_rows(shared->q[wgmma_first(PIECE)]));
+    uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][wgmma_first(PIECE)]));
     barrier_wait(&shared->keys_full[count % WGMMA_STAGES][PIECE], count / WGMMA_STAGES % 2);
     shared_to_products();
     products_begin();
 #pragma unroll
     for (uint32_t step = 0; step < wgmma_chunks(PIECE) * 4; step++) {
-        uint32_t at = (wgmma_first(PIECE) + step / 4) * WGMMA_CHUNK + step % 4 * 32;
+        uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
         bool add = PIECE != WGMMA_ROPE || step > 0;
         if (TYPES == MLAK_CUDA_FP16)
             product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
@@ -224,18 +289,31 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
     }
 }
 
-/* S of tile `count`. `last`: of the item, so that q is not needed any more. */
+/* Set off S of tile `count`. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
+__device__ static inline void wgmma_score_begin(struct wgmma_shared *shared, uint32_t count, float s[32])
 {
-    uint32_t q = operand_here(operand_rows(shared->q[0]));
-    uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][0]));
-    wgmma_score_piece<TYPES, 0>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, 1>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, 2>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, 3>(shared, count, q, keys, s);
-    wgmma_score_piece<TYPES, 4>(shared, count, q, keys, s);
+    wgmma_score_piece<TYPES, 0>(shared, count, s);
+    wgmma_score_piece<TYPES, 1>(shared, count, s);
+    wgmma_score_piece<TYPES, 2>(shared, count, s);
+    wgmma_score_piece<TYPES, 3>(shared, count, s);
+    wgmma_score_piece<TYPES, 4>(shared, count, s);
     products_commit();
+}
+
+/* Whether that would not have to wait. */
+__device__ static inline bool wgmma_score_ready(struct wgmma_shared *shared, uint32_t count)
+{
+    bool ready = true;
+#pragma unroll
+    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
+        ready = ready && barrier_passed(&shared->keys_full[count % WGMMA_STAGES][piece], count / WGMMA_STAGES % 2);
+    return ready;
+}
+
+/* S of tile `count` is there. `last`: of the item, so that q is not needed any more. */
+__device__ static inline void wgmma_score_end(struct wgmma_shared *shared, uint32_t count, bool last)
+{
     products_wait<0>();
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][WGMMA_ROPE]);
@@ -326,6 +404,22 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
     barrier_arrive(&shared->p_full);
 }
 
+/* Tile `count` becomes weights, and the one after it scores: at the same time, if its keys are there already. */
+template <enum mlak_cuda_types TYPES>
+__device__ static inline void wgmma_score_step(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                               const struct item *item, struct wgmma_rows *rows, uint32_t tile,
+                                               uint32_t count, uint32_t items, float s[32], float next[32])
+{
+    if (wgmma_score_ready(shared, count + 1)) {
+        wgmma_score_begin<TYPES>(shared, count + 1, next);
+        wgmma_weigh<TYPES>(shared, job, item, rows, tile, count, items, false, s);
+    } else {
+        wgmma_weigh<TYPES>(shared, job, item, rows, tile, count, items, false, s);
+        wgmma_score_begin<TYPES>(shared, count + 1, next);
+    }
+    wgmma_score_end(shared, count + 1, tile + 2 == item->end_tile);
+}
+
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
@@ -339,10 +433,20 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         if (tiles == 0)
             break;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, job->rows[item->request].score_scale * ITEM_LOG2_E};
-        for (uint32_t i = 0; i < tiles; i++, count++) {
-            float s[32];
-            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
-            wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
+        float even[32], odd[32];
+        wgmma_score_begin<TYPES>(shared, count, even);
+        wgmma_score_end(shared, count, tiles == 1);
+        for (uint32_t end = tile + tiles;; tile++, count++) {
+            if (tile + 1 == end) {
+                wgmma_weigh<TYPES>(shared, job, item, &rows, tile, count++, items, true, even);
+                break;
+            }
+            wgmma_score_step<TYPES>(shared, job, item, &rows, tile++, count++, items, even, odd);
+            if (tile + 1 == end) {
+                wgmma_weigh<TYPES>(shared, job, item, &rows, tile, count++, items, true, odd);
+                break;
+            }
+            wgmma_score_step<TYPES>(shared, job, item, &rows, tile, count, items, odd, even);
         }
     }
     barrier_wait(&shared->p_empty, count % 2 ^ 1);
@@ -460,10 +564,10 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     }
     __syncthreads();
     if (group == WGMMA_LOADS) {
-        registers_give<88>();
+        registers_give<56>();
         wgmma_loads(shared, job);
     } else if (group == WGMMA_SCORES) {
-        registers_give<104>();
+        registers_take<136>();
         wgmma_scores<TYPES>(shared, job);
     } else {
         registers_take<160>();
