@@ -70,14 +70,25 @@ static struct made *contents(const struct kind *kind, uint64_t seed, const int32
     return made_new(&maker, &shape, seqlens, q_lens);
 }
 
+/* The rows tell of this replay, not of one before it. */
+static void assert_rows_are_of(struct made *made, const struct mlak_row *rows)
+{
+    for (uint32_t b = 0; b < B; b++) {
+        int64_t local = 0;
+        for (int64_t g = 0; g < made_seqlens(made)[b]; g++)
+            local += contract_holds(&made->batch, g);
+        assert_int_equal(rows[b].request, b);
+        assert_int_equal(rows[b].local_len, local);
+    }
+}
+
 static void replay_right(struct test_graph *graph, struct made *made, const char *what)
 {
     struct mlak_row rows[B];
     struct mlak_fault fault;
     if (test_graph_replay(graph, &made, rows, &fault) != MLAK_OK)
         fail_msg("%s: %s: %s", what, fault.field, fault.message);
-    for (uint32_t b = 0; b < B; b++)
-        assert_int_equal(rows[b].request, b);
+    assert_rows_are_of(made, rows);
     test_device_judge(made, rows, 0, what);
 }
 
@@ -214,6 +225,7 @@ static void a_graph_holds_several_batches(void **state)
             spoil_cu_q(made[1]);
         if (test_graph_replay(graph, made, rows, &fault) != MLAK_OK)
             fail_msg("%s: %s", fault.field, fault.message);
+        assert_rows_are_of(made[COUNT - 1], rows);
         for (uint32_t i = 0; i < COUNT; i++) {
             if (refused && i == 1)
                 assert_untouched(made[i]);
