@@ -118,7 +118,8 @@ CUresult fake_enter(const char *function)
             result = control.fail[i].code;
     }
     bool pure = !strncmp(function, "cuGet", 5) || !strncmp(function, "cuDevice", 8) || !strncmp(function, "cuInit", 6) ||
-                !strncmp(function, "cuDriver", 8);
+                !strncmp(function, "cuDriver", 8) || !strcmp(function, "cuGraphDestroy") ||
+                !strcmp(function, "cuGraphExecDestroy"); /* graphs lie in the host's memory */
     if (!result && !pure) result = control.sticky;
     pthread_mutex_unlock(&control.lock);
     return !result && unsafe_in_capture(function) && fake_capturing() ? FAKE_CAPTURE_UNSUPPORTED : result;
