@@ -48,6 +48,12 @@
     D(stream_new, cuStreamCreate, (CUstream *, unsigned)) \
     D(stream_free, cuStreamDestroy_v2, (CUstream)) \
     D(stream_query, cuStreamQuery, (CUstream)) \
+    D(capture_begin, cuStreamBeginCapture_v2, (CUstream, CUstreamCaptureMode)) \
+    D(capture_end, cuStreamEndCapture, (CUstream, CUgraph *)) \
+    D(graph_free, cuGraphDestroy, (CUgraph)) \
+    D(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec *, CUgraph, unsigned long long)) \
+    D(graph_launch, cuGraphLaunch, (CUgraphExec, CUstream)) \
+    D(graph_exec_free, cuGraphExecDestroy, (CUgraphExec)) \
     D(event_new, cuEventCreate, (CUevent *, unsigned)) \
     D(event_free, cuEventDestroy_v2, (CUevent)) \
     D(event_record, cuEventRecord, (CUevent, CUstream)) \
