@@ -21,18 +21,20 @@ def options(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", metavar="FILE", help="a list of {batch, heads, q_len, kv_len}; else a built-in grid")
     parser.add_argument("--sets", default="uniform,ragged", help="uniform (FILE or the grid), ragged, or both")
-    parser.add_argument("--only", default="", metavar="B=1/10,H=16", help="of these, those with such B, H, q and K (of ragged "
-                        "batches the mean)")
+    parser.add_argument("--only", default="", metavar="B=1/10,H=16",
+                        help="of these, those with such B, H, q and K (of ragged batches the mean)")
     parser.add_argument("--peer", metavar="FILE.so", help="a library to peer.h")
     parser.add_argument("--device", help="a GPU's UUID; else the first of nvidia-smi -L")
     parser.add_argument("--limit-seconds", default="120")
     parser.add_argument("--pairs", help="of samples for each shape, at least (7)")
+    parser.add_argument("--most-pairs", help="and at most (101)")
     parser.add_argument("--cold-mb", help="MB of KV between two reads of the same (four times the L2)")
     parser.add_argument("--ceilings", metavar="GBPS,TFLOPS", help="instead of measuring them")
     parser.add_argument("--program", type=Path, help="mlad-kernel-compare; else beside this file, or in build/release")
     parser.add_argument("--out", type=Path, help="the report as JSON, with all samples")
     parser.add_argument("--plot", type=Path, help="the report as SVG")
-    parser.add_argument("--again", type=Path, metavar="REPORT", help="run nothing: show, and plot, a report that --out wrote")
+    parser.add_argument("--again", type=Path, metavar="REPORT",
+                        help="run nothing: show, and plot, a report that --out wrote")
     return parser.parse_args(words)
 
 
@@ -69,11 +71,11 @@ def chosen(given):
 def measure(given, wanted):
     """The program's lines. What it says of failures goes to our standard error, as it comes."""
     command = [program(given.program), "--device", given.device or first_gpu(), "--limit-seconds", given.limit_seconds]
-    for name in ("peer", "pairs", "cold_mb", "ceilings"):
+    for name in ("peer", "pairs", "most_pairs", "cold_mb", "ceilings"):
         if getattr(given, name):
             command += [f"--{name.replace('_', '-')}", getattr(given, name)]
-    done = subprocess.run(command, input="".join(shapes.line(shape) + "\n" for shape in wanted), stdout=subprocess.PIPE,
-                          text=True)
+    done = subprocess.run(command, input="".join(shapes.line(shape) + "\n" for shape in wanted), text=True,
+                          stdout=subprocess.PIPE)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     if done.returncode and not lines:
         sys.exit(done.returncode)

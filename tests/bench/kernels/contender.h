@@ -1,5 +1,5 @@
-/* contender.h - the two that are compared: our backend, and a peer's library. Both decode the same work; each has a set of
- * outputs of its own. */
+/* contender.h - the two that are compared: our backend, and a peer's library. Both decode the same work; each has a set
+ * of outputs of its own. */
 #ifndef COMPARE_CONTENDER_H
 #define COMPARE_CONTENDER_H
 
@@ -16,7 +16,7 @@ struct contender {
     enum mlak_code (*back_to_back)(struct contender *self, uint32_t rounds, double *ns, struct mlak_fault *fault);
     /* One decode of a copy on an idle device, launched without a graph: nanoseconds until the host knows its end. */
     enum mlak_code (*alone)(struct contender *self, uint32_t copy, double *ns, struct mlak_fault *fault);
-    /* What is done once a step, back to back: nanoseconds of one. NULL: it cannot be told apart, and is in every decode. */
+    /* What is done once a step, back to back: nanoseconds of one. NULL: not to be told apart, and in every decode. */
     enum mlak_code (*prepare)(struct contender *self, double *ns, struct mlak_fault *fault);
     void (*end)(struct contender *self); /* after begin, whether that succeeded or not */
 };

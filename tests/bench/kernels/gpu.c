@@ -144,11 +144,12 @@ double gpu_now(void)
 static enum mlak_code join(struct gpu *gpu, struct mlak_fault *fault)
 {
     CUstreamCaptureStatus status;
+    cuuint64_t id;
     CUgraph graph;
     const CUgraphNode *before;
     size_t count;
     CUgraphNode empty;
-    TRY(gpu->joins.capture_info, gpu->stream, &status, NULL, &graph, &before, &count);
+    TRY(gpu->joins.capture_info, gpu->stream, &status, &id, &graph, &before, &count);
     TRY(gpu->joins.empty_node, &empty, graph, before, count);
     TRY(gpu->joins.capture_depend, gpu->stream, &empty, 1, CU_STREAM_SET_CAPTURE_DEPENDENCIES);
     return MLAK_OK;
@@ -166,8 +167,8 @@ static enum mlak_code enqueue_all(struct gpu_calls *calls, bool joined, struct m
     return code;
 }
 
-enum mlak_code gpu_calls_init(struct gpu_calls *calls, struct gpu *gpu, gpu_enqueue *enqueue, void *self, uint32_t count,
-                              uint32_t modulus, struct mlak_fault *fault)
+enum mlak_code gpu_calls_init(struct gpu_calls *calls, struct gpu *gpu, gpu_enqueue *enqueue, void *self,
+                              uint32_t count, uint32_t modulus, struct mlak_fault *fault)
 {
     CUgraph graph = NULL;
     *calls = (struct gpu_calls){.gpu = gpu, .enqueue = enqueue, .self = self, .count = count, .modulus = modulus};

@@ -1,11 +1,11 @@
-/* gpu.h - the GPU as mlad-kernel-compare uses it beside a backend: a stream of the primary context, CUDA graphs of calls
- * that are timed by events, an L2 flush, and the SM clock. All from one thread. */
+/* gpu.h - the GPU as mlad-kernel-compare uses it beside a backend: a stream of the primary context, CUDA graphs of
+ * calls that are timed by events, an L2 flush, and the SM clock. All from one thread. */
 #ifndef COMPARE_GPU_H
 #define COMPARE_GPU_H
 
 #include "cuda/cuda_driver.h"
 
-/* Of the driver, in addition to mlak_driver: what every driver has, what CUDA graphs need, and what joins calls in one. */
+/* Of the driver, in addition to mlak_driver: what every driver has, what graphs need, and what joins calls in one. */
 #define GPU_STREAMS(D) \
     D(wait, cuStreamSynchronize, (CUstream)) \
     D(set_bytes, cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))
@@ -61,12 +61,12 @@ struct gpu_calls {
     uint32_t count, modulus; /* call i is index i % modulus */
     CUgraphExec exec;        /* NULL without graphs */
 };
-enum mlak_code gpu_calls_init(struct gpu_calls *calls, struct gpu *gpu, gpu_enqueue *enqueue, void *self, uint32_t count,
-                              uint32_t modulus, struct mlak_fault *fault);
+enum mlak_code gpu_calls_init(struct gpu_calls *calls, struct gpu *gpu, gpu_enqueue *enqueue, void *self,
+                              uint32_t count, uint32_t modulus, struct mlak_fault *fault);
 void gpu_calls_deinit(struct gpu_calls *calls);
 
-/* Run them `rounds` times without a pause, behind one time that does not count, and say how many nanoseconds passed on the
- * device: nothing of what the host does to launch. */
+/* Run them `rounds` times without a pause, behind one time that does not count, and say how many nanoseconds passed on
+ * the device: nothing of what the host does to launch. */
 enum mlak_code gpu_calls_time(struct gpu_calls *calls, uint32_t rounds, double *ns, struct mlak_fault *fault);
 
 /* One call, launched on an idle device without a graph: nanoseconds of the host's clock until the host sees its end. */

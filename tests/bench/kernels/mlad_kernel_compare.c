@@ -1,8 +1,8 @@
-/* mlad_kernel_compare.c - times our kernels beside a peer's on a GPU, shape by shape, and prints what it measured: a line
- * of JSON for the run and one for each shape. compare.py chooses shapes, runs this, and judges the numbers.
+/* mlad_kernel_compare.c - times our kernels beside a peer's on a GPU, shape by shape, and prints what it measured: a
+ * line of JSON for the run and one for each shape. compare.py chooses shapes, runs this, and judges the numbers.
  *
- * For each shape: both decode once and their outputs are compared; then samples, the two in turn and in alternating order,
- * until there are enough or the shape's share of the time is used. Numbers are nanoseconds of one decode. */
+ * For each shape: both decode once and their outputs are compared; then samples, the two in turn and in alternating
+ * order, until there are enough or the shape's share of the time is used. Numbers are nanoseconds of one decode. */
 #include "ceilings.h"
 #include "contender.h"
 
@@ -20,23 +20,30 @@ enum {
     SAMPLE_NS = 1000000,    /* a sample takes at least so long */
     CEILING_BYTES = 1 << 30 /* that the read ceiling reads at least */
 };
-/* Where outputs differ by more, one of the two computes something else. bf16 rounds P and the outputs, by 2^-9 of values
- * that are a few times the mean; a tile of 64 keys left out of 50,000 moves outputs by 0.1. */
+/* Where outputs differ by more, one of the two computes something else. bf16 rounds P and the outputs, by 2^-9 of
+ * values that are a few times the mean; a tile of 64 keys left out of 50,000 moves outputs by 0.1. */
 static const double MOST_OUT_DIFFERENCE = 0.06, MOST_LSE_DIFFERENCE = 2e-3;
 
 static const char usage[] =
     "usage: mlad-kernel-compare --device GPU-... [options] < shapes\n"
-    "Times our kernels, and a peer's beside them, on shapes given as lines \"BATCH HEADS Q_LEN LENGTH...\" (one length, or\n"
-    "one for each request): bf16, causal, pages of 64. Prints lines of JSON. compare.py runs it and judges the numbers.\n"
+    "Times our kernels, and a peer's beside them, on shapes given as lines \"BATCH HEADS Q_LEN LENGTH...\" (one length,\n"
+    "or one for each request): bf16, causal, pages of 64. Prints lines of JSON. compare.py runs it and judges them.\n"
     "  --device NAME          a GPU's UUID\n"
     "  --peer FILE.so         a library as peer.h describes; without it only ours is timed\n"
     "  --limit-seconds N      for all shapes together (120); shapes beyond it are skipped, and said to be\n"
-    "  --pairs N              samples of a shape at least (7), to 101\n"
+    "  --pairs N              samples of a shape at least (7)\n"
+    "  --most-pairs N         samples of a shape at most (101)\n"
     "  --cold-mb N            MB of KV that are read between two reads of the same (four times the L2)\n"
     "  --ceilings GBPS,TFLOPS read and matmul rates, instead of measuring them\n"
     "  --help\n";
 
-struct options { const char *device, *peer; double limit; uint32_t pairs; uint64_t cold_bytes; struct gpu_ceilings ceilings; };
+struct options {
+    const char *device, *peer;
+    double limit;
+    uint32_t pairs, most_pairs;
+    uint64_t cold_bytes;
+    struct gpu_ceilings ceilings;
+};
 
 static _Noreturn void stop(const struct mlak_fault *fault)
 {
@@ -63,13 +70,13 @@ static double number(const char *option, const char *text, double least, double 
 
 static struct options parse(int argc, char **argv)
 {
-    enum { DEVICE = 256, PEER, LIMIT, PAIRS, COLD, CEILINGS, HELP };
+    enum { DEVICE = 256, PEER, LIMIT, PAIRS, MOST, COLD, CEILINGS, HELP };
     static const struct option table[] = {
         {"device", 1, NULL, DEVICE}, {"peer", 1, NULL, PEER},         {"limit-seconds", 1, NULL, LIMIT},
-        {"pairs", 1, NULL, PAIRS},   {"cold-mb", 1, NULL, COLD},      {"ceilings", 1, NULL, CEILINGS},
-        {"help", 0, NULL, HELP},     {NULL, 0, NULL, 0},
+        {"pairs", 1, NULL, PAIRS},   {"most-pairs", 1, NULL, MOST},   {"cold-mb", 1, NULL, COLD},
+        {"ceilings", 1, NULL, CEILINGS}, {"help", 0, NULL, HELP},     {NULL, 0, NULL, 0},
     };
-    struct options options = {.limit = 120, .pairs = 7};
+    struct options options = {.limit = 120, .pairs = 7, .most_pairs = MOST_SAMPLES};
     int option;
     while ((option = getopt_long(argc, argv, "", table, NULL)) != -1) {
         switch (option) {
@@ -77,6 +84,7 @@ static struct options parse(int argc, char **argv)
         case PEER: options.peer = optarg; break;
         case LIMIT: options.limit = number("limit-seconds", optarg, 0.1, 86400); break;
         case PAIRS: options.pairs = (uint32_t)number("pairs", optarg, 1, MOST_SAMPLES); break;
+        case MOST: options.most_pairs = (uint32_t)number("most-pairs", optarg, 1, MOST_SAMPLES); break;
         case COLD: options.cold_bytes = (uint64_t)(number("cold-mb", optarg, 0.001, 65536) * 1e6); break;
         case CEILINGS:
             if (sscanf(optarg, "%lf,%lf", &options.ceilings.read_gbps, &options.ceilings.tflops) != 2 ||
@@ -169,7 +177,7 @@ static enum mlak_code sample_all(struct run *run, const struct work *work, uint3
     const double once = samples->decode[0][0] * calls;
     const uint32_t rounds = once > 0 && once < SAMPLE_NS ? (uint32_t)(SAMPLE_NS / once) + 1 : 1;
     samples->count = 0;
-    while (code == MLAK_OK && samples->count < MOST_SAMPLES &&
+    while (code == MLAK_OK && samples->count < run->options.most_pairs &&
            (samples->count < run->options.pairs || gpu_now() < until))
         code = sample(run, work, calls, rounds, samples, fault);
     return code;
@@ -182,6 +190,8 @@ static void print_list(const char *key, const double *values, uint32_t count)
         printf("%s%.1f", i ? "," : "", values[i]);
     printf("]");
 }
+
+static void print_flag(const char *key, bool flag) { printf(",\"%s\":%s", key, flag ? "true" : "false"); }
 
 /* JSON has no infinity: null. */
 static void print_number(const char *key, double value)
@@ -223,7 +233,7 @@ static void print_samples(const struct run *run, const struct work *work, uint32
     if (run->contenders[1]) {
         print_number("out_difference", samples->difference.out);
         print_number("lse_difference", samples->difference.lse);
-        printf(",\"agree\":%s", samples->agree ? "true" : "false");
+        print_flag("agree", samples->agree);
     }
     printf(",\"sm_mhz\":[");
     for (uint32_t i = 0; i < samples->count && samples->mhz[i]; i++)
@@ -321,13 +331,14 @@ static void open_all(struct run *run, const struct shape *shapes, uint32_t count
         stop(&fault);
     if (measured && gpu_ceilings_measure(&run->options.ceilings, &run->gpu, run->pool.memory, bytes, &fault) != MLAK_OK)
         stop(&fault);
-    printf("{\"type\":\"run\",\"device\":\"%s\",\"model\":\"%s\",\"processors\":%d,\"ours\":\"%s\",\"peer\":", options->device,
-           run->gpu.model, run->gpu.processors, run->backend->variant(run->device));
+    printf("{\"type\":\"run\",\"device\":\"%s\",\"model\":\"%s\",\"processors\":%d,\"ours\":\"%s\",\"peer\":",
+           options->device, run->gpu.model, run->gpu.processors, run->backend->variant(run->device));
     printf(options->peer ? "\"%s\"" : "null", options->peer ? run->peer.library->name : "");
-    printf(",\"graphs\":%s,\"full_edges\":%s,\"cold_bytes\":%llu,\"read_gbps\":%.1f,\"tflops\":%.1f,\"ceilings_measured\":%s}\n",
-           run->gpu.has_graphs ? "true" : "false", run->gpu.has_graphs && run->gpu.has_joins ? "true" : "false",
-           (unsigned long long)run->options.cold_bytes, run->options.ceilings.read_gbps, run->options.ceilings.tflops,
-           measured ? "true" : "false");
+    print_flag("graphs", run->gpu.has_graphs);
+    print_flag("full_edges", run->gpu.has_graphs && run->gpu.has_joins);
+    print_flag("ceilings_measured", measured);
+    printf(",\"cold_bytes\":%llu,\"read_gbps\":%.1f,\"tflops\":%.1f}\n",
+           (unsigned long long)run->options.cold_bytes, run->options.ceilings.read_gbps, run->options.ceilings.tflops);
     fflush(stdout);
 }
 

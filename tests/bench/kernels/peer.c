@@ -117,7 +117,7 @@ enum mlak_code peer_init(struct peer *peer, struct gpu *gpu, const char *path, s
     if (!peer->library)
         return mlak_fail(fault, MLAK_INVALID, "peer", "%.150s exports no mlad_peer; build it to peer.h", path);
     if (peer->library->abi != MLAD_PEER_ABI)
-        return mlak_fail(fault, MLAK_INVALID, "peer", "%.120s is built to version %d of peer.h, and this program to %d", path,
-                         peer->library->abi, MLAD_PEER_ABI);
+        return mlak_fail(fault, MLAK_INVALID, "peer", "%.120s is built to version %d of peer.h, and this program to %d",
+                         path, peer->library->abi, MLAD_PEER_ABI);
     return MLAK_OK;
 }

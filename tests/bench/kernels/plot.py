@@ -31,7 +31,8 @@ class Panel:
                           f'<title>{escape(title)}</title></circle>')
 
     def bar(self, x, low, high, colour):
-        self.parts.append(f'<line x1="{x}" x2="{x}" y1="{self.at(low):.1f}" y2="{self.at(high):.1f}" stroke="{colour}"/>')
+        self.parts.append(f'<line x1="{x}" x2="{x}" y1="{self.at(low):.1f}" y2="{self.at(high):.1f}" '
+                          f'stroke="{colour}"/>')
 
 
 def svg(report):
@@ -60,7 +61,8 @@ def svg(report):
         for i, e in enumerate(entries):
             for key, colour in (("peer_of_floor", PEER), ("ours_of_floor", OURS)):
                 if key in e:
-                    panel.dot(LEFT + STEP * (i + 1), e[key], colour, f"{e['name']}: {e[key]:.2f} of {e['floor_us']:.2f} us")
+                    title = f"{e['name']}: {e[key]:.2f} of {e['floor_us']:.2f} us"
+                    panel.dot(LEFT + STEP * (i + 1), e[key], colour, title)
         panels.append(panel)
         y += PANEL
     labels, last = [], None
@@ -73,7 +75,7 @@ def svg(report):
             last = label
     height = y + 120
     title = f"{run['model']}: mlad ({run['ours']})" + (f" and {run['peer']}" if run["peer"] else "")
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-                      f'font-size="11">', f'<rect width="{width}" height="{height}" fill="white"/>',
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+                      f'font-family="sans-serif" font-size="11">', f'<rect width="{width}" height="{height}" fill="white"/>',
                       f'<text x="{LEFT}" y="20" font-size="15">{escape(title)}</text>', *labels,
                       *(part for panel in panels for part in panel.parts), "</svg>", ""])

@@ -25,7 +25,7 @@ def geometric_mean(values):
 
 
 def mean_interval(lists, rounds=ROUNDS):
-    """95% interval of the geometric mean of the lists' medians: each list is drawn anew from itself, with replacement."""
+    """95% interval of the geometric mean of the lists' medians, each list drawn anew from itself, with replacement."""
     chance = random.Random(SEED)
     means = sorted(geometric_mean([statistics.median(chance.choices(values, k=len(values))) for values in lists])
                    for _ in range(rounds))
@@ -81,8 +81,8 @@ def group(entries):
 
 
 def build(shapes, lines):
-    """The whole report from the program's lines. Shapes without a line failed; they and those that do not agree are in no
-    mean."""
+    """The whole report from the program's lines. Shapes without a line failed; they and those that do not agree are in
+    no mean."""
     run = next((line for line in lines if line["type"] == "run"), None)
     if run is None:
         raise ValueError("the program said nothing of its run")
@@ -109,8 +109,8 @@ def build(shapes, lines):
     groups = {f"B={batch}": [e for e in even if e["batch"] == batch] for batch in sorted({e["batch"] for e in even})}
     groups = {**groups, "all": even, "ragged": uneven}
     slower = [e["name"] for e in right if (e.get("ratio_interval") or [1, 1])[1] < 0.98]
-    report = {"run": run, "shapes": done, "groups": {name: group(entries) for name, entries in groups.items() if entries},
-              "slower": slower, "skipped": skipped, "failed": failed}
+    report = {"run": run, "shapes": done,
+              "groups": {name: group(entries) for name, entries in groups.items() if entries}, "slower": slower, "skipped": skipped, "failed": failed}
     for entry in done:
         for kind in ("ratios", "ratios_alone"):
             entry.pop(kind, None)
@@ -126,8 +126,8 @@ def table(report):
     run = report["run"]
     mhz = [clock for entry in report["shapes"] for clock in entry["sm_mhz"]]
     rows = [f"{run['model']}, ours: {run['ours']}, peer: {run['peer'] or 'none'}; ceilings "
-            f"{'measured' if run['ceilings_measured'] else 'given'}: {run['read_gbps']:.0f} GB/s, {run['tflops']:.0f} TFLOP/s; "
-            + (f"SM clock {min(mhz)}..{max(mhz)} MHz" if mhz else "SM clock not known")
+            f"{'measured' if run['ceilings_measured'] else 'given'}: {run['read_gbps']:.0f} GB/s, "
+            f"{run['tflops']:.0f} TFLOP/s; " + (f"SM clock {min(mhz)}..{max(mhz)} MHz" if mhz else "SM clock not known")
             + ("" if run["graphs"] else "; no CUDA graphs: launches count")
             + ("" if run["full_edges"] or not run["graphs"] else "; the peer's calls are joined as it captured them"),
             f"{'us a decode':34} {'floor':>8} {'ours':>9} {'peer':>9} {'ours/fl':>8} {'peer/fl':>8} "

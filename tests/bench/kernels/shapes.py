@@ -14,7 +14,8 @@ def uniform(batch, heads, q_len, kv_len):
 
 
 def grid():
-    return [uniform(*numbers) for numbers in itertools.product((1, 10, 16, 64, 128), (16, 128), (1, 2, 4), (512, 2048, 8192))]
+    lists = (1, 10, 16, 64, 128), (16, 128), (1, 2, 4), (512, 2048, 8192)
+    return [uniform(*numbers) for numbers in itertools.product(*lists)]
 
 
 def ragged():

@@ -1,5 +1,5 @@
-/* test_peer.c - a peer for the test of mlad-kernel-compare over the fake driver, whose memory the processor can read: the
- * reference backend as a host function on the stream. WRONG: it does not look at the last key of any request. */
+/* test_peer.c - a peer for the test of mlad-kernel-compare over the fake driver, whose memory the processor can read:
+ * the reference backend as a host function on the stream. WRONG: it does not look at the last key of any request. */
 #include "peer.h"
 
 #include "mlak.h"
@@ -9,8 +9,13 @@
 
 typedef int launch_host_function(struct CUstream_st *, void (*)(void *), void *);
 
-struct call { struct mlak_batch batch; struct mlak_device *device; };
-struct test_peer { uint32_t count; struct mlak_device *device; launch_host_function *launch; int prepared; struct call calls[]; };
+struct call { struct mlak_batch batch; struct mlak_device *device; const int *prepared; };
+struct test_peer {
+    struct mlak_device *device;
+    launch_host_function *launch;
+    int prepared;
+    struct call calls[];
+};
 
 static const struct mlak_backend *reference(void) { return mlak_backend("reference"); }
 
@@ -28,7 +33,6 @@ static const char *open_peer(const struct mlad_peer_batch *batches, uint32_t cou
     struct test_peer *peer = calloc(1, sizeof *peer + count * sizeof peer->calls[0]);
     if (!peer)
         return "no memory";
-    peer->count = count;
     peer->device = reference()->open(&(struct mlak_options){.threads = 1}, NULL);
     *(void **)(void *)&peer->launch = dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuLaunchHostFunc");
     for (uint32_t i = 0; i < count; i++) {
@@ -50,6 +54,7 @@ static const char *open_peer(const struct mlad_peer_batch *batches, uint32_t cou
         to->lse = from->lse;
         to->has_lse = true;
         peer->calls[i].device = peer->device;
+        peer->calls[i].prepared = &peer->prepared;
     }
     *self = peer;
     return NULL;
@@ -66,6 +71,8 @@ static const char *prepare(void *self, struct CUstream_st *stream)
 static void decode(void *data)
 {
     struct call *call = data;
+    if (!*call->prepared)
+        return; /* nothing is written: the outputs stay NaN */
     struct mlak_row *rows = calloc(call->batch.batch, sizeof *rows);
     mlak_prepare(&call->batch, NULL, 0, call->batch.batch, rows, NULL);
 #ifdef WRONG

@@ -11,8 +11,8 @@ import plot     # noqa: E402
 import report   # noqa: E402
 import shapes   # noqa: E402
 
-RUN = {"type": "run", "model": "NVIDIA H100 80GB HBM3", "ours": "mma", "peer": "A <peer>", "graphs": True, "full_edges": True,
-       "read_gbps": 3158.0, "tflops": 790.0, "ceilings_measured": True}
+RUN = {"type": "run", "model": "NVIDIA H100 80GB HBM3", "ours": "mma", "peer": "A <peer>", "graphs": True,
+       "full_edges": True, "read_gbps": 3158.0, "tflops": 790.0, "ceilings_measured": True}
 
 
 def line(shape, ours, peer, agree=True):
@@ -115,7 +115,8 @@ class Report(unittest.TestCase):
     def test_a_ratio_is_of_its_pair(self):
         # The clock halves midway: times double, ratios do not.
         ours = [8.0, 8, 8, 16, 16, 16, 16]
-        found = report.build(self.shapes[:1], [RUN, line(self.shapes[0], ours, [t * 1.2 for t in ours])])["shapes"][0]
+        lines = [RUN, line(self.shapes[0], ours, [t * 1.2 for t in ours])]
+        found = report.build(self.shapes[:1], lines)["shapes"][0]
         self.assertAlmostEqual(found["ratio_interval"][1], 1.2)
 
     def test_table_and_plot(self):

@@ -105,8 +105,8 @@ static void *place(const struct pool *pool, const void *from, uint64_t bytes, st
     return to;
 }
 
-enum mlak_code pool_init(struct pool *pool, const struct mlak_backend *backend, struct mlak_device *device, uint64_t bytes,
-                         struct mlak_fault *fault)
+enum mlak_code pool_init(struct pool *pool, const struct mlak_backend *backend, struct mlak_device *device,
+                         uint64_t bytes, struct mlak_fault *fault)
 {
     uint64_t state = 88172645463325252, fresh = bytes < PERIOD ? bytes : PERIOD;
     *pool = (struct pool){.backend = backend, .device = device, .bytes = bytes};
@@ -234,7 +234,8 @@ void work_deinit(struct work *work)
     *work = (struct work){0};
 }
 
-static enum mlak_code copy(const struct pool *pool, void *to, const void *from, uint64_t bytes, struct mlak_fault *fault)
+static enum mlak_code copy(const struct pool *pool, void *to, const void *from, uint64_t bytes,
+                           struct mlak_fault *fault)
 {
     enum mlak_code code = pool->backend->memory_copy(pool->device, to, from, bytes);
     return code == MLAK_OK ? code : mlak_fail(fault, code, "device", "%.200s", pool->backend->lost(pool->device));

@@ -25,8 +25,8 @@ struct pool {
     void *memory; /* the device's */
     uint64_t bytes;
 };
-enum mlak_code pool_init(struct pool *pool, const struct mlak_backend *backend, struct mlak_device *device, uint64_t bytes,
-                         struct mlak_fault *fault);
+enum mlak_code pool_init(struct pool *pool, const struct mlak_backend *backend, struct mlak_device *device,
+                         uint64_t bytes, struct mlak_fault *fault);
 void pool_deinit(struct pool *pool);
 
 /* One q, table and lengths; a part of the pool for each copy. Two sets of outputs. Owns all but the pool. */
