@@ -29,6 +29,8 @@ def options(words):
     parser.add_argument("--pairs", help="of samples for each shape, at least (7)")
     parser.add_argument("--most-pairs", help="and at most (101)")
     parser.add_argument("--cold-mb", help="MB of KV between two reads of the same (four times the L2)")
+    parser.add_argument("--own-edges", action="store_true", help="join the peer's calls as it captures them, programmatic "
+                        "edges among them, not by full ones")
     parser.add_argument("--ceilings", metavar="GBPS,TFLOPS", help="instead of measuring them")
     parser.add_argument("--program", type=Path, help="mlad-kernel-compare; else beside this file, or in build/release")
     parser.add_argument("--out", type=Path, help="the report as JSON, with all samples")
@@ -74,6 +76,8 @@ def measure(given, wanted):
     for name in ("peer", "pairs", "most_pairs", "cold_mb", "ceilings"):
         if getattr(given, name):
             command += [f"--{name.replace('_', '-')}", getattr(given, name)]
+    if given.own_edges:
+        command.append("--own-edges")
     done = subprocess.run(command, input="".join(shapes.line(shape) + "\n" for shape in wanted), text=True,
                           stdout=subprocess.PIPE)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

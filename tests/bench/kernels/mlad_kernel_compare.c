@@ -34,6 +34,7 @@ static const char usage[] =
     "  --pairs N              samples of a shape at least (7)\n"
     "  --most-pairs N         samples of a shape at most (101)\n"
     "  --cold-mb N            MB of KV that are read between two reads of the same (four times the L2)\n"
+    "  --own-edges            join the peer's calls as it captures them, programmatic edges among them, not by full ones\n"
     "  --ceilings GBPS,TFLOPS read and matmul rates, instead of measuring them\n"
     "  --help\n";
 
@@ -42,6 +43,7 @@ struct options {
     double limit;
     uint32_t pairs, most_pairs;
     uint64_t cold_bytes;
+    bool own_edges;
     struct gpu_ceilings ceilings;
 };
 
@@ -70,11 +72,12 @@ static double number(const char *option, const char *text, double least, double 
 
 static struct options parse(int argc, char **argv)
 {
-    enum { DEVICE = 256, PEER, LIMIT, PAIRS, MOST, COLD, CEILINGS, HELP };
+    enum { DEVICE = 256, PEER, LIMIT, PAIRS, MOST, COLD, EDGES, CEILINGS, HELP };
     static const struct option table[] = {
         {"device", 1, NULL, DEVICE}, {"peer", 1, NULL, PEER},         {"limit-seconds", 1, NULL, LIMIT},
         {"pairs", 1, NULL, PAIRS},   {"most-pairs", 1, NULL, MOST},   {"cold-mb", 1, NULL, COLD},
-        {"ceilings", 1, NULL, CEILINGS}, {"help", 0, NULL, HELP},     {NULL, 0, NULL, 0},
+        {"own-edges", 0, NULL, EDGES}, {"ceilings", 1, NULL, CEILINGS}, {"help", 0, NULL, HELP},
+        {NULL, 0, NULL, 0},
     };
     struct options options = {.limit = 120, .pairs = 7, .most_pairs = MOST_SAMPLES};
     int option;
@@ -86,6 +89,7 @@ static struct options parse(int argc, char **argv)
         case PAIRS: options.pairs = (uint32_t)number("pairs", optarg, 1, MOST_SAMPLES); break;
         case MOST: options.most_pairs = (uint32_t)number("most-pairs", optarg, 1, MOST_SAMPLES); break;
         case COLD: options.cold_bytes = (uint64_t)(number("cold-mb", optarg, 0.001, 65536) * 1e6); break;
+        case EDGES: options.own_edges = true; break;
         case CEILINGS:
             if (sscanf(optarg, "%lf,%lf", &options.ceilings.read_gbps, &options.ceilings.tflops) != 2 ||
                 !(options.ceilings.read_gbps > 0 && options.ceilings.tflops > 0))
@@ -314,6 +318,7 @@ static void open_all(struct run *run, const struct shape *shapes, uint32_t count
     if (!run->device || gpu_open(&run->gpu, options->device, options->cold_bytes, &fault) != MLAK_OK)
         stop(&fault);
     run->options.cold_bytes = run->gpu.flush_bytes;
+    run->gpu.has_joins = run->gpu.has_joins && !options->own_edges;
     ours_init(&run->ours, &run->gpu, run->backend, run->device);
     run->contenders[0] = &run->ours.contender;
     if (options->peer) {

@@ -58,6 +58,8 @@ static enum mlak_code begin(struct contender *contender, struct work *work, uint
     enum mlak_code code = open_shape(self, fault);
     if (code == MLAK_OK)
         code = enqueue_prepare(self, 0, self->gpu->stream, fault);
+    if (code == MLAK_OK) /* what the first launch of a kernel loads is not for a capture */
+        code = enqueue_decode(self, 0, self->gpu->stream, fault);
     if (code == MLAK_OK)
         code = gpu_wait(self->gpu, fault);
     if (code == MLAK_OK)
