@@ -19,7 +19,7 @@ import shapes   # noqa: E402
 
 def options(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", metavar="FILE", help="a list of {batch, heads, q_len, kv_len}; else a built-in grid")
+    parser.add_argument("--shapes", metavar="FILE", help="a list of {batch, heads, q_len, kv_len}; else a grid")
     parser.add_argument("--sets", default="uniform,ragged", help="uniform (FILE or the grid), ragged, or both")
     parser.add_argument("--only", default="", metavar="B=1/10,H=16",
                         help="of these, those with such B, H, q and K (of ragged batches the mean)")
@@ -29,8 +29,8 @@ def options(words):
     parser.add_argument("--pairs", help="of samples for each shape, at least (7)")
     parser.add_argument("--most-pairs", help="and at most (101)")
     parser.add_argument("--cold-mb", help="MB of KV between two reads of the same (four times the L2)")
-    parser.add_argument("--own-edges", action="store_true", help="join the peer's calls as it captures them, programmatic "
-                        "edges among them, not by full ones")
+    parser.add_argument("--own-edges", action="store_true",
+                        help="join the peer's calls as it captures them, programmatic edges among them, not by full ones")
     parser.add_argument("--ceilings", metavar="GBPS,TFLOPS", help="instead of measuring them")
     parser.add_argument("--program", type=Path, help="mlad-kernel-compare; else beside this file, or in build/release")
     parser.add_argument("--out", type=Path, help="the report as JSON, with all samples")

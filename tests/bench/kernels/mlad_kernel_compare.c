@@ -26,15 +26,15 @@ static const double MOST_OUT_DIFFERENCE = 0.06, MOST_LSE_DIFFERENCE = 2e-3;
 
 static const char usage[] =
     "usage: mlad-kernel-compare --device GPU-... [options] < shapes\n"
-    "Times our kernels, and a peer's beside them, on shapes given as lines \"BATCH HEADS Q_LEN LENGTH...\" (one length,\n"
-    "or one for each request): bf16, causal, pages of 64. Prints lines of JSON. compare.py runs it and judges them.\n"
+    "Times our kernels, and a peer's beside them, on shapes given as lines \"BATCH HEADS Q_LEN LENGTH...\" (one\n"
+    "length, or one for each request): bf16, causal, pages of 64. Prints lines of JSON. compare.py runs it and judges them.\n"
     "  --device NAME          a GPU's UUID\n"
     "  --peer FILE.so         a library as peer.h describes; without it only ours is timed\n"
     "  --limit-seconds N      for all shapes together (120); shapes beyond it are skipped, and said to be\n"
     "  --pairs N              samples of a shape at least (7)\n"
     "  --most-pairs N         samples of a shape at most (101)\n"
     "  --cold-mb N            MB of KV that are read between two reads of the same (four times the L2)\n"
-    "  --own-edges            join the peer's calls as it captures them, programmatic edges among them, not by full ones\n"
+    "  --own-edges            join the peer's calls as it captures them, by programmatic edges too, not by full ones\n"
     "  --ceilings GBPS,TFLOPS read and matmul rates, instead of measuring them\n"
     "  --help\n";
 
@@ -119,7 +119,7 @@ struct run {
 };
 
 struct samples {
-    uint32_t count, prepares;
+    uint32_t count;
     double decode[2][MOST_SAMPLES], alone[2][MOST_SAMPLES], prepare[2][PREPARES];
     unsigned mhz[MOST_SAMPLES];
     struct difference difference;
@@ -169,11 +169,11 @@ static enum mlak_code sample_all(struct run *run, const struct work *work, uint3
                                  struct samples *samples, struct mlak_fault *fault)
 {
     enum mlak_code code = MLAK_OK;
-    for (int i = 0; i < 2 && code == MLAK_OK; i++)
-        for (uint32_t n = 0; run->contenders[i] && run->contenders[i]->prepare && n < PREPARES && code == MLAK_OK; n++) {
-            code = run->contenders[i]->prepare(run->contenders[i], &samples->prepare[i][n], fault);
-            samples->prepares = n + 1;
-        }
+    for (int i = 0; i < 2 && code == MLAK_OK; i++) {
+        struct contender *contender = run->contenders[i];
+        for (uint32_t n = 0; contender && contender->prepare && n < PREPARES && code == MLAK_OK; n++)
+            code = contender->prepare(contender, &samples->prepare[i][n], fault);
+    }
     if (code == MLAK_OK)
         code = sample(run, work, calls, 1, samples, fault); /* a first one, which tells how long it takes */
     if (code != MLAK_OK)
@@ -232,7 +232,7 @@ static void print_samples(const struct run *run, const struct work *work, uint32
         print_list(key, samples->alone[i], samples->count);
         snprintf(key, sizeof key, "%s_prepare_ns", names[i]);
         if (run->contenders[i]->prepare)
-            print_list(key, samples->prepare[i], samples->prepares);
+            print_list(key, samples->prepare[i], PREPARES);
     }
     if (run->contenders[1]) {
         print_number("out_difference", samples->difference.out);

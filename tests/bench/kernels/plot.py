@@ -76,6 +76,7 @@ def svg(report):
     height = y + 120
     title = f"{run['model']}: mlad ({run['ours']})" + (f" and {run['peer']}" if run["peer"] else "")
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-                      f'font-family="sans-serif" font-size="11">', f'<rect width="{width}" height="{height}" fill="white"/>',
+                      f'font-family="sans-serif" font-size="11">',
+                      f'<rect width="{width}" height="{height}" fill="white"/>',
                       f'<text x="{LEFT}" y="20" font-size="15">{escape(title)}</text>', *labels,
                       *(part for panel in panels for part in panel.parts), "</svg>", ""])

@@ -110,7 +110,8 @@ def build(shapes, lines):
     groups = {**groups, "all": even, "ragged": uneven}
     slower = [e["name"] for e in right if (e.get("ratio_interval") or [1, 1])[1] < 0.98]
     report = {"run": run, "shapes": done,
-              "groups": {name: group(entries) for name, entries in groups.items() if entries}, "slower": slower, "skipped": skipped, "failed": failed}
+              "groups": {name: group(entries) for name, entries in groups.items() if entries},
+              "slower": slower, "skipped": skipped, "failed": failed}
     for entry in done:
         for kind in ("ratios", "ratios_alone"):
             entry.pop(kind, None)

@@ -103,7 +103,8 @@ class Report(unittest.TestCase):
 
     def test_wrong_and_missing_shapes_are_in_no_mean(self):
         groups = self.report["groups"]
-        self.assertEqual({name: g["shapes"] for name, g in groups.items()}, {"B=1": 1, "B=10": 1, "all": 2, "ragged": 1})
+        self.assertEqual({name: g["shapes"] for name, g in groups.items()},
+                         {"B=1": 1, "B=10": 1, "all": 2, "ragged": 1})
         self.assertAlmostEqual(groups["B=1"]["ratio"], 1.5)
         self.assertAlmostEqual(groups["all"]["ratio"], (1.5 * 0.9) ** 0.5)
         self.assertEqual(self.report["slower"], ["B=10 H=16 q=1 K=512"])
