@@ -30,7 +30,7 @@ def options(words):
     parser.add_argument("--most-pairs", help="and at most (101)")
     parser.add_argument("--cold-mb", help="MB of KV between two reads of the same (four times the L2)")
     parser.add_argument("--own-edges", action="store_true",
-                        help="join the peer's calls as it captures them, programmatic edges among them, not by full ones")
+                        help="join the peer's calls as it captures them, by programmatic edges too, not by full ones")
     parser.add_argument("--ceilings", metavar="GBPS,TFLOPS", help="instead of measuring them")
     parser.add_argument("--program", type=Path, help="mlad-kernel-compare; else beside this file, or in build/release")
     parser.add_argument("--out", type=Path, help="the report as JSON, with all samples")

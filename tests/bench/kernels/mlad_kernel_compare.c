@@ -27,7 +27,7 @@ static const double MOST_OUT_DIFFERENCE = 0.06, MOST_LSE_DIFFERENCE = 2e-3;
 static const char usage[] =
     "usage: mlad-kernel-compare --device GPU-... [options] < shapes\n"
     "Times our kernels, and a peer's beside them, on shapes given as lines \"BATCH HEADS Q_LEN LENGTH...\" (one\n"
-    "length, or one for each request): bf16, causal, pages of 64. Prints lines of JSON. compare.py runs it and judges them.\n"
+    "length, or one for each request): bf16, causal, pages of 64. Prints lines of JSON, which compare.py judges.\n"
     "  --device NAME          a GPU's UUID\n"
     "  --peer FILE.so         a library as peer.h describes; without it only ours is timed\n"
     "  --limit-seconds N      for all shapes together (120); shapes beyond it are skipped, and said to be\n"

@@ -1,9 +1,9 @@
 /* peer.h - what a library must export for mlad-kernel-compare to time its kernel beside ours: --peer FILE.so.
  *
  * The library exports one function, `mlad_peer`, that returns a table which lives as long as the library. For each
- * shape the program calls open once, then prepare and enqueue any number of times, then close; all from one thread, on which
- * the primary context of the GPU is current. Errors: NULL is success, else a sentence that stays valid until the next
- * call.
+ * shape the program calls open once, then prepare and enqueue any number of times, then close; all from one thread, on
+ * which the primary context of the GPU is current. Errors: NULL is success, else a sentence that stays valid until the
+ * next call.
  *
  * A shape is several decodes that differ in `kv` alone, as those of a model's layers do in one step. What depends on
  * the lengths only, and so is done once a step, belongs into prepare: it is timed apart from the decodes.
