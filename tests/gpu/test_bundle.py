@@ -38,3 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert report["parts"]["kills"]["ok"] and report["parts"]["kills"]["figures"]["clients"]["killed"] == 10, report
     assert set(report["skipped"]) == {"two_gpus"} and not report["parts"]["two_gpus"]["ok"], report
     assert run(*command, "--only", "nonsense", code=1) == ""
+    if with_gpu:
+        shape = ["--only", "B=1,H=16,q=1,K=512", "--sets", "uniform", "--pairs", 1, "--limit-seconds", 1]
+        print(run(sys.executable, moved / "tests/bench/kernels/compare.py", "--device", DEVICE, *shape,
+                  "--cold-mb", 0.1, "--ceilings", "3000,790"), end="")
