@@ -60,6 +60,7 @@ bool fake_hanging(void);                            /* the word hang is still th
 void fake_set_sticky(int code);
 int fake_sticky(void);
 int fake_current_device(void);                      /* -1: no current context */
+CUcontext fake_context_of(int device);              /* the primary one */
 CUresult fake_stream_settle(CUstream stream);       /* all queued has run */
 CUresult fake_sync_all(void);
 int fake_owner_device(CUdeviceptr pointer);

@@ -167,6 +167,15 @@ API(cuStreamQuery, (CUstream s), (s))
     pthread_mutex_unlock(&lock);
     return busy ? FAKE_NOT_READY : fake_sticky();
 }
+API(cuThreadExchangeStreamCaptureMode, (int *mode), (mode))
+{
+    static _Thread_local int own; /* nothing is ever captured here */
+    int before = own;
+    if (*mode < 0 || *mode > 2) return FAKE_INVALID_VALUE;
+    own = *mode;
+    *mode = before;
+    return FAKE_OK;
+}
 API(cuStreamIsCapturing, (CUstream s, int *status), (s, status)) { return (void)s, *status = 0, FAKE_OK; }
 API(cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t n, CUstream s), (to, from, n, s))
 {
