@@ -1,5 +1,5 @@
-"""The part `fault` over the fake driver: what it makes of clients that are told device_lost, that go on, and that are told
-something else. MPS's control daemon is a stand-in, and a fault is what the fake driver then does to everybody.
+"""The part `fault` over the fake driver: what it makes of clients that are told device_lost, that go on, and that are
+told something else. MPS's control daemon is a stand-in, and a fault is what the fake driver then does to everybody.
 
 usage: test_fault.py BUILD"""
 import json

@@ -1,6 +1,5 @@
-"""GPU faults for real, under an MPS of our own: one of another client's, which is everybody's on that GPU, and one of the
-worker's alone. What the driver makes of them is recorded; whom mlad serves, rightly and how soon, is checked."""
-import os
+"""GPU faults for real, under an MPS of our own: one of another client's, which is everybody's on that GPU, and one of
+the worker's alone. What the driver makes of them is recorded; whom mlad serves, rightly and how soon, is checked."""
 import select
 import shutil
 import signal
@@ -72,8 +71,8 @@ def end(process):
 
 
 def goes_on(before, now, seconds):
-    """Does status `now`, so many seconds after `before`, tell of decodes since what happened between them? A worker that
-    is the same must have outlived it for a while, since it does not show at once."""
+    """Does status `now`, so many seconds after `before`, tell of decodes since what happened between them? A worker
+    that is the same must have outlived it for a while, since it does not show at once."""
     if now.get("state") != "ready":
         return False
     return now["decodes"] >= 4 if now["pid"] != before["pid"] else now["decodes"] > before["decodes"] and seconds > 3
@@ -127,8 +126,12 @@ def served(stage):
 def recovered(stage, before):
     """After a scene: a new client is served, health ends well and nothing is held for the dead."""
     part, found = stage.part, {"new_client": served(stage)}
-    state = wait_for("end of all sessions", stage.within(10), lambda: (s := stage.daemon.status()).get("state") == "ready" and
-                     not (s["sessions"] or s["held_bytes"] or s["orphaned_bytes"]) and s)
+
+    def settled():
+        now = stage.daemon.status()
+        held = any(now.get(name) for name in ("sessions", "held_bytes", "orphaned_bytes"))
+        return now.get("state") == "ready" and not held and now
+    state = wait_for("end of all sessions", stage.within(10), settled)
     found["worker_restarts"] = state["restarts"] - before["restarts"]
     part.check(found["worker_restarts"] > 0 or state["pid"] == before["pid"], f"a restart was not counted: {state}")
     code, found["health"] = stage.health()
@@ -188,7 +191,6 @@ def fault(part: Part):
 
 
 def with_daemon(part, mps, daemon):
-    part.figures["user"] = os.geteuid()
     try:
         for scene in (fault_while_decoding, worker_terminated, fault_while_idle):
             if part.left < SCENE_SECONDS:

@@ -1,5 +1,5 @@
-"""A process whose kernel writes where nothing is mapped, on the GPU MLAD_DEVICE. Prints "fault: " and what the driver said;
-ends with 1 if it said nothing. Under MPS the fault is every client's."""
+"""A process whose kernel writes where nothing is mapped, on the GPU MLAD_DEVICE. Prints "fault: " and what the driver
+said; ends with 1 if it said nothing. Under MPS the fault is every client's."""
 import ctypes
 import os
 import sys
@@ -22,7 +22,7 @@ PTX = """.version 7.0
 }
 """
 NOWHERE = 8     # no allocation lies on the first page
-ROOM = 512      # of the parameters: a driver takes 8 bytes of them, the fake one of the tests as many as our kernels have
+ROOM = 512      # of parameters: a driver takes 8 bytes of them, the fake one of the tests as many as our kernels have
 
 
 def main():
