@@ -222,20 +222,24 @@ struct mlak_backend {
      * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
-    /* NULL for devices whose kernels read this process's memory; otherwise all four are there.
-     * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named.
+    /* NULL for devices whose kernels read this process's memory; otherwise all five are there.
+     * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named, or
+     *   MLAK_LOST as of launch_batch, `fault` saying why. From any thread.
      * release: undo it; nothing that names the mapping runs any more.
      * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
      *   pointers are the device's. rows[0..count) are zeros to begin with; it fills request, local_len, page_size,
      *   pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons the launch
      *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its
      *   snapshot. MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
+     *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or MLAK_LOST.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
     enum mlak_code (*launch_batch)(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
                                    uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+    enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.

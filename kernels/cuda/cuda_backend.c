@@ -147,6 +147,7 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
         return code;
     TRY(stream_new, "device", &device->stream, CU_STREAM_NON_BLOCKING);
     TRY(stream_new, "device", &device->control, CU_STREAM_NON_BLOCKING);
+    TRY(event_new, "device", &device->sign, CU_EVENT_DISABLE_TIMING);
     return MLAK_OK;
 }
 
@@ -161,6 +162,8 @@ static void cuda_close(struct mlak_device *device)
         cu->stream_free(device->stream);
     if (device->control)
         cu->stream_free(device->control);
+    if (device->sign)
+        cu->event_free(device->sign);
     if (device->row_results)
         cu->host_free(device->row_results);
     if (device->cancelled)
@@ -217,11 +220,18 @@ static const struct mlak_capability *cuda_capabilities(const struct mlak_device 
 
 /* ---- launch ---- */
 
-enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+static enum mlak_code lost_fault(struct mlak_fault *fault, const char *call, CUresult result)
 {
     struct mlak_fault own;
     mlak_driver_fail(&own, MLAK_LOST, "device", call, result);
-    snprintf(device->lost, sizeof device->lost, "the GPU failed: %.200s", own.message);
+    return mlak_fail(fault, MLAK_LOST, "device", "the GPU failed: %.200s", own.message);
+}
+
+enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+{
+    struct mlak_fault own;
+    lost_fault(&own, call, result);
+    snprintf(device->lost, sizeof device->lost, "%s", own.message);
     if (fault)
         *fault = own;
     return MLAK_LOST;
@@ -396,13 +406,35 @@ static const char *cuda_lost(const struct mlak_device *device)
     return device->lost;
 }
 
+static enum mlak_code cuda_check(struct mlak_device *device, struct mlak_fault *fault)
+{
+    CUresult result = device->cu->context_set(device->context);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->stream_query(device->control);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->event_record(device->sign, device->control);
+    bool lives = result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY;
+    return lives ? MLAK_OK : lost_fault(fault, "a sign of life", result);
+}
+
 /* ---- memory ---- */
 
 static enum mlak_code cuda_import(struct mlak_device *device, const struct mlak_memory *memory,
                                   struct mlak_mapping *mapping, struct mlak_fault *fault)
 {
-    TRY(context_set, "", device->context);
-    return cuda_memory_import(&device->memory, memory, mapping, fault);
+    CUresult result = device->cu->context_set(device->context);
+    if (result != CUDA_SUCCESS)
+        return lost_fault(fault, "cuCtxSetCurrent", result);
+    enum mlak_code code = cuda_memory_import(&device->memory, memory, mapping, fault);
+    if (code == MLAK_OK)
+        return code;
+    /* Is it the memory, or is the context lost? */
+    struct mlak_fault lost;
+    if (cuda_check(device, &lost) == MLAK_OK)
+        return code;
+    if (fault)
+        *fault = lost;
+    return MLAK_LOST;
 }
 
 static void cuda_release(struct mlak_device *device, struct mlak_mapping *mapping)
@@ -450,6 +482,7 @@ const struct mlak_backend mlak_cuda_backend = {
     .import = cuda_import,
     .release = cuda_release,
     .launch_batch = cuda_launch_batch,
+    .check = cuda_check,
     .lost = cuda_lost,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,

@@ -14,6 +14,7 @@ struct mlak_device {
     CUmodule module;
     CUfunction prepare, split[MLAK_CUDA_TYPES], wide[MLAK_CUDA_TYPES], combine; /* wide: NULL without the room */
     CUstream stream, control; /* control: what overtakes a launch */
+    CUevent sign;             /* of life, on `control` */
     unsigned split_grid, combine_grid, split_shared, most_shared;
     struct cuda_memory memory;
     bool memory_ready;
@@ -30,7 +31,7 @@ struct mlak_device {
 /* Make the device's context current. MLAK_OK or MLAK_LOST, now or long ago. */
 enum mlak_code cuda_enter(struct mlak_device *device, struct mlak_fault *fault);
 
-/* MLAK_LOST from now on: `call`, a member of struct mlak_driver or other words, answered `result`. */
+/* MLAK_LOST from now on, for the thread that launches: `call`, a member of struct mlak_driver or other words, answered `result`. */
 enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
 
 /* Wait until nothing is left on the device's stream: what runs names memory that the caller may unmap. */

@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory() as folder:
     moved = bundle.rename(Path(folder) / "moved")
     command = [sys.executable, moved / "tests/gpu/run.py"]
     parts = run(*command, "--list").split()
-    assert "grid" in parts and "kills" in parts, parts
+    assert {"grid", "kills", "fault"} <= set(parts), parts
     print(run(*command, "--device", DEVICE, "--only", "kills,two_gpus", "--kills", 10, "--out", out), end="")
     report = json.loads(out.read_text())
     assert report["ok"] and report["trial"] and report["tree"], report

@@ -12,6 +12,7 @@ static _Thread_local CUcontext stack[16];
 static _Thread_local int depth; /* stack[depth - 1] is current */
 
 int fake_current_device(void) { return depth && stack[depth - 1] ? stack[depth - 1]->device : -1; }
+CUcontext fake_context_of(int device) { return device >= 0 && device < FAKE_DEVICES ? &contexts[device] : NULL; }
 static bool is_device(CUdevice d) { return atomic_load(&initialised) && d >= 0 && d < fake_settings().devices; }
 
 API(cuInit, (unsigned flags), (flags))

@@ -65,6 +65,7 @@ void fake_set_sticky(int code);
 int fake_sticky(void);
 bool fake_capturing(void);                          /* a capture forbids this thread what is unsafe; it is invalid now */
 int fake_current_device(void);                      /* -1: no current context */
+CUcontext fake_context_of(int device);              /* the primary one */
 CUresult fake_stream_settle(CUstream stream);       /* all queued has run */
 CUresult fake_sync_all(void);
 int fake_owner_device(CUdeviceptr pointer);

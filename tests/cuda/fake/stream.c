@@ -230,6 +230,15 @@ API(cuStreamIsCapturing, (CUstream s, int *status), (s, status))
     pthread_mutex_unlock(&lock);
     return FAKE_OK;
 }
+API(cuThreadExchangeStreamCaptureMode, (int *mode), (mode))
+{
+    static _Thread_local int own; /* streams of any thread are captured here, whatever it is */
+    int before = own;
+    if (*mode < 0 || *mode > 2) return FAKE_INVALID_VALUE;
+    own = *mode;
+    *mode = before;
+    return FAKE_OK;
+}
 API(cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t n, CUstream s), (to, from, n, s))
 {
     return enqueue(s, &(struct op){.kind = OP_COPY, .to = (void *)to, .from = from, .n = n});
