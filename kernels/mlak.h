@@ -175,6 +175,7 @@ int64_t mlak_local_count(const struct mlak_row *row, int64_t g);
 /* ---- devices ---- */
 
 struct mlak_device;
+struct mlak_graph; /* captured launches of a device */
 
 /* Memory of another process that a device can be given. Offsets and lengths in bytes. */
 enum mlak_memory_kind {
@@ -221,30 +222,48 @@ struct mlak_backend {
      * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
-    /* NULL for devices whose kernels read this process's memory; otherwise all four are there.
-     * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named.
+    /* NULL for devices whose kernels read this process's memory; otherwise all five are there.
+     * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named, or
+     *   MLAK_LOST as of launch_batch, `fault` saying why. From any thread.
      * release: undo it; nothing that names the mapping runs any more.
      * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
      *   pointers are the device's. rows[0..count) are zeros to begin with; it fills request, local_len, page_size,
      *   pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons the launch
      *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its
      *   snapshot. MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
+     *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or MLAK_LOST.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
     enum mlak_code (*launch_batch)(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
                                    uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+    enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.
      * memory_copy: between host and device memory in any direction, done on return; MLAK_OK or MLAK_LOST.
-     * time_batches: launch batches[0..count) one after the other without a pause, `rounds` times, and say how many
-     *   nanoseconds passed on the device. Each has at most 1024 requests. As launch_batch, but nothing is told of
+     * graph_new: capture the launches of batches[0..count), checked and whole, into a graph that runs them in this
+     *   order. It keeps the descriptors, with the pointers and scales by value; what the pointers name is read at each
+     *   replay, and may be other lengths, tables, cu_q and contents each time. A batch has at most 1024 requests, a
+     *   deterministic one as many as fit the device's scratch, 32 at least. Nothing runs. NULL and `fault`: INVALID,
+     *   UNSUPPORTED (a batch is too large), MEMORY, LOST; the device is as before.
+     * graph_replay: run it once, to its end; as launch_batch of its last batch, into rows[0..batch), zeros to begin
+     *   with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work may come
+     *   between replays. MLAK_OK, BATCH, MEMORY, LOST.
+     * graph_free: with no replay under way, before the device is closed. NULL is allowed.
+     * time_batches: the nanoseconds on the device that `rounds` (1 at least) replays of such a graph took, one behind
+     *   the other after one that does not count: they hold nothing of what the host does to launch. Nothing is told of
      *   rows. */
     void *(*memory_new)(struct mlak_device *device, uint64_t bytes, struct mlak_fault *fault);
     void (*memory_free)(struct mlak_device *device, void *memory);
     enum mlak_code (*memory_copy)(struct mlak_device *device, void *to, const void *from, uint64_t bytes);
+    struct mlak_graph *(*graph_new)(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                    struct mlak_fault *fault);
+    enum mlak_code (*graph_replay)(struct mlak_device *device, struct mlak_graph *graph, struct mlak_row *rows,
+                                   struct mlak_fault *fault);
+    void (*graph_free)(struct mlak_device *device, struct mlak_graph *graph);
     enum mlak_code (*time_batches)(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
                                    uint32_t rounds, double *ns, struct mlak_fault *fault);
     /* Estimated nanoseconds that the rows take (for small-work decisions only). NULL with launch_batch. */

@@ -193,8 +193,10 @@ MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, s
     if (status != MLA_OK)
         return status;
     mla_buffer *buffer = new_buffer(client, -1, 0, bytes, access);
-    if (buffer)
+    if (buffer) {
+        buffer->pointer = (uintptr_t)pointer;
         buffer->vmm = exported.vmm;
+    }
     status = buffer ? publish(client, buffer, &exported, out, error)
                     : mlac_fail(error, MLA_MEMORY, "", "out of memory in this process");
     explicit_bzero(&exported, sizeof exported);

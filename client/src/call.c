@@ -171,14 +171,43 @@ static void unregistered(struct mla_client *client, struct mlac_call *call)
     mlac_call_complete(client, call, NULL);
 }
 
-/* What became of a call that did not end in a DONE: accepted, or refused with `error`. */
+static bool registers_gpu(const struct mlac_call *call)
+{
+    return mlac_registers(call) && call->buffer->memfd < 0;
+}
+
+static void cannot_restore(struct mla_client *client, const mla_error *why)
+{
+    mla_error dead;
+    mlac_fail(&dead, why->code, why->field, "the session could not be restored: %.480s", why->message);
+    mlac_die(client, &dead);
+}
+
+bool mlac_calls_check(struct mla_client *client)
+{
+    struct mlac_call *call;
+    mla_error lost;
+    TAILQ_FOREACH(call, &client->calls, order) {
+        if (!call->established || !registers_gpu(call))
+            continue;
+        if (mlac_cuda_check(call->buffer->pointer, &lost) == MLA_OK)
+            return true; /* this one speaks for all: a process mostly has one context, and a refusal asks again */
+        cannot_restore(client, &lost);
+        return false;
+    }
+    return true;
+}
+
+/* What became of a call that did not end in a DONE: accepted, or refused with `error`. GPU memory whose context is lost
+ * is refused for many reasons, and that is the true one. */
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
+    mla_error lost;
     bool lasting = mlac_registers(call) || call->type == MLAP_PLAN;
+    if (error && registers_gpu(call) && mlac_cuda_check(call->buffer->pointer, &lost) != MLA_OK)
+        error = &lost;
     if (error && call->established) {
-        mla_error dead;
-        mlac_fail(&dead, error->code, error->field, "the session could not be restored: %.480s", error->message);
-        mlac_die(client, &dead);
+        cannot_restore(client, error);
     } else if (!error && call->type == MLAP_UNREGISTER) {
         unregistered(client, call);
     } else if (error || !lasting) {

@@ -3,12 +3,14 @@
 #include "mlac.h"
 
 #include <dlfcn.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 /* Numbers of the driver's cuda.h. */
 enum {
+    ATTRIBUTE_CONTEXT = 1,
     ATTRIBUTE_MEMORY_TYPE = 2,
     ATTRIBUTE_IS_MANAGED = 8,
     ATTRIBUTE_DEVICE_ORDINAL = 9,
@@ -16,8 +18,14 @@ enum {
     ATTRIBUTE_MEMPOOL_HANDLE = 17,
     MEMORY_TYPE_DEVICE = 2,
     HANDLE_TYPE_POSIX_FD = 1,
-    ERROR_INVALID_CONTEXT = 201
+    STREAM_NON_BLOCKING = 1,
+    EVENT_DISABLE_TIMING = 2,
+    CAPTURE_RELAXED = 2,
+    ERROR_INVALID_CONTEXT = 201,
+    ERROR_NOT_READY = 600
 };
+
+enum { PROBE_MS = 20 };
 
 struct ipc_handle {
     unsigned char bytes[64];
@@ -45,7 +53,16 @@ _Static_assert(sizeof(struct properties) == 32, "the driver's");
     D(release, cuMemRelease, (uint64_t))                                                                               \
     D(properties, cuMemGetAllocationPropertiesFromHandle, (struct properties *, uint64_t))                             \
     D(export_fd, cuMemExportToShareableHandle, (void *, uint64_t, int, unsigned long long))                            \
-    D(drain, cuStreamSynchronize, (void *))
+    D(drain, cuStreamSynchronize, (void *))                                                                            \
+    D(push, cuCtxPushCurrent_v2, (void *))                                                                             \
+    D(pop, cuCtxPopCurrent_v2, (void **))                                                                              \
+    D(capture_mode, cuThreadExchangeStreamCaptureMode, (int *))                                                        \
+    D(stream_new, cuStreamCreate, (void **, unsigned))                                                                 \
+    D(stream_query, cuStreamQuery, (void *))                                                                           \
+    D(stream_free, cuStreamDestroy_v2, (void *))                                                                       \
+    D(event_new, cuEventCreate, (void **, unsigned))                                                                   \
+    D(event_record, cuEventRecord, (void *, void *))                                                                   \
+    D(event_free, cuEventDestroy_v2, (void *))
 
 static struct {
     const char *missing; /* why there is no driver; NULL: there is */
@@ -93,8 +110,9 @@ static mla_status driver_fail(mla_error *error, const char *field, const char *c
     driver.error_text(code, &text);
     if (is_lost(code))
         return mlac_fail(error, MLA_DEVICE_LOST, field,
-                         "%s: %s (%d); this process's GPU context is lost, start the process again", call,
-                         text ? text : "unknown error", code);
+                         "%s: %s (%d); this process's own CUDA context is lost: start the process again (under MPS a "
+                         "fault of any client ends the contexts of all clients on that GPU)",
+                         call, text ? text : "unknown error", code);
     return mlac_fail(error, MLA_BUFFER, field, "%s: %s (%d)%s", call, text ? text : "unknown error", code,
                      code == ERROR_INVALID_CONTEXT ? "; call cudaSetDevice in this thread first" : "");
 }
@@ -244,20 +262,67 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     mla_status status = need_driver(error);
     if (status != MLA_OK)
         return status;
-    if (attribute(ATTRIBUTE_MEMORY_TYPE, pointer) != MEMORY_TYPE_DEVICE)
+    unsigned type = 0;
+    int code = driver.attribute(&type, ATTRIBUTE_MEMORY_TYPE, pointer);
+    if (is_lost(code))
+        return driver_fail(error, "pointer", "cuPointerGetAttribute", code);
+    if (code != 0 || type != MEMORY_TYPE_DEVICE)
         return mlac_fail(
             error, MLA_BUFFER, "pointer",
             "it is no GPU memory of this process; host memory goes by mla_buffer_alloc or mla_buffer_import");
     if (attribute(ATTRIBUTE_IS_MANAGED, pointer))
         return mlac_fail(error, MLA_BUFFER, "pointer",
                          "managed memory (cudaMallocManaged) cannot be shared between processes; use cudaMalloc");
-    int code = driver.range(&base, &size, pointer);
+    code = driver.range(&base, &size, pointer);
     if (code != 0)
         return driver_fail(error, "pointer", "cuMemGetAddressRange", code);
     bool legacy = attribute(ATTRIBUTE_IS_LEGACY_IPC_CAPABLE, pointer);
     status = (legacy ? export_legacy : export_vmm)(pointer, base, size, bytes, out, error);
     out->offset = pointer - base;
     return status == MLA_OK ? name_gpu(pointer, out->gpu, error) : status;
+}
+
+/* What becomes of work in the current context: 0, ERROR_NOT_READY or an error. Asking without giving it any would not do:
+ * a context that others' faults have ended may not know of it until it has something to do. */
+static int try_work(void)
+{
+    void *stream, *event;
+    int code = driver.stream_new(&stream, STREAM_NON_BLOCKING);
+    if (code != 0)
+        return code;
+    code = driver.event_new(&event, EVENT_DISABLE_TIMING);
+    if (code == 0) {
+        int64_t until = mlac_now() + PROBE_MS * MLAC_MS;
+        code = driver.event_record(event, stream);
+        while (code == 0 && (code = driver.stream_query(stream)) == ERROR_NOT_READY && mlac_now() < until) {
+            sched_yield();
+            code = 0;
+        }
+        driver.event_free(event);
+    }
+    driver.stream_free(stream);
+    return code;
+}
+
+mla_status mlac_cuda_check(uint64_t pointer, mla_error *error)
+{
+    void *context = NULL;
+    int mode = CAPTURE_RELAXED; /* or what we do might spoil another thread's capture */
+    int code = driver.attribute(&context, ATTRIBUTE_CONTEXT, pointer);
+    bool pushed = false;
+    if (!is_lost(code) && context) {
+        code = driver.push(context);
+        pushed = code == 0;
+    }
+    if (!is_lost(code)) {
+        bool relaxed = driver.capture_mode(&mode) == 0;
+        code = try_work();
+        if (relaxed)
+            driver.capture_mode(&mode);
+    }
+    if (pushed)
+        driver.pop(&context);
+    return is_lost(code) ? driver_fail(error, "", "work given to the context", code) : MLA_OK;
 }
 
 MLA_API mla_status mla_stream_drain(void *stream, mla_error *error)

@@ -18,11 +18,18 @@ struct mlac_export {
     struct mlac_vmm vmm; /* VMM memory */
 };
 
-/* Say how the daemon can map [pointer, pointer + bytes). MLA_OK; MLA_BUFFER or MLA_NO_DEVICE with what to change. */
+/* Say how the daemon can map [pointer, pointer + bytes). MLA_OK; MLA_BUFFER, MLA_NO_DEVICE or
+ * MLA_DEVICE_LOST with what to change. */
 mla_status mlac_cuda_export(const void *pointer, size_t bytes, struct mlac_export *out, mla_error *error);
 
 /* One new descriptor for each of the allocations, fds[0..vmm->count), the caller's to close; none is left open without
  * success. From any thread: it needs no context. */
 mla_status mlac_cuda_descriptors(const struct mlac_vmm *vmm, int *fds, mla_error *error);
+
+/* Does the context still live in which the memory at `pointer` was made, or, where memory has none of its own
+ * (cuMemCreate), the one that is current here? MLA_DEVICE_LOST if the driver says that it does not; MLA_OK also where it
+ * cannot tell. Takes tens of microseconds; never waits for the caller's kernels, since what it asks of the GPU goes by a
+ * stream of its own, and where those leave no room it gives up after 20 ms. Only after mlac_cuda_export succeeded. */
+mla_status mlac_cuda_check(uint64_t pointer, mla_error *error);
 
 #endif

@@ -92,6 +92,7 @@ struct mla_buffer {
     struct mlac_call *call;     /* its REGISTER, IMPORT or IMPORT_VMM */
     int memfd;                  /* -1: GPU memory */
     void *data;                 /* mapped here, or NULL: an import that was not asked for yet */
+    uint64_t pointer;           /* GPU memory: where it is in this process */
     struct mlac_vmm vmm;        /* GPU memory that goes by descriptors, made anew for each sending */
     uint64_t offset;            /* in the memfd */
     size_t size;
@@ -186,6 +187,8 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
  * those that have seen too many deaths. With `error`, all calls fail with it; buffers and plans stay, for a later
  * effort. */
 void mlac_calls_end(struct mla_client *client, const mla_error *error);
+/* Does the context of the GPU memory that is registered still live? If not, the client is dead, and that was why. */
+bool mlac_calls_check(struct mla_client *client);
 /* A new session is open: queue every call that needs sending. */
 void mlac_calls_replay(struct mla_client *client);
 

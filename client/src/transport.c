@@ -130,6 +130,9 @@ static int connect_to(const struct sockaddr_un *address)
 
 static void attempt(struct mla_client *client, int64_t now)
 {
+    /* Under MPS a fault that killed the worker also ended our context, and no worker may come before we are gone. */
+    if (!mlac_calls_check(client))
+        return;
     if (!client->trying)
         client->give_up_at = now + client->reconnect_ns;
     client->trying = true;

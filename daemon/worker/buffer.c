@@ -87,6 +87,7 @@ static enum mlap_code give_to_device(struct mlad_buffer *buffer, const struct ml
     return mlap_fail(fault,
                      code == MLAK_MEMORY        ? MLAP_code_MEMORY
                      : code == MLAK_UNSUPPORTED ? MLAP_code_UNSUPPORTED
+                     : code == MLAK_LOST        ? MLAP_code_DEVICE_LOST
                                                 : MLAP_code_BUFFER,
                      refusal.field, "%s", refusal.message);
 }

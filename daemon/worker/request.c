@@ -200,6 +200,10 @@ void mlad_session_receive(struct mlad_session *session, struct mlad_message *mes
         mlap_fail(fault, MLAP_code_MALFORMED, "sequence", "a request's sequence must not be 0, which stands for none");
     if (fault->code == MLAP_code_OK && dispatch(session, message, fault) == MLAP_code_OK)
         return;
+    if (fault->code == MLAP_code_DEVICE_LOST) { /* found at a registration, which then is the next worker's to answer */
+        struct mlad_scheduler *scheduler = session->sessions->scheduler;
+        scheduler->lost(scheduler, fault->message);
+    }
     mlad_session_refuse(session, message->header.sequence, fault);
     if (ends_session(message)) {
         session->sessions->stats->dropped++;

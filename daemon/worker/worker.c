@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { BEAT_MS = 100, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3 };
+enum { BEAT_MS = 100, BEATS_A_CHECK = 10, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3 };
 
 static struct {
     const struct mlad_worker_options *options;
@@ -313,10 +313,23 @@ static void try_lock(uv_timer_t *timer)
     }
 }
 
+/* A device that is lost while nothing runs would be noticed by the next client only; and under MPS no client may come
+ * before we are gone. */
+static void check_device(void)
+{
+    struct mlak_fault fault;
+    if (worker.device && worker.backend->check && worker.scheduler.running == 0 &&
+        worker.backend->check(worker.device, &fault) == MLAK_LOST)
+        on_lost(&worker.scheduler, fault.message);
+}
+
 static void on_beat(uv_timer_t *timer)
 {
+    static unsigned beats;
     (void)timer;
     mlad_stats_beat(&worker.stats);
+    if (++beats % BEATS_A_CHECK == 0)
+        check_device();
 }
 
 int mlad_worker_run(const struct mlad_worker_options *options)

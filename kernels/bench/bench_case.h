@@ -11,8 +11,9 @@ struct shape { uint32_t batch, heads, q_len, kv_len, page_size, types, copies; }
 /* The names of the element types: bf16 fp16 e4m3 bf16_e4m3 bf16_656. NULL beyond the last. */
 const char *shape_types_name(uint32_t types);
 
-/* Time of a launch in nanoseconds, and what it did. On a GPU a sample is the mean of launches that follow each other
- * without a pause, as its own events tell; elsewhere it is one launch. */
+/* Time of a launch in nanoseconds, and what it did. On a GPU a sample is the mean of the launches of all copies,
+ * captured into a CUDA graph and replayed without a pause, as its own events tell (time_batches in mlak.h): nothing of
+ * the host is in it. Elsewhere it is one launch. */
 struct timing { uint32_t launches; double median, least, p90; double bytes, flop; };
 
 /* A case owns its buffers, the copies of the batch among them: there are several because a model's layers do not find

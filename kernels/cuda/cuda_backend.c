@@ -5,9 +5,8 @@
  * launch at a time. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new
  * process recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the
  * supervisor's to end. */
-#include "cuda_memory.h"
+#include "cuda_device.h"
 #include "mlak_backends.h"
-#include "mlak_cuda.h"
 
 #include <sched.h>
 #include <stddef.h>
@@ -24,29 +23,6 @@ enum {
 };
 
 extern const uint8_t mlak_cuda_image[]; /* the fatbin, cuda_image.S */
-
-struct mlak_device {
-    const struct mlak_driver *cu;
-    CUdevice gpu;
-    CUcontext context;
-    CUmodule module;
-    CUfunction prepare, combine, split[MLAK_CUDA_TYPES];
-    CUfunction wide[MLAK_CUDA_TYPES]; /* NULL without the room */
-    bool wgmma;                       /* it is Hopper, and its own kernels are wanted */
-    CUfunction split_wgmma[MLAK_CUDA_WGMMA_TYPES];
-    CUstream stream, control; /* control: what overtakes a launch */
-    unsigned split_grid, combine_grid, split_shared, most_shared;
-    struct cuda_memory memory;
-    bool memory_ready;
-    struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
-    CUdeviceptr rows, requests, starts, schedule, cu_q, parts;
-    struct mlak_cuda_result *result;          /* pinned */
-    uint64_t *cancelled;                      /* pinned: the ticket of the launch that was given up last */
-    struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
-    uint64_t *progress, progress_seen;
-    struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
-    char lost[256];
-};
 
 /* ---- open and close ---- */
 
@@ -76,6 +52,7 @@ static enum mlak_code find_gpu(struct mlak_device *device, const char *name, str
     TRY(device_attribute, "device", &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device->gpu);
     TRY(device_attribute, "device", &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device->gpu);
     device->wgmma = major == 9 && minor == 0;
+    device->early = major >= 9;
     if (major < 8)
         return mlak_fail(fault, MLAK_UNSUPPORTED, "device",
                          "the GPU's compute capability is %d.%d; the kernels need 8.0 or higher", major, minor);
@@ -113,7 +90,13 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     for (unsigned i = 0; device->wgmma && i < MLAK_CUDA_WGMMA_TYPES; i++) {
         char name[64];
         snprintf(name, sizeof name, "mlak_cuda_split_wgmma_%s", types[i]);
-        TRY(module_function, "kernels", &device->split_wgmma[i], device->module, name);
+        CUresult found = device->cu->module_function(&device->split_wgmma[i], device->module, name);
+        if (found == CUDA_ERROR_NOT_FOUND) { /* the image has no machine code for Hopper: the portable kernels do */
+            device->wgmma = false;
+            break;
+        }
+        if (found != CUDA_SUCCESS)
+            return mlak_driver_fail(fault, MLAK_UNSUPPORTED, "kernels", "module_function", found);
         TRY(function_attribute, "kernels", device->split_wgmma[i], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
             MLAK_CUDA_SPLIT_SHARED_WGMMA);
     }
@@ -168,8 +151,6 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
     enum mlak_code code = find_gpu(device, options->device ? options->device : "", fault);
     if (code != MLAK_OK)
         return code;
-    if (variant && strcmp(variant, "wgmma") == 0 && !device->wgmma)
-        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "wgmma needs compute capability 9.0; leave it out");
     if (variant && strcmp(variant, "mma") == 0)
         device->wgmma = false;
     TRY(context_retain, "device", &device->context, device->gpu);
@@ -177,12 +158,15 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
     cuda_memory_init(&device->memory, device->cu, device->gpu);
     device->memory_ready = true;
     code = load_kernels(device, fault);
+    if (code == MLAK_OK && variant && strcmp(variant, "wgmma") == 0 && !device->wgmma)
+        return mlak_fail(fault, MLAK_UNSUPPORTED, "variant", "wgmma needs compute capability 9.0; leave it out");
     if (code == MLAK_OK)
         code = take_memory(device, fault);
     if (code != MLAK_OK)
         return code;
     TRY(stream_new, "device", &device->stream, CU_STREAM_NON_BLOCKING);
     TRY(stream_new, "device", &device->control, CU_STREAM_NON_BLOCKING);
+    TRY(event_new, "device", &device->sign, CU_EVENT_DISABLE_TIMING);
     return MLAK_OK;
 }
 
@@ -197,6 +181,8 @@ static void cuda_close(struct mlak_device *device)
         cu->stream_free(device->stream);
     if (device->control)
         cu->stream_free(device->control);
+    if (device->sign)
+        cu->event_free(device->sign);
     if (device->row_results)
         cu->host_free(device->row_results);
     if (device->cancelled)
@@ -253,14 +239,29 @@ static const struct mlak_capability *cuda_capabilities(const struct mlak_device 
 
 /* ---- launch ---- */
 
-static enum mlak_code lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+static enum mlak_code lost_fault(struct mlak_fault *fault, const char *call, CUresult result)
 {
     struct mlak_fault own;
     mlak_driver_fail(&own, MLAK_LOST, "device", call, result);
-    snprintf(device->lost, sizeof device->lost, "the GPU failed: %.200s", own.message);
+    return mlak_fail(fault, MLAK_LOST, "device", "the GPU failed: %.200s", own.message);
+}
+
+enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+{
+    struct mlak_fault own;
+    lost_fault(&own, call, result);
+    snprintf(device->lost, sizeof device->lost, "%s", own.message);
     if (fault)
         *fault = own;
     return MLAK_LOST;
+}
+
+enum mlak_code cuda_enter(struct mlak_device *device, struct mlak_fault *fault)
+{
+    if (device->lost[0])
+        return mlak_fail(fault, MLAK_LOST, "device", "%s", device->lost);
+    CUresult result = device->cu->context_set(device->context);
+    return result == CUDA_SUCCESS ? MLAK_OK : cuda_lose(device, "cuCtxSetCurrent", result, fault);
 }
 
 static void pass_progress_on(struct mlak_device *device)
@@ -281,11 +282,9 @@ static void cancel(struct mlak_device *device, uint64_t ticket)
                               sizeof ticket, device->control);
 }
 
-/* Wait until kernels that were queued before a refused one are over: they name memory that the caller may unmap. */
-static CUresult drain(struct mlak_device *device, uint64_t ticket)
+CUresult cuda_settle(struct mlak_device *device)
 {
     CUresult state;
-    cancel(device, ticket);
     while ((state = device->cu->stream_query(device->stream)) == CUDA_ERROR_NOT_READY) {
         pass_progress_on(device);
         nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
@@ -294,14 +293,60 @@ static CUresult drain(struct mlak_device *device, uint64_t ticket)
     return state;
 }
 
-/* The three kernels. A launch that the driver refuses leaves nothing of it running. */
-static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *job, struct mlak_fault *fault)
+enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault)
+{
+    if (cuda_settle(device) != CUDA_SUCCESS)
+        return cuda_lose(device, call, result, fault);
+    return mlak_driver_fail(fault, MLAK_MEMORY, "", call, result);
+}
+
+/* Let the copy engine know the keys, if the pages can be cut into boxes of at least 8 rows of a tile. What the driver
+ * does not take as a tensor is left to cp.async. */
+static void map_keys(const struct mlak_device *device, struct mlak_cuda_job *job)
+{
+    const struct mlak_batch *batch = &job->batch;
+    uint32_t rows = MLAK_CUDA_TILE;
+    while (batch->page_size % rows)
+        rows /= 2;
+    if (rows < 8)
+        return;
+    const CUtensorMapDataType type =
+        batch->kv_format == MLAK_KV_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t shape[] = {64, batch->page_size, MLAK_D / 64, batch->pages};
+    const cuuint64_t strides[] = {batch->row_stride, 128, batch->page_stride}; /* bytes; of elements: 2 */
+    const cuuint32_t steps[] = {1, 1, 1, 1};
+    for (uint32_t chunks = 1; chunks <= 2; chunks++) {
+        const cuuint32_t box[] = {64, rows, chunks, 1};
+        CUtensorMap *map = (CUtensorMap *)(void *)&job->keys[chunks - 1];
+        if (device->cu->map_encode(map, type, 4, (void *)(uintptr_t)batch->kv, shape, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) !=
+            CUDA_SUCCESS)
+            return;
+    }
+    job->box_rows = rows;
+}
+
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                              uint32_t count)
+{
+    struct mlak_cuda_job job = device->job;
+    job.batch = *batch;
+    job.first = first;
+    job.count = count;
+    job.ticket = ++device->job.ticket;
+    job.rows_per_item = mlak_cuda_rows(batch, device->most_shared, device->wgmma);
+    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item);
+    if (job.rows_per_item == MLAK_CUDA_M)
+        map_keys(device, &job);
+    return job;
+}
+
+CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream)
 {
     void *parameters[] = {job};
     enum mlak_cuda_types types = mlak_cuda_types_of(&job->batch);
-    job->rows_per_item = mlak_cuda_rows(&job->batch, device->most_shared, device->wgmma);
-    job->abreast = mlak_cuda_abreast(&job->batch, job->rows_per_item);
-    bool wgmma = job->rows_per_item == 64, wide = job->rows_per_item == 32;
+    bool wgmma = job->rows_per_item == MLAK_CUDA_M, wide = job->rows_per_item == 32;
     const struct {
         CUfunction kernel;
         unsigned grid, block, shared;
@@ -314,20 +359,26 @@ static enum mlak_code enqueue(struct mlak_device *device, struct mlak_cuda_job *
                 : device->split_shared},
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
     };
-    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {
-        CUresult result = device->cu->launch(kernels[i].kernel, kernels[i].grid, 1, 1, kernels[i].block, 1, 1,
-                                             kernels[i].shared, device->stream, parameters, NULL);
-        if (result == CUDA_SUCCESS)
-            continue;
-        if (drain(device, job->ticket) != CUDA_SUCCESS)
-            return lose(device, "cuLaunchKernel", result, fault);
-        return mlak_driver_fail(fault, MLAK_MEMORY, "", "cuLaunchKernel", result);
-    }
-    return MLAK_OK;
+    /* A kernel's blocks may start while the one before it ends, and wait for it themselves. */
+    CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                               .value.programmaticStreamSerializationAllowed = 1};
+    CUresult result = CUDA_SUCCESS;
+    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++)
+        result = device->cu->launch(&(CUlaunchConfig){.gridDimX = kernels[i].grid,
+                                                      .gridDimY = 1,
+                                                      .gridDimZ = 1,
+                                                      .blockDimX = kernels[i].block,
+                                                      .blockDimY = 1,
+                                                      .blockDimZ = 1,
+                                                      .sharedMemBytes = kernels[i].shared,
+                                                      .hStream = stream,
+                                                      .attrs = &early,
+                                                      .numAttrs = i > 0 && device->early},
+                                    kernels[i].kernel, parameters, NULL);
+    return result;
 }
 
-/* Until the device says that the launch is over. `cancelled`: the caller's word that nobody wants it. */
-static enum mlak_code await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault)
+enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault)
 {
     struct mlak_cuda_result *result = device->result;
     for (uint64_t looks = 1; __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) != ticket; looks++) {
@@ -338,9 +389,9 @@ static enum mlak_code await(struct mlak_device *device, uint64_t ticket, const i
             CUresult state = device->cu->stream_query(device->stream);
             bool done = __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) == ticket;
             if (state == CUDA_SUCCESS && !done)
-                return lose(device, "the launch ended without its completion word", CUDA_ERROR_UNKNOWN, fault);
+                return cuda_lose(device, "the launch ended without its completion word", CUDA_ERROR_UNKNOWN, fault);
             if (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)
-                return lose(device, "cuStreamQuery", state, fault);
+                return cuda_lose(device, "cuStreamQuery", state, fault);
         }
         if (looks > SPIN)
             nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
@@ -372,42 +423,46 @@ static void tell(const struct mlak_device *device, const struct mlak_batch *batc
     }
 }
 
-static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+enum mlak_code cuda_outcome(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                            uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
 {
-    struct mlak_cuda_job job = device->job;
-    struct mlak_cuda_result *result = device->result;
-    job.batch = *batch;
-    job.first = first;
-    job.count = count;
-    job.ticket = ++device->job.ticket;
-    enum mlak_code code = enqueue(device, &job, fault);
-    if (code == MLAK_OK)
-        code = await(device, job.ticket, &rows[0].code, fault);
-    if (code != MLAK_OK)
-        return code;
+    const struct mlak_cuda_result *result = device->result;
     if (result->batch_code != MLAK_OK)
         return mlak_cu_q_fault(result->batch_index, result->batch_value, result->batch_before, batch->q_rows, fault);
     tell(device, batch, first, count, rows);
     return MLAK_OK;
 }
 
+static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+{
+    struct mlak_cuda_job job = cuda_job(device, batch, first, count);
+    CUresult result = cuda_launch(device, &job, device->stream);
+    if (result != CUDA_SUCCESS) {
+        cancel(device, job.ticket);
+        return cuda_refused(device, "launch", result, fault);
+    }
+    enum mlak_code code = cuda_await(device, job.ticket, &rows[0].code, fault);
+    return code == MLAK_OK ? cuda_outcome(device, batch, first, count, rows, fault) : code;
+}
+
+uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch)
+{
+    return batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
+}
+
 static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
                                         uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
 {
-    CUresult result = device->cu->context_set(device->context);
-    if (device->lost[0] || result != CUDA_SUCCESS)
-        return device->lost[0] ? MLAK_LOST : lose(device, "cuCtxSetCurrent", result, fault);
-    uint32_t most = batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
-    for (uint32_t at = 0; at < count; at += most) {
+    enum mlak_code code = cuda_enter(device, fault);
+    uint32_t most = cuda_most_requests(device, batch);
+    for (uint32_t at = 0; at < count && code == MLAK_OK; at += most) {
         if (__atomic_load_n(&rows[at].code, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
             break; /* nobody wants the rest */
         uint32_t left = count - at;
-        enum mlak_code code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);
-        if (code != MLAK_OK)
-            return code;
+        code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);
     }
-    return MLAK_OK;
+    return code;
 }
 
 static const char *cuda_lost(const struct mlak_device *device)
@@ -415,13 +470,35 @@ static const char *cuda_lost(const struct mlak_device *device)
     return device->lost;
 }
 
+static enum mlak_code cuda_check(struct mlak_device *device, struct mlak_fault *fault)
+{
+    CUresult result = device->cu->context_set(device->context);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->stream_query(device->control);
+    if (result == CUDA_SUCCESS)
+        result = device->cu->event_record(device->sign, device->control);
+    bool lives = result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY;
+    return lives ? MLAK_OK : lost_fault(fault, "a sign of life", result);
+}
+
 /* ---- memory ---- */
 
 static enum mlak_code cuda_import(struct mlak_device *device, const struct mlak_memory *memory,
                                   struct mlak_mapping *mapping, struct mlak_fault *fault)
 {
-    TRY(context_set, "", device->context);
-    return cuda_memory_import(&device->memory, memory, mapping, fault);
+    CUresult result = device->cu->context_set(device->context);
+    if (result != CUDA_SUCCESS)
+        return lost_fault(fault, "cuCtxSetCurrent", result);
+    enum mlak_code code = cuda_memory_import(&device->memory, memory, mapping, fault);
+    if (code == MLAK_OK)
+        return code;
+    /* Is it the memory, or is the context lost? */
+    struct mlak_fault lost;
+    if (cuda_check(device, &lost) == MLAK_OK)
+        return code;
+    if (fault)
+        *fault = lost;
+    return MLAK_LOST;
 }
 
 static void cuda_release(struct mlak_device *device, struct mlak_mapping *mapping)
@@ -456,54 +533,7 @@ static enum mlak_code cuda_memory_copy(struct mlak_device *device, void *to, con
         result = device->cu->copy((CUdeviceptr)to, (CUdeviceptr)from, bytes);
     if (result == CUDA_SUCCESS)
         result = device->cu->context_drain(); /* a copy from pageable memory may return before it has landed */
-    return result == CUDA_SUCCESS ? MLAK_OK : lose(device, "copy", result, NULL);
-}
-
-static enum mlak_code time_launches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                    uint32_t rounds, const CUevent events[2], struct mlak_fault *fault)
-{
-    struct mlak_cuda_job job = device->job;
-    const int never = MLAK_ROW_OK;
-    enum mlak_code code = MLAK_OK;
-    TRY(event_record, "", events[0], device->stream);
-    for (uint64_t i = 0; i < (uint64_t)rounds * count && code == MLAK_OK; i++) {
-        job.batch = batches[i % count];
-        job.count = job.batch.batch;
-        job.ticket = ++device->job.ticket;
-        code = enqueue(device, &job, fault);
-    }
-    if (code != MLAK_OK)
-        return code;
-    TRY(event_record, "", events[1], device->stream);
-    return await(device, job.ticket, &never, fault);
-}
-
-static enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                        uint32_t rounds, double *ns, struct mlak_fault *fault)
-{
-    CUevent events[2] = {NULL, NULL};
-    float milliseconds = 0;
-    for (uint32_t i = 0; i < count; i++)
-        if (batches[i].batch > MLAK_CUDA_MAX_REQUESTS || batches[i].deterministic)
-            return mlak_fail(fault, MLAK_UNSUPPORTED, "batch",
-                             "timed are batches of at most %d requests, not deterministic", MLAK_CUDA_MAX_REQUESTS);
-    TRY(context_set, "", device->context);
-    TRY(event_new, "", &events[0], CU_EVENT_DEFAULT);
-    CUresult result = device->cu->event_new(&events[1], CU_EVENT_DEFAULT);
-    enum mlak_code code = result == CUDA_SUCCESS ? time_launches(device, batches, count, rounds, events, fault)
-                                                 : mlak_driver_fail(fault, MLAK_MEMORY, "", "event_new", result);
-    if (code == MLAK_OK) {
-        while ((result = device->cu->stream_query(device->stream)) == CUDA_ERROR_NOT_READY)
-            sched_yield(); /* the second event comes after the completion word */
-        if (result == CUDA_SUCCESS)
-            result = device->cu->event_elapsed(&milliseconds, events[0], events[1]);
-        code = result == CUDA_SUCCESS ? MLAK_OK : lose(device, "event_elapsed", result, fault);
-    }
-    for (unsigned i = 0; i < 2; i++)
-        if (events[i])
-            device->cu->event_free(events[i]);
-    *ns = milliseconds * 1e6;
-    return code;
+    return result == CUDA_SUCCESS ? MLAK_OK : cuda_lose(device, "copy", result, NULL);
 }
 
 const struct mlak_backend mlak_cuda_backend = {
@@ -516,9 +546,13 @@ const struct mlak_backend mlak_cuda_backend = {
     .import = cuda_import,
     .release = cuda_release,
     .launch_batch = cuda_launch_batch,
+    .check = cuda_check,
     .lost = cuda_lost,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,
     .memory_copy = cuda_memory_copy,
+    .graph_new = cuda_graph_new,
+    .graph_replay = cuda_graph_replay,
+    .graph_free = cuda_graph_free,
     .time_batches = cuda_time_batches,
 };

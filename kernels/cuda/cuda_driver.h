@@ -48,6 +48,12 @@
     D(stream_new, cuStreamCreate, (CUstream *, unsigned)) \
     D(stream_free, cuStreamDestroy_v2, (CUstream)) \
     D(stream_query, cuStreamQuery, (CUstream)) \
+    D(capture_begin, cuStreamBeginCapture_v2, (CUstream, CUstreamCaptureMode)) \
+    D(capture_end, cuStreamEndCapture, (CUstream, CUgraph *)) \
+    D(graph_free, cuGraphDestroy, (CUgraph)) \
+    D(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec *, CUgraph, unsigned long long)) \
+    D(graph_launch, cuGraphLaunch, (CUgraphExec, CUstream)) \
+    D(graph_exec_free, cuGraphExecDestroy, (CUgraphExec)) \
     D(event_new, cuEventCreate, (CUevent *, unsigned)) \
     D(event_free, cuEventDestroy_v2, (CUevent)) \
     D(event_record, cuEventRecord, (CUevent, CUstream)) \
@@ -57,8 +63,11 @@
     D(module_function, cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
     D(function_attribute, cuFuncSetAttribute, (CUfunction, CUfunction_attribute, int)) \
     D(occupancy, cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *, CUfunction, int, size_t)) \
-    D(launch, cuLaunchKernel, \
-      (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **))
+    D(map_encode, cuTensorMapEncodeTiled, \
+      (CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, \
+       const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, \
+       CUtensorMapFloatOOBfill)) \
+    D(launch, cuLaunchKernelEx, (const CUlaunchConfig *, CUfunction, void **, void **))
 
 #define MLAK_DRIVER_MEMBER(member, symbol, parameters) CUresult(*member) parameters;
 struct mlak_driver { MLAK_DRIVER(MLAK_DRIVER_MEMBER) };

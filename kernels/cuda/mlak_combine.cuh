@@ -146,6 +146,7 @@ __device__ static inline void combine_row(const struct mlak_cuda_job *job, uint3
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
     uint32_t *last = (uint32_t *)(void *)mlak_shared;
+    await_kernel_before();
     uint64_t warps = gridDim.x * (MLAK_CUDA_THREADS / 32), merges = job.schedule->merges;
     uint32_t pieces = COMBINE_MOST_PIECES;
     while (merges * pieces > warps && pieces > 1)

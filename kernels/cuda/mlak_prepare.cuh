@@ -141,6 +141,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const struct mlak_batch *batch = &job.batch;
     uint32_t thread = threadIdx.x;
+    let_next_kernel_start();
     if (thread == 0) {
         shared->first_fault = UINT32_MAX;
         shared->q_scale = prepare_scale(&batch->q_scale, 1);

@@ -129,6 +129,23 @@ __device__ static inline float bits_float(uint32_t bits)
     return __uint_as_float(bits);
 }
 
+/* Before the kernel looks at anything that the kernel before it in the stream wrote, or writes anything itself; at once,
+ * if it was not launched early. All threads. */
+__device__ static inline void await_kernel_before(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* The next kernel may start, as soon as all blocks have said so or ended. */
+__device__ static inline void let_next_kernel_start(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /* Values that another process or the host may change at any moment: read once, from memory. */
 template <typename T> __device__ static inline T read_once(const T *pointer)
 {

@@ -563,6 +563,8 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
             }
     }
     __syncthreads();
+    await_kernel_before();
+    let_next_kernel_start();
     if (group == WGMMA_LOADS) {
         registers_give<56>();
         wgmma_loads(shared, job);

@@ -1,7 +1,6 @@
 /* test_gpu.c - the host side of the cuda backend over the fake driver: memory of other processes, and what goes wrong
  * on a GPU. Results are judged by tests/kernels' programs, which run on the same device. */
-#include "batch_maker.h"
-#include "mlak.h"
+#include "gpu_fixture.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -15,30 +14,7 @@
 
 #include <cmocka.h>
 
-#define GPU "GPU-fa4e0000-0000-4000-8000-000000000000"
 #define OTHER_GPU "GPU-fa4e0000-0000-4000-8000-000000000001"
-
-static const struct mlak_backend *backend;
-static char control[] = "/tmp/mlad-fake-XXXXXX";
-
-/* What goes wrong from now on: words of fake_cuda.h. */
-static void inject(const char *words)
-{
-    static unsigned times;
-    FILE *file = fopen(control, "w");
-    assert_non_null(file);
-    fprintf(file, "%s%*s\n", words, (int)++times, ""); /* another size: the file is read again when it changes */
-    fclose(file);
-}
-
-static struct mlak_device *open_device(uint64_t *progress)
-{
-    struct mlak_fault fault = {0};
-    struct mlak_device *device = backend->open(&(struct mlak_options){.device = GPU, .progress = progress}, &fault);
-    if (!device)
-        fail_msg("%s", fault.message);
-    return device;
-}
 
 /* The driver's function, as a client of it has it. */
 #define DRIVER(name, ...)                                                                                              \
@@ -172,14 +148,6 @@ static void host_memory_is_registered(void **state)
 
 /* ---- what goes wrong ---- */
 
-static struct made *plain(struct mlak_row rows[2])
-{
-    struct maker maker = maker_seeded(1);
-    struct mlak_batch shape = maker_plain(2, 4, 2);
-    memset(rows, 0, 2 * sizeof *rows);
-    return made_new(&maker, &shape, (int32_t[]){100, 60}, NULL);
-}
-
 static void each_call_that_fails_is_named(void **state)
 {
     (void)state;
@@ -212,7 +180,7 @@ static void a_refused_launch_is_only_that(void **state)
     struct mlak_device *device = open_device(NULL);
     for (int n = 1; n <= 3; n++) {
         char words[64];
-        snprintf(words, sizeof words, "fail=cuLaunchKernel:%d:701", n);
+        snprintf(words, sizeof words, "fail=cuLaunchKernelEx:%d:701", n);
         inject(words);
         assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
         inject("");
@@ -264,14 +232,6 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     made_free(made);
 }
 
-static void *unhang_soon(void *over)
-{
-    usleep(50000);
-    __atomic_store_n((int *)over, 1, __ATOMIC_RELEASE);
-    inject("");
-    return NULL;
-}
-
 static void a_refused_launch_leaves_nothing_running(void **state)
 {
     (void)state;
@@ -282,7 +242,7 @@ static void a_refused_launch_leaves_nothing_running(void **state)
     int over = 0;
     inject("");
     struct mlak_device *device = open_device(NULL);
-    inject("hang=1 fail=cuLaunchKernel:3:701"); /* prepare hangs, split waits for it, combine is refused */
+    inject("hang=1 fail=cuLaunchKernelEx:3:701"); /* prepare hangs, split waits for it, combine is refused */
     assert_int_equal(pthread_create(&thread, NULL, unhang_soon, &over), 0);
     assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
     assert_int_equal(__atomic_load_n(&over, __ATOMIC_ACQUIRE), 1);
@@ -311,10 +271,7 @@ static void a_sticky_error_loses_the_device(void **state)
 
 int main(void)
 {
-    close(mkstemp(control));
-    setenv("MLAD_FAKE_CUDA_CONTROL", control, 1);
-    inject("devices=2");
-    backend = mlak_backend(GPU);
+    gpu_fixture_begin("devices=2");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_allocation_is_opened_once),
         cmocka_unit_test(unusable_memory_is_refused_by_name),
@@ -326,6 +283,6 @@ int main(void)
         cmocka_unit_test(a_sticky_error_loses_the_device),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
-    unlink(control);
+    gpu_fixture_end();
     return failures != 0;
 }

@@ -198,6 +198,15 @@ static void decode_and_compare(mla_client *client, const struct gpu_batch *gpu, 
 
 /* ---- the cases ---- */
 
+/* Say that it is `ready`, and wait for an answer. */
+static void await_line(const char *ready)
+{
+    char line[8];
+    puts(ready);
+    fflush(stdout);
+    REQUIRE(fgets(line, sizeof line, stdin), "no line");
+}
+
 /* Decode; with `pause` again, after a line on stdin: another worker may have come meanwhile. */
 static void run_decode(bool pause)
 {
@@ -215,10 +224,7 @@ static void run_decode(bool pause)
     lay_out(&gpu.batch, gpu.inputs, gpu.outputs, INPUTS);
     decode_and_compare(client, &gpu, want);
     if (pause) {
-        char line[8];
-        puts("ready");
-        fflush(stdout);
-        REQUIRE(fgets(line, sizeof line, stdin), "no line");
+        await_line("ready");
         decode_and_compare(client, &gpu, want);
     }
     REQUIRE(open_descriptors() == before, "descriptors were kept");
@@ -329,8 +335,8 @@ static void run_failing(const char *word)
     mla_close(client);
 }
 
-/* Its own context is lost, by a launch that the fake driver lets fail. */
-static void run_lost(void)
+/* Lose the context, by a launch that the fake driver lets fail. */
+static void lose_context(void)
 {
     static char job[1 << 16];
     void *parameters[] = {job};
@@ -350,6 +356,53 @@ static void run_lost(void)
             status == MLA_OK ? "it worked" : error.message);
 }
 
+static void require_code(mla_status status, const char *wanted, const mla_error *error)
+{
+    bool lost = strcmp(wanted, "device_lost") == 0;
+    REQUIRE(strcmp(mla_status_text(status), wanted) == 0, status == MLA_OK ? "it worked" : error->message);
+    REQUIRE(!lost || strstr(error->message, "this process's own CUDA context is lost"), error->message);
+}
+
+/* The worker dies with decodes in flight, after a line "ready", an answer, and a line "in flight", all at the hand of
+ * test_gpu.py. What they and all that comes later must end with is `code`; with device_lost our context is lost as well,
+ * as is everybody's after a fault under MPS. */
+static void run_death(const char *memory, const char *code)
+{
+    enum { FLIGHT = 4 };
+    static uint8_t inputs[INPUTS], want[OUT_BYTES];
+    struct gpu_batch gpu = {.memory = pieces(PIECES)};
+    bool fine = strcmp(code, "ok") == 0;
+    mla_client *client = connect_client();
+    mla_error error;
+    mla_plan *plan, *other;
+    mla_ticket tickets[FLIGHT];
+    expected(client, inputs, want);
+    if (strcmp(memory, "legacy") == 0)
+        CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), (CUdeviceptr *)&gpu.memory, (size_t)PIECES * PIECE);
+    CU(cuMemcpyHtoD_v2, (CUdeviceptr, const void *, size_t), gpu.memory, inputs, INPUTS);
+    import(client, gpu.memory, INPUTS, MLA_READ, &gpu.inputs);
+    import(client, gpu.memory + INPUTS, (size_t)PIECES * PIECE - INPUTS, MLA_READWRITE, &gpu.outputs);
+    lay_out(&gpu.batch, gpu.inputs, gpu.outputs, INPUTS);
+    REQUIRE(mla_plan_create(client, &gpu.batch, &plan, &error) == MLA_OK, error.message);
+    await_line("ready");
+    for (unsigned i = 0; i < FLIGHT; i++)
+        REQUIRE(mla_submit(client, plan, &tickets[i], &error) == MLA_OK, error.message);
+    if (strcmp(code, "device_lost") == 0)
+        lose_context();
+    await_line("in flight");
+    for (unsigned i = 0; i < FLIGHT; i++)
+        require_code(mla_wait(client, tickets[i], MLA_FOREVER, NULL, &error), code, &error);
+    require_code(mla_decode(client, plan, MLA_FOREVER, NULL, &error), code, &error);
+    require_code(mla_plan_create(client, &gpu.batch, &other, &error), code, &error);
+    if (fine)
+        decode_and_compare(client, &gpu, want);
+    else
+        require_code(mla_buffer_import_device(client, (void *)(uintptr_t)gpu.memory, INPUTS, MLA_READ, &gpu.inputs,
+                                              &error), code, &error);
+    printf("%s\n", fine ? "as before" : error.message);
+    mla_close(client);
+}
+
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
@@ -365,10 +418,12 @@ int main(int argc, char **argv)
     else if (strcmp(name, "many") == 0)
         run_many();
     else if (strcmp(name, "lost") == 0)
-        run_lost();
+        lose_context();
+    else if (strcmp(name, "death") == 0 && argc > 3)
+        run_death(argv[2], argv[3]);
     else if (strcmp(name, "failing") == 0 && argc > 2)
         run_failing(argv[2]);
     else
-        die("usage", "vmm-client decode | replay | overlap | refusals | many | lost | failing WORD");
+        die("usage", "vmm-client decode | replay | overlap | refusals | many | lost | death MEMORY CODE | failing WORD");
     return 0;
 }

@@ -83,7 +83,7 @@ def the_kernels_own_bench_names_no_ceilings_either(_):
 
 
 def a_launch_that_hangs_is_a_delay_for_the_client():
-    daemon = Daemon(GPU, "-o", "worker_timeout=1s")
+    daemon = Daemon(GPU, "-o", "worker_timeout=3s")
     try:
         inject("hang=1")
         results = []
@@ -277,6 +277,108 @@ def vmm_memory_is_exported_again_for_another_worker(daemon):
     nothing_stays_held(daemon)
 
 
+def a_worker_dies_in_mid_decode(daemon, memory, code, worker="", **extra):
+    """Of a client whose memory is `memory`, and whose decodes must then end with `code`; what it says in the end.
+    `worker`: what goes wrong in the next worker."""
+    daemon.wait_ready()
+    nothing_stays_held(daemon)
+    client = vmm_client(daemon, "death", memory, code, **extra)
+    try:
+        assert client.stdout.readline() == "ready\n", client.communicate()
+        inject("slow=300")
+        pid = daemon.devices()[GPU]["pid"]
+        client.stdin.write("go\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "in flight\n", client.communicate()
+        inject(worker)
+        os.kill(pid, signal.SIGKILL)
+        output, errors = client.communicate("go\n", timeout=60)
+    finally:
+        client.kill()
+        inject()
+    assert client.returncode == 0, (memory, code, output, errors)
+    nothing_stays_held(daemon)
+    return output
+
+
+def a_death_is_a_delay_whatever_the_memory(daemon):
+    for memory in ("legacy", "vmm"):
+        a_worker_dies_in_mid_decode(daemon, memory, "ok")
+
+
+def a_death_that_took_the_clients_context_along_is_device_lost(daemon):
+    for memory in ("legacy", "vmm"):
+        said = a_worker_dies_in_mid_decode(daemon, memory, "device_lost", MLAD_FAKE_CUDA="sticky=1")
+        assert "start the process again" in said and "MPS" in said, said
+    with tempfile.NamedTemporaryFile("r") as trace:
+        # The driver cannot tell when the session is to be restored (the 13th attribute: three registrations ask for
+        # four each), and the worker cannot open the handle: asked again, it can.
+        words = "sticky=1 fail=cuPointerGetAttribute:13 fail=cuStreamCreate:2"
+        said = a_worker_dies_in_mid_decode(daemon, "legacy", "device_lost", "fail=cuIpcOpenMemHandle:0",
+                                           MLAD_FAKE_CUDA=words, MLAD_FAKE_CUDA_TRACE=trace.name)
+        calls = [line.split(" ", 1)[1] for line in trace.read().splitlines()]
+        assert "cuStreamCreate 999" in calls and "cuPointerGetAttribute 700" in calls, calls
+    assert "start the process again" in said, said
+
+
+def a_death_after_which_memory_cannot_be_opened_is_what_the_worker_says(daemon):
+    said = a_worker_dies_in_mid_decode(daemon, "legacy", "buffer", "fail=cuIpcOpenMemHandle:0")
+    assert "could not be restored: cuIpcOpenMemHandle" in said, said
+
+
+def an_import_that_finds_the_gpu_lost_is_a_delay(daemon):
+    daemon.wait_ready()
+    before, results = daemon.devices()[GPU]["restarts"], []
+    inject("fail=cuIpcOpenMemHandle:1:700 fail=cuStreamQuery:0:700")
+    thread = threading.Thread(target=lambda: results.append(decode(daemon)))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while daemon.devices()[GPU]["restarts"] == before:
+        assert time.monotonic() < deadline and not results, (daemon.devices()[GPU], results)
+        time.sleep(0.005)
+    inject()
+    thread.join(60)
+    assert results and results[0].returncode == 0, results
+    daemon.wait_ready()
+
+
+def an_idle_worker_whose_gpu_is_lost_is_replaced(daemon):
+    daemon.wait_ready()
+    nothing_stays_held(daemon)
+    before = daemon.devices()[GPU]
+    inject("fail=cuEventRecord:0:700")
+    deadline = time.monotonic() + 10
+    while daemon.devices()[GPU]["restarts"] == before["restarts"]:
+        assert time.monotonic() < deadline, daemon.devices()[GPU]
+        time.sleep(0.05)
+    inject()
+    daemon.wait_ready()
+    assert daemon.devices()[GPU]["pid"] != before["pid"]
+    assert "a sign of life" in open(daemon.log.name).read()
+
+
+def a_gpu_that_cannot_be_opened_for_a_while_is_a_delay(daemon):
+    """As after a fault under MPS, whose server takes nobody until all clients of before are gone."""
+    daemon.wait_ready()
+    inject("fail=cuDevicePrimaryCtxRetain:0:807")
+    os.kill(daemon.devices()[GPU]["pid"], signal.SIGKILL)
+    results, first = [], daemon.devices()[GPU]["restarts"]
+    thread = threading.Thread(target=lambda: results.append(decode(daemon)))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while daemon.devices()[GPU]["restarts"] < first + 5:  # more than the deaths after which a decode is given up
+        assert time.monotonic() < deadline and not results, (daemon.devices()[GPU], results)
+        time.sleep(0.05)
+    state = daemon.devices()[GPU]
+    assert state["state"] in ("absent", "starting") and "cuDevicePrimaryCtxRetain" in state["reason"], state
+    assert "cuDevicePrimaryCtxRetain" in daemon.ctl("status").stdout, daemon.ctl("status")
+    assert daemon.ctl("health").returncode == 1
+    inject()
+    thread.join(60)
+    assert results and results[0].returncode == 0, results
+    assert "was restarted" in daemon.ctl("health").stdout, daemon.ctl("health")
+
+
 def a_gpu_that_is_not_there_is_absent_with_its_reason():
     for device, words, reason in (("GPU-none", "", "none is GPU-none"), (GPU, "cc=7.5", "compute capability is 7.5"),
                                   (GPU, "no_driver_device=1", "cuInit")):
@@ -349,6 +451,10 @@ try:
          vmm_outputs_may_not_lie_in_inputs,
          memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
          any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
-         vmm_memory_is_exported_again_for_another_worker, nothing_stays_held], Daemon(f"reference,{GPU}"))
+         vmm_memory_is_exported_again_for_another_worker, a_death_is_a_delay_whatever_the_memory,
+         a_death_that_took_the_clients_context_along_is_device_lost,
+         a_death_after_which_memory_cannot_be_opened_is_what_the_worker_says,
+         an_import_that_finds_the_gpu_lost_is_a_delay, an_idle_worker_whose_gpu_is_lost_is_replaced,
+         a_gpu_that_cannot_be_opened_for_a_while_is_a_delay, nothing_stays_held], Daemon(f"reference,{GPU}"))
 finally:
     os.unlink(CONTROL.name)

@@ -82,34 +82,67 @@ static void must_copy(void *to, const void *from, size_t bytes)
         fail_msg("%s", backend->lost(device));
 }
 
-static enum mlak_code launch_copy(struct made *made, struct mlak_row *rows, struct mlak_fault *fault)
+struct copy {
+    struct mlak_batch batch;
+    void *at[MLAK_T_COUNT];
+};
+
+static struct copy copy_new(struct made *made)
 {
-    struct mlak_batch batch = made->batch;
-    void *copies[MLAK_T_COUNT] = {NULL};
+    struct copy copy = {.batch = made->batch};
+    struct mlak_fault fault;
     for (int i = 0; i < MLAK_T_COUNT; i++) {
-        const void **pointer = pointer_of(&batch, (enum mlak_tensor)i);
+        const void **pointer = pointer_of(&copy.batch, (enum mlak_tensor)i);
         if (*pointer == NULL || made->tensor[i].bytes == 0)
             continue;
-        copies[i] = backend->memory_new(device, made->tensor[i].bytes, fault);
-        if (copies[i] == NULL)
-            fail_msg("%s: %s", fault->field, fault->message);
-        must_copy(copies[i], made->tensor[i].data, made->tensor[i].bytes);
-        *pointer = copies[i];
+        copy.at[i] = backend->memory_new(device, made->tensor[i].bytes, &fault);
+        if (copy.at[i] == NULL)
+            fail_msg("%s: %s", fault.field, fault.message);
+        *pointer = copy.at[i];
     }
-    enum mlak_code code = backend->launch_batch(device, &batch, 0, batch.batch, rows, fault);
-    for (int i = 0; i < MLAK_T_COUNT; i++) {
-        if (copies[i] == NULL)
-            continue;
-        must_copy(made->tensor[i].data, copies[i], made->tensor[i].bytes);
-        backend->memory_free(device, copies[i]);
-    }
+    return copy;
+}
+
+static void copy_fill(const struct copy *copy, const struct made *made)
+{
+    for (int i = 0; i < MLAK_T_COUNT; i++)
+        if (copy->at[i] != NULL)
+            must_copy(copy->at[i], made->tensor[i].data, made->tensor[i].bytes);
+}
+
+static void copy_read(const struct copy *copy, struct made *made)
+{
+    for (int i = 0; i < MLAK_T_COUNT; i++)
+        if (copy->at[i] != NULL)
+            must_copy(made->tensor[i].data, copy->at[i], made->tensor[i].bytes);
+}
+
+static void copy_free(struct copy *copy)
+{
+    for (int i = 0; i < MLAK_T_COUNT; i++)
+        if (copy->at[i] != NULL)
+            backend->memory_free(device, copy->at[i]);
+}
+
+static enum mlak_code launch_copy(struct made *made, struct mlak_row *rows, struct mlak_fault *fault)
+{
+    struct copy copy = copy_new(made);
+    copy_fill(&copy, made);
+    enum mlak_code code = backend->launch_batch(device, &copy.batch, 0, copy.batch.batch, rows, fault);
+    copy_read(&copy, made);
+    copy_free(&copy);
     return code;
+}
+
+static void wipe_outputs(struct made *made)
+{
+    memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
+    memset(made->tensor[MLAK_T_LSE].data, 0xff, made->tensor[MLAK_T_LSE].bytes);
 }
 
 enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, struct mlak_fault *fault)
 {
-    memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
-    memset(made->tensor[MLAK_T_LSE].data, 0xff, made->tensor[MLAK_T_LSE].bytes);
+    wipe_outputs(made);
     *fault = (struct mlak_fault){0};
     if (test_device_check(&made->batch, fault) != MLAK_OK)
         fail_msg("%s: %s", fault->field, fault->message);
@@ -131,14 +164,12 @@ void test_device_run(struct made *made, struct mlak_row *rows)
     assert_true(made_intact(made));
 }
 
-void test_device_assert_right(struct made *made, uint32_t failed, const char *what)
+void test_device_judge(struct made *made, const struct mlak_row *rows, uint32_t failed, const char *what)
 {
-    struct mlak_row *rows = calloc(made->batch.batch, sizeof *rows);
-    struct mlak_fault fault;
     char why[256];
-    assert_int_equal(test_device_decode(made, rows, &fault), MLAK_OK);
     for (uint32_t b = 0; b < made->batch.batch; b++) {
-        if (rows[b].code) {
+        if (rows && rows[b].code) {
+            struct mlak_fault fault;
             mlak_row_fault(&rows[b], &fault);
             if (failed-- == 0)
                 fail_msg("%s: %s: %s", what, fault.field, fault.message);
@@ -153,5 +184,65 @@ void test_device_assert_right(struct made *made, uint32_t failed, const char *wh
     assert_int_equal(failed, 0);
     if (!made_intact(made))
         fail_msg("%s: written outside the outputs", what);
+}
+
+void test_device_assert_right(struct made *made, uint32_t failed, const char *what)
+{
+    struct mlak_row *rows = calloc(made->batch.batch, sizeof *rows);
+    struct mlak_fault fault;
+    assert_int_equal(test_device_decode(made, rows, &fault), MLAK_OK);
+    test_device_judge(made, rows, failed, what);
     free(rows);
+}
+
+/* ---- graphs ---- */
+
+struct test_graph {
+    struct mlak_graph *graph;
+    uint32_t count;
+    struct copy copies[]; /* [count] */
+};
+
+bool test_device_captures(void) { return backend->graph_new != NULL; }
+
+struct test_graph *test_graph_new(struct made *const *made, uint32_t count)
+{
+    struct test_graph *graph = calloc(1, sizeof *graph + count * sizeof graph->copies[0]);
+    struct mlak_batch *batches = calloc(count, sizeof *batches);
+    struct mlak_fault fault;
+    graph->count = count;
+    for (uint32_t i = 0; i < count; i++) {
+        if (test_device_check(&made[i]->batch, &fault) != MLAK_OK)
+            fail_msg("%s: %s", fault.field, fault.message);
+        graph->copies[i] = copy_new(made[i]);
+        batches[i] = graph->copies[i].batch;
+    }
+    graph->graph = backend->graph_new(device, batches, count, &fault);
+    if (!graph->graph)
+        fail_msg("%s: %s", fault.field, fault.message);
+    free(batches);
+    return graph;
+}
+
+enum mlak_code test_graph_replay(struct test_graph *graph, struct made *const *made, struct mlak_row *rows,
+                                 struct mlak_fault *fault)
+{
+    for (uint32_t i = 0; i < graph->count; i++) {
+        wipe_outputs(made[i]);
+        copy_fill(&graph->copies[i], made[i]);
+    }
+    *fault = (struct mlak_fault){0};
+    memset(rows, 0, made[graph->count - 1]->batch.batch * sizeof *rows);
+    enum mlak_code code = backend->graph_replay(device, graph->graph, rows, fault);
+    for (uint32_t i = 0; i < graph->count; i++)
+        copy_read(&graph->copies[i], made[i]);
+    return code;
+}
+
+void test_graph_free(struct test_graph *graph)
+{
+    backend->graph_free(device, graph->graph);
+    for (uint32_t i = 0; i < graph->count; i++)
+        copy_free(&graph->copies[i]);
+    free(graph);
 }

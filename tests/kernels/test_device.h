@@ -23,7 +23,21 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
 /* test_device_decode that must be MLAK_OK and write nothing but the outputs. */
 void test_device_run(struct made *made, struct mlak_row *rows);
 
-/* test_device_decode, and every request that did not fail holds against the oracle; `failed` is how many may. */
+/* Every request that did not fail holds against the oracle; `failed` is how many may. `rows` NULL: none did. */
+void test_device_judge(struct made *made, const struct mlak_row *rows, uint32_t failed, const char *what);
+
+/* Both of a batch. */
 void test_device_assert_right(struct made *made, uint32_t failed, const char *what);
+
+/* The launches of batches, captured on a device that can (test_device_captures). A graph has memory for their tensors,
+ * and may be replayed with the contents of other batches, of the same descriptors. Fails the running cmocka test if the
+ * device refuses. */
+struct test_graph;
+bool test_device_captures(void);
+struct test_graph *test_graph_new(struct made *const *made, uint32_t count);
+/* As test_device_decode of made[0..count): what is returned, and `rows`, are the last one's. */
+enum mlak_code test_graph_replay(struct test_graph *graph, struct made *const *made, struct mlak_row *rows,
+                                 struct mlak_fault *fault);
+void test_graph_free(struct test_graph *graph);
 
 #endif

@@ -94,6 +94,17 @@ struct fake_settings fake_settings(void)
     return set;
 }
 
+/* What may wait for the device or for memory that a stream still uses: a capture does not survive it. */
+static bool unsafe_in_capture(const char *function)
+{
+    static const char *const names[] = {"cuMemAlloc_v2", "cuMemFree_v2", "cuMemHostAlloc", "cuMemFreeHost",
+        "cuMemHostRegister_v2", "cuMemHostUnregister", "cuMemcpy", "cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2",
+        "cuMemcpyDtoD_v2", "cuMemsetD8_v2", "cuModuleLoadData", "cuModuleUnload", "cuCtxSynchronize"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(function, names[i])) return true;
+    return false;
+}
+
 CUresult fake_enter(const char *function)
 {
     CUresult result = FAKE_OK;
@@ -107,10 +118,11 @@ CUresult fake_enter(const char *function)
             result = control.fail[i].code;
     }
     bool pure = !strncmp(function, "cuGet", 5) || !strncmp(function, "cuDevice", 8) || !strncmp(function, "cuInit", 6) ||
-                !strncmp(function, "cuDriver", 8);
+                !strncmp(function, "cuDriver", 8) || !strcmp(function, "cuGraphDestroy") ||
+                !strcmp(function, "cuGraphExecDestroy"); /* graphs lie in the host's memory */
     if (!result && !pure) result = control.sticky;
     pthread_mutex_unlock(&control.lock);
-    return result;
+    return !result && unsafe_in_capture(function) && fake_capturing() ? FAKE_CAPTURE_UNSUPPORTED : result;
 }
 
 CUresult fake_leave(const char *function, CUresult result)

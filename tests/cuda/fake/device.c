@@ -12,6 +12,7 @@ static _Thread_local CUcontext stack[16];
 static _Thread_local int depth; /* stack[depth - 1] is current */
 
 int fake_current_device(void) { return depth && stack[depth - 1] ? stack[depth - 1]->device : -1; }
+CUcontext fake_context_of(int device) { return device >= 0 && device < FAKE_DEVICES ? &contexts[device] : NULL; }
 static bool is_device(CUdevice d) { return atomic_load(&initialised) && d >= 0 && d < fake_settings().devices; }
 
 API(cuInit, (unsigned flags), (flags))
@@ -31,12 +32,17 @@ static const struct { CUresult code; const char *name, *text; } errors[] = {
     {101, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {205, "CUDA_ERROR_MAP_FAILED", "mapping of buffer object failed"},
-    {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"}, {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"}, {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {704, "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", "peer access is already enabled"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
-    {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}, {999, "CUDA_ERROR_UNKNOWN", "unknown error"}};
+    {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+    {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "attempt to terminate a thread-local capture sequence from another thread"},
+    {999, "CUDA_ERROR_UNKNOWN", "unknown error"}};
 static CUresult error_text(CUresult e, const char **out, bool name)
 {
     for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)

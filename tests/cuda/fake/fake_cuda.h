@@ -9,6 +9,7 @@
  *     fail=FUNCTION:N[:CODE]  the N-th call from now fails, 0: every call; _v2 of the name is left out
  *     sticky=N[:CODE]         the N-th launch from now, and all that follows in its process, fails (default 700)
  *     hang=N                  the N-th launch from now does not complete until the word is gone
+ *                             (of a graph each kernel is a launch whenever the graph is launched, none when captured)
  *     slow=MS                 each launch takes so much longer
  *     devices=K               1..8, default 1      peer=0|1           default 1
  *     no_driver_device=1      cuInit: no device    cc=MAJOR.MINOR     default 9.0
@@ -29,6 +30,7 @@ typedef struct fake_stream *CUstream;
 typedef struct fake_event *CUevent;
 typedef struct fake_module *CUmodule;
 typedef struct fake_function *CUfunction;
+typedef struct fake_graph *CUgraph, *CUgraphExec;
 typedef struct { char bytes[16]; } CUuuid;
 typedef struct { char reserved[64]; } CUipcMemHandle;
 typedef struct { int type, id; } CUmemLocation;
@@ -44,10 +46,12 @@ _Static_assert(sizeof(CUmemAllocationProp) == 32, "ABI of cuda.h");
 enum { /* the results in use, numbers of cuda.h */
     FAKE_OK = 0, FAKE_INVALID_VALUE = 1, FAKE_OUT_OF_MEMORY = 2, FAKE_NOT_INITIALIZED = 3, FAKE_NO_DEVICE = 100,
     FAKE_INVALID_DEVICE = 101, FAKE_INVALID_CONTEXT = 201, FAKE_MAP_FAILED = 205, FAKE_PEER_UNSUPPORTED = 217,
-    FAKE_INVALID_HANDLE = 400, FAKE_NOT_FOUND = 500, FAKE_NOT_READY = 600, FAKE_ILLEGAL_ADDRESS = 700,
+    FAKE_INVALID_HANDLE = 400, FAKE_ILLEGAL_STATE = 401, FAKE_NOT_FOUND = 500, FAKE_NOT_READY = 600, FAKE_ILLEGAL_ADDRESS = 700,
     FAKE_PEER_ENABLED = 704, FAKE_ALREADY_REGISTERED = 712, FAKE_NOT_REGISTERED = 713, FAKE_LAUNCH_FAILED = 719,
-    FAKE_NOT_SUPPORTED = 801, FAKE_UNKNOWN = 999, FAKE_DEVICES = 8
+    FAKE_NOT_SUPPORTED = 801, FAKE_CAPTURE_UNSUPPORTED = 900, FAKE_CAPTURE_INVALIDATED = 901,
+    FAKE_CAPTURE_WRONG_THREAD = 908, FAKE_UNKNOWN = 999, FAKE_DEVICES = 8
 };
+enum { FAKE_CAPTURE_GLOBAL, FAKE_CAPTURE_THREAD_LOCAL, FAKE_CAPTURE_RELAXED };
 
 struct fake_context { int device; unsigned refs; };
 struct fake_settings { int devices, peer, no_device, major, minor, smem, own_ipc; unsigned slow; size_t memory; };
@@ -59,7 +63,9 @@ int fake_next_launch(bool *hang);                   /* counts a launch: the stic
 bool fake_hanging(void);                            /* the word hang is still there */
 void fake_set_sticky(int code);
 int fake_sticky(void);
+bool fake_capturing(void);                          /* a capture forbids this thread what is unsafe; it is invalid now */
 int fake_current_device(void);                      /* -1: no current context */
+CUcontext fake_context_of(int device);              /* the primary one */
 CUresult fake_stream_settle(CUstream stream);       /* all queued has run */
 CUresult fake_sync_all(void);
 int fake_owner_device(CUdeviceptr pointer);

@@ -196,7 +196,7 @@ static CUresult attribute(void *data, int which, CUdeviceptr p, bool *known)
     if (!found) return FAKE_INVALID_VALUE;
     bool host = r.kind == FAKE_HOST || r.kind == FAKE_REGISTERED;
     switch (which) {
-    case 1: *(void **)data = NULL; break; /* the context: of no use to those tested */
+    case 1: *(CUcontext *)data = r.kind == FAKE_MAPPED ? NULL : fake_context_of(r.device); break;
     case 2: *(int *)data = host ? 1 : 2; break;
     case 3: *(CUdeviceptr *)data = p; break;
     case 4:

@@ -1,4 +1,5 @@
-/* stream.c - streams, each a thread that runs what is queued in order; events, modules, launches. */
+/* stream.c - streams, each a thread that runs what is queued in order; events, modules, launches; graphs, which are ops
+ * that a stream noted while it was captured. */
 #include "fake_cuda.h"
 
 #include <stdlib.h>
@@ -25,7 +26,16 @@ struct op {
     CUevent event;
     _Alignas(64) unsigned char job[sizeof(struct mlak_cuda_job)];
 };
-struct fake_stream { struct fake_stream *next; struct op *first, **last; unsigned queued, done; bool closing; };
+struct fake_stream {
+    struct fake_stream *next;
+    struct op *first, **last;
+    unsigned queued, done;
+    bool closing, invalid;              /* invalid: its capture */
+    struct fake_graph *capture;         /* NULL: none */
+    pthread_t capturer;
+    int mode;
+};
+struct fake_graph { struct op *first, **last; };
 struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
 struct fake_function { struct fake_function *next; char name[128]; int shared; };
 
@@ -33,6 +43,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the abov
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static struct fake_stream *streams, *null_stream;
 static struct fake_function *functions;
+
+static void graph_free(struct fake_graph *graph)
+{
+    for (struct op *op = graph ? graph->first : NULL, *next; op; op = next) next = op->next, free(op);
+    free(graph);
+}
 
 static void run_op(struct op *op)
 {
@@ -98,32 +114,68 @@ static CUstream resolve(CUstream s)
     if (!null_stream) null_stream = stream_new();
     return null_stream;
 }
-static CUresult enqueue(CUstream s, const struct op *template)
+/* With the lock: a copy of the op at the end of a list. */
+static CUresult append(struct op ***last, const struct op *template)
 {
     struct op *op = aligned_alloc(64, sizeof *op);
     if (!op) return FAKE_OUT_OF_MEMORY;
     *op = *template;
+    op->next = NULL;
+    **last = op;
+    *last = &op->next;
+    return FAKE_OK;
+}
+/* With the lock. Only what runs is counted as a launch. */
+static CUresult run_later(CUstream s, struct op op)
+{
+    if (op.kind == OP_LAUNCH) {
+        op.sticky = fake_next_launch(&op.hang);
+        if (!mlak_emulate && !op.sticky && !op.hang) return FAKE_NOT_FOUND;
+        if (!mlak_emulate && !op.sticky) op.sticky = FAKE_LAUNCH_FAILED; /* once it no longer hangs */
+    }
+    CUresult result = append(&s->last, &op);
+    if (result) return result;
+    if (op.event) op.event->pending++;
+    s->queued++;
+    pthread_cond_broadcast(&changed);
+    return FAKE_OK;
+}
+/* With the lock: what a capture cannot note ends it. */
+static CUresult invalidate(CUstream s, CUresult result) { return s->invalid = true, result; }
+
+static CUresult enqueue(CUstream s, const struct op *op)
+{
     pthread_mutex_lock(&lock);
     s = resolve(s);
-    if (s) {
-        if (op->event) op->event->pending++;
-        *s->last = op;
-        s->last = &op->next;
-        s->queued++;
-        pthread_cond_broadcast(&changed);
-    }
+    CUresult result = !s ? FAKE_OUT_OF_MEMORY : !s->capture ? run_later(s, *op) : s->invalid ? FAKE_CAPTURE_INVALIDATED
+                    : op->kind == OP_EVENT ? invalidate(s, FAKE_NOT_SUPPORTED) : append(&s->capture->last, op);
     pthread_mutex_unlock(&lock);
-    if (!s) free(op);
-    return s ? FAKE_OK : FAKE_OUT_OF_MEMORY;
+    return result;
+}
+/* Waiting for a captured stream is an error, and the end of its capture. */
+static CUresult not_captured(CUstream s)
+{
+    return s && s->capture ? invalidate(s, s->invalid ? FAKE_CAPTURE_INVALIDATED : FAKE_CAPTURE_UNSUPPORTED) : FAKE_OK;
+}
+bool fake_capturing(void)
+{
+    bool found = false;
+    pthread_mutex_lock(&lock);
+    for (CUstream s = streams; s; s = s->next)
+        if (s->capture && s->mode != FAKE_CAPTURE_RELAXED &&
+            (s->mode == FAKE_CAPTURE_GLOBAL || pthread_equal(s->capturer, pthread_self()))) found = s->invalid = true;
+    pthread_mutex_unlock(&lock);
+    return found;
 }
 CUresult fake_stream_settle(CUstream s)
 {
     pthread_mutex_lock(&lock);
     s = resolve(s);
     unsigned until = s ? s->queued : 0;
+    CUresult result = not_captured(s);
     while (s && (int)(s->done - until) < 0) pthread_cond_wait(&changed, &lock);
     pthread_mutex_unlock(&lock);
-    return fake_sticky();
+    return result ? result : fake_sticky();
 }
 CUresult fake_sync_all(void)
 {
@@ -153,6 +205,8 @@ API(cuStreamDestroy_v2, (CUstream s), (s))
 {
     if ((uintptr_t)s <= 2) return FAKE_INVALID_HANDLE;
     pthread_mutex_lock(&lock);
+    graph_free(s->capture);
+    s->capture = NULL;
     s->closing = true;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
@@ -164,10 +218,27 @@ API(cuStreamQuery, (CUstream s), (s))
     pthread_mutex_lock(&lock);
     s = resolve(s);
     bool busy = s && s->first;
+    CUresult result = not_captured(s);
     pthread_mutex_unlock(&lock);
-    return busy ? FAKE_NOT_READY : fake_sticky();
+    return result ? result : busy ? FAKE_NOT_READY : fake_sticky();
 }
-API(cuStreamIsCapturing, (CUstream s, int *status), (s, status)) { return (void)s, *status = 0, FAKE_OK; }
+API(cuStreamIsCapturing, (CUstream s, int *status), (s, status))
+{
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    *status = s && s->capture ? 1 + s->invalid : 0;
+    pthread_mutex_unlock(&lock);
+    return FAKE_OK;
+}
+API(cuThreadExchangeStreamCaptureMode, (int *mode), (mode))
+{
+    static _Thread_local int own; /* streams of any thread are captured here, whatever it is */
+    int before = own;
+    if (*mode < 0 || *mode > 2) return FAKE_INVALID_VALUE;
+    own = *mode;
+    *mode = before;
+    return FAKE_OK;
+}
 API(cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void *from, size_t n, CUstream s), (to, from, n, s))
 {
     return enqueue(s, &(struct op){.kind = OP_COPY, .to = (void *)to, .from = from, .n = n});
@@ -263,9 +334,82 @@ API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsign
     if (!f || !parameters || extra || !gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 ||
         (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
     struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = gx, .block = bx, .shared = shared};
-    op.sticky = fake_next_launch(&op.hang);
-    if (!mlak_emulate && !op.sticky && !op.hang) return FAKE_NOT_FOUND;
-    if (!mlak_emulate && !op.sticky) op.sticky = FAKE_LAUNCH_FAILED; /* once it no longer hangs */
     memcpy(op.job, parameters[0], sizeof op.job);
     return enqueue(s, &op);
 }
+
+struct fake_config { /* CUlaunchConfig */
+    unsigned gx, gy, gz, bx, by, bz, shared;
+    CUstream stream;
+    void *attributes;
+    unsigned count;
+};
+API(cuLaunchKernelEx, (const struct fake_config *c, CUfunction f, void **parameters, void **extra),
+    (c, f, parameters, extra))
+{
+    return do_cuLaunchKernel(f, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, parameters, extra);
+}
+/* There is no copy engine here, and no kernel that would use one. */
+API(cuTensorMapEncodeTiled,
+    (void *map, int type, unsigned rank, void *at, const uint64_t *shape, const uint64_t *strides, const unsigned *box,
+     const unsigned *steps, int interleave, int swizzle, int promotion, int fill),
+    (map, type, rank, at, shape, strides, box, steps, interleave, swizzle, promotion, fill))
+{
+    return (void)map, (void)type, (void)rank, (void)at, (void)shape, (void)strides, (void)box, (void)steps,
+           (void)interleave, (void)swizzle, (void)promotion, (void)fill, FAKE_NOT_SUPPORTED;
+}
+
+API(cuStreamBeginCapture_v2, (CUstream s, int mode), (s, mode))
+{
+    if ((uintptr_t)s <= 1) return FAKE_CAPTURE_UNSUPPORTED; /* the legacy stream */
+    if (mode < FAKE_CAPTURE_GLOBAL || mode > FAKE_CAPTURE_RELAXED) return FAKE_INVALID_VALUE;
+    struct fake_graph *graph = calloc(1, sizeof *graph);
+    if (!graph) return FAKE_OUT_OF_MEMORY;
+    graph->last = &graph->first;
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    CUresult result = !s ? FAKE_OUT_OF_MEMORY : s->capture ? FAKE_ILLEGAL_STATE : FAKE_OK;
+    if (!result) s->capture = graph, s->invalid = false, s->capturer = pthread_self(), s->mode = mode;
+    pthread_mutex_unlock(&lock);
+    if (result) free(graph);
+    return result;
+}
+API(cuStreamEndCapture, (CUstream s, CUgraph *out), (s, out))
+{
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    struct fake_graph *graph = s ? s->capture : NULL;
+    bool ours = graph && (s->mode == FAKE_CAPTURE_RELAXED || pthread_equal(s->capturer, pthread_self()));
+    CUresult result = !graph ? FAKE_ILLEGAL_STATE : !ours ? FAKE_CAPTURE_WRONG_THREAD
+                    : s->invalid ? FAKE_CAPTURE_INVALIDATED : FAKE_OK;
+    if (ours) s->capture = NULL;
+    pthread_mutex_unlock(&lock);
+    *out = result ? NULL : graph;
+    if (result == FAKE_CAPTURE_INVALIDATED) graph_free(graph);
+    return result;
+}
+API(cuGraphDestroy, (CUgraph graph), (graph)) { return graph ? (graph_free(graph), FAKE_OK) : FAKE_INVALID_VALUE; }
+/* An executable graph is a copy; so is what its launch queues, and either may be destroyed at any time. */
+API(cuGraphInstantiateWithFlags, (CUgraphExec *out, CUgraph graph, unsigned long long flags), (out, graph, flags))
+{
+    if (!graph || flags) return FAKE_INVALID_VALUE;
+    struct fake_graph *exec = calloc(1, sizeof *exec);
+    if (!exec) return FAKE_OUT_OF_MEMORY;
+    CUresult result = FAKE_OK;
+    exec->last = &exec->first;
+    for (struct op *op = graph->first; op && !result; op = op->next) result = append(&exec->last, op);
+    if (result) graph_free(exec);
+    else *out = exec;
+    return result;
+}
+API(cuGraphLaunch, (CUgraphExec exec, CUstream s), (exec, s))
+{
+    if (!exec) return FAKE_INVALID_VALUE;
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    CUresult result = !s ? FAKE_OUT_OF_MEMORY : s->capture ? invalidate(s, FAKE_NOT_SUPPORTED) : FAKE_OK;
+    for (struct op *op = exec->first; op && !result; op = op->next) result = run_later(s, *op);
+    pthread_mutex_unlock(&lock);
+    return result;
+}
+API(cuGraphExecDestroy, (CUgraphExec exec), (exec)) { return exec ? (graph_free(exec), FAKE_OK) : FAKE_INVALID_VALUE; }

@@ -125,6 +125,57 @@ static void test_streams(void **state)
     (void)state;
 }
 
+static void count_up(void *number) { ++*(int *)number; }
+static void *end_elsewhere(void *stream)
+{
+    void *graph;
+    return (void *)(intptr_t)CU(cuStreamEndCapture, (CUstream)stream, &graph);
+}
+static void test_graphs(void **state)
+{
+    CUstream s, other;
+    CUgraph graph;
+    CUgraphExec exec;
+    CUdeviceptr p;
+    pthread_t thread;
+    void *elsewhere;
+    int runs = 0, status = -1;
+    assert_int_equal(CU(cuStreamCreate, &s, 1) | CU(cuStreamCreate, &other, 1) | CU(cuMemAlloc_v2, &p, (size_t)4), 0);
+    assert_int_equal(CU(cuStreamEndCapture, s, &graph), FAKE_ILLEGAL_STATE);
+    /* What is captured does not run; it does whenever the graph is launched, which outlives what it came from. */
+    assert_int_equal(CU(cuStreamBeginCapture_v2, s, 1), 0);
+    assert_int_equal(CU(cuStreamBeginCapture_v2, s, 1), FAKE_ILLEGAL_STATE);
+    assert_int_equal(CU(cuStreamIsCapturing, s, &status) | (status != 1), 0);
+    assert_int_equal(CU(cuLaunchHostFunc, s, count_up, &runs), 0);
+    assert_int_equal(CU(cuMemcpyHtoDAsync_v2, p, &runs, (size_t)4, s) | CU(cuLaunchHostFunc, s, count_up, &runs), 0);
+    assert_int_equal(CU(cuStreamQuery, other) | CU(cuStreamEndCapture, s, &graph), 0);
+    assert_int_equal(CU(cuStreamIsCapturing, s, &status) | status | CU(cuStreamSynchronize, s) | runs, 0);
+    assert_int_equal(CU(cuGraphInstantiateWithFlags, &exec, graph, 0ull) | CU(cuGraphDestroy, graph), 0);
+    assert_int_equal(CU(cuGraphLaunch, exec, s) | CU(cuGraphLaunch, exec, s), 0);
+    assert_int_equal(CU(cuGraphExecDestroy, exec) | CU(cuStreamSynchronize, s), 0);
+    assert_int_equal(runs, 4);
+    assert_int_equal(*(int *)p, 3); /* in order, of the second replay */
+    /* A look at the stream, and what may wait for the device, end a capture; the stream is well after it. */
+    for (int i = 0; i < 3; i++) {
+        CUdeviceptr q;
+        assert_int_equal(CU(cuStreamBeginCapture_v2, s, 1), 0);
+        CUresult result = i == 0 ? CU(cuStreamQuery, s) : i == 1 ? CU(cuStreamSynchronize, s)
+                                                                 : CU(cuMemAlloc_v2, &q, (size_t)4);
+        assert_int_equal(result, FAKE_CAPTURE_UNSUPPORTED);
+        assert_int_equal(CU(cuStreamIsCapturing, s, &status) | (status != 2), 0);
+        assert_int_equal(CU(cuLaunchHostFunc, s, count_up, &runs), FAKE_CAPTURE_INVALIDATED);
+        assert_int_equal(CU(cuStreamEndCapture, s, &graph), FAKE_CAPTURE_INVALIDATED);
+        assert_null(graph);
+        assert_int_equal(CU(cuStreamQuery, s), 0);
+    }
+    assert_int_equal(CU(cuStreamBeginCapture_v2, s, 1), 0);
+    assert_int_equal(pthread_create(&thread, NULL, end_elsewhere, s) | pthread_join(thread, &elsewhere), 0);
+    assert_int_equal((intptr_t)elsewhere, FAKE_CAPTURE_WRONG_THREAD);
+    assert_int_equal(CU(cuStreamDestroy_v2, s) | CU(cuMemFree_v2, p) | CU(cuStreamDestroy_v2, other), 0);
+    assert_int_equal(runs, 4);
+    (void)state;
+}
+
 static void test_injection(void **state)
 {
     CUdeviceptr p;
@@ -153,7 +204,8 @@ static void test_injection(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_share), cmocka_unit_test(test_vmm),
-                                       cmocka_unit_test(test_streams), cmocka_unit_test(test_injection)};
+                                       cmocka_unit_test(test_streams), cmocka_unit_test(test_graphs),
+                                       cmocka_unit_test(test_injection)};
     if (argc < 2 || close(mkstemp(control)) != 0) return 2;
     library = argv[1];
     setenv("MLAD_FAKE_CUDA_CONTROL", control, 1);

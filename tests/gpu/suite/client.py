@@ -90,7 +90,8 @@ def decode_and_compare(client, batch, going_on):
     plan = batch.plan(client, on_gpu)
     plan.decode(120)
     first = host(plan.out).copy()
-    account = {"decodes": 0, "wrong": 0, "errors": 0, "replays": 0, "last_error": "", "db": batch.confirm(first)}
+    account = {"decodes": 0, "wrong": 0, "errors": 0, "codes": {}, "replays": 0, "last_error": "",
+               "db": batch.confirm(first)}
     if not account["db"] >= LEAST_DB:
         account["wrong"] += 1
     print("ready", flush=True)
@@ -105,6 +106,7 @@ def decode_and_compare(client, batch, going_on):
             account["replays"] += plan.decode(120).replays
         except mlad.Error as error:
             account["errors"] += 1
+            account["codes"][error.code] = account["codes"].get(error.code, 0) + 1
             account["last_error"] = str(error)
             if account["errors"] > 20:
                 break

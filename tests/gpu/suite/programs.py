@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .part import Part, Skip
 
-KERNEL_TESTS = ("test_decode", "test_edges", "test_same")
+KERNEL_TESTS = ("test_decode", "test_edges", "test_same", "test_graph")
 MODEL_DB = 49       # tests/data/README.md: what a correct bf16 decode reaches
 LAUNCHES = 60       # that racecheck looks at
 

@@ -143,12 +143,17 @@ class Mps:
         time.sleep(0.5)
         return self
 
-    def __exit__(self, *_):
+    def command(self, words):
+        """Tell the control daemon; its answer."""
         try:
-            subprocess.run([self.control], input="quit\n", env={**os.environ, **self.environment}, text=True,
-                           capture_output=True, timeout=20)
+            done = subprocess.run([self.control], input=words + "\n", env={**os.environ, **self.environment},
+                                  text=True, capture_output=True, timeout=20)
         except subprocess.TimeoutExpired:
-            pass
+            return ""
+        return (done.stdout + done.stderr).strip()
+
+    def __exit__(self, *_):
+        self.command("quit")
 
     def logs(self):
         return "\n".join(path.read_text(errors="replace")[-600:]

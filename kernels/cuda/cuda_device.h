@@ -1,0 +1,71 @@
+/* cuda_device.h - a GPU as its parts see it: cuda_backend.c, which opens it and launches batches, and cuda_graph.c,
+ * which captures launches. Calls come from one thread at a time, and none while a launch is under way. */
+#ifndef MLAK_CUDA_DEVICE_H
+#define MLAK_CUDA_DEVICE_H
+
+#include "cuda_memory.h"
+#include "mlak_backends.h"
+#include "mlak_cuda.h"
+
+struct mlak_device {
+    const struct mlak_driver *cu;
+    CUdevice gpu;
+    CUcontext context;
+    CUmodule module;
+    CUfunction prepare, combine, split[MLAK_CUDA_TYPES];
+    CUfunction wide[MLAK_CUDA_TYPES]; /* NULL without the room */
+    bool wgmma;                       /* it is Hopper, and its own kernels are wanted */
+    CUfunction split_wgmma[MLAK_CUDA_WGMMA_TYPES];
+    bool early; /* kernels can start before the one before them has ended, and wait for it */
+    CUstream stream, control; /* control: what overtakes a launch */
+    CUevent sign;             /* of life, on `control` */
+    unsigned split_grid, combine_grid, split_shared, most_shared;
+    struct cuda_memory memory;
+    bool memory_ready;
+    struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
+    CUdeviceptr rows, requests, starts, schedule, cu_q, parts;
+    struct mlak_cuda_result *result;          /* pinned */
+    uint64_t *cancelled;                      /* pinned: the ticket of the launch that was given up last */
+    struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
+    uint64_t *progress, progress_seen;
+    struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
+    char lost[256];
+};
+
+/* Make the device's context current. MLAK_OK or MLAK_LOST, now or long ago. */
+enum mlak_code cuda_enter(struct mlak_device *device, struct mlak_fault *fault);
+
+/* MLAK_LOST from now on, for the thread that launches: `call`, a member of struct mlak_driver or other words, answered `result`. */
+enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
+
+/* Wait until nothing is left on the device's stream: what runs names memory that the caller may unmap. */
+CUresult cuda_settle(struct mlak_device *device);
+
+/* The driver refused a call: cuda_settle, for what it had taken before, then MLAK_MEMORY or MLAK_LOST. */
+enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
+
+/* Requests of such a batch that one launch takes. */
+uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch);
+
+/* A launch of requests [first, first + count), with a ticket of its own; then its three kernels on a stream. */
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                              uint32_t count);
+CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream);
+
+/* Until the device says that the launch is over. `cancelled`: the caller's word that nobody wants it. */
+enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault);
+
+/* What came of the launch that ended last: MLAK_OK and its rows, or MLAK_BATCH. */
+enum mlak_code cuda_outcome(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                            uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+
+/* cuda_graph.c: mlak_backend's functions of these names. */
+struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                  struct mlak_fault *fault);
+enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *graph, struct mlak_row *rows,
+                                 struct mlak_fault *fault);
+void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph);
+enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                 uint32_t rounds, double *ns, struct mlak_fault *fault);
+
+#endif

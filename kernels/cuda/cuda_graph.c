@@ -1,0 +1,173 @@
+/* cuda_graph.c - launches captured into a CUDA graph, replayed, and timed.
+ *
+ * A graph owns its executable form alone; scratch and results are the device's, so that replays and plain launches take
+ * turns. Parameters are captured by value, a ticket among them: every replay ends with the same completion word, which
+ * is wiped before each. */
+#include "cuda_device.h"
+
+#include <stdlib.h>
+
+struct mlak_graph {
+    CUgraphExec exec;
+    struct mlak_batch last;
+    uint64_t ticket; /* of `last` */
+};
+
+static enum mlak_code check(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                            struct mlak_fault *fault)
+{
+    enum mlak_code code = cuda_enter(device, fault);
+    if (code == MLAK_OK && count == 0)
+        code = mlak_fail(fault, MLAK_INVALID, "count", "a graph of no batches; give one at least");
+    for (uint32_t i = 0; i < count && code == MLAK_OK; i++) {
+        uint32_t most = cuda_most_requests(device, &batches[i]);
+        if (batches[i].batch > most)
+            code = mlak_fail(fault, MLAK_UNSUPPORTED, "batch",
+                             "batch %u of the graph has %u requests, and one launch takes %u%s; split it", i,
+                             batches[i].batch, most, batches[i].deterministic ? " of a deterministic batch" : "");
+    }
+    return code;
+}
+
+/* On a stream of its own: however the capture ends, the device's stream knows nothing of it. `call`: the one that
+ * answered. */
+static CUresult capture(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count, CUgraph *captured,
+                        uint64_t *ticket, const char **call)
+{
+    const struct mlak_driver *cu = device->cu;
+    CUstream stream;
+    *call = "stream_new";
+    CUresult result = cu->stream_new(&stream, CU_STREAM_NON_BLOCKING);
+    if (result != CUDA_SUCCESS)
+        return result;
+    *call = "capture_begin";
+    result = cu->capture_begin(stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+    if (result == CUDA_SUCCESS) {
+        *call = "launch";
+        for (uint32_t i = 0; i < count && result == CUDA_SUCCESS; i++) {
+            struct mlak_cuda_job job = cuda_job(device, &batches[i], 0, batches[i].batch);
+            result = cuda_launch(device, &job, stream);
+            *ticket = job.ticket;
+        }
+        CUresult end = cu->capture_end(stream, captured); /* of a capture that failed, too */
+        if (result == CUDA_SUCCESS) {
+            *call = "capture_end";
+            result = end;
+        }
+    }
+    cu->stream_free(stream);
+    return result;
+}
+
+struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                  struct mlak_fault *fault)
+{
+    if (check(device, batches, count, fault) != MLAK_OK)
+        return NULL;
+    struct mlak_graph *graph = calloc(1, sizeof *graph);
+    if (!graph) {
+        mlak_fail(fault, MLAK_MEMORY, "", "no memory for the graph");
+        return NULL;
+    }
+    const char *call;
+    CUgraph captured = NULL;
+    CUresult result = capture(device, batches, count, &captured, &graph->ticket, &call);
+    if (result == CUDA_SUCCESS) {
+        call = "graph_instantiate";
+        result = device->cu->graph_instantiate(&graph->exec, captured, 0);
+    }
+    if (captured)
+        device->cu->graph_free(captured);
+    if (result != CUDA_SUCCESS) {
+        cuda_refused(device, call, result, fault);
+        free(graph);
+        return NULL;
+    }
+    graph->last = batches[count - 1];
+    return graph;
+}
+
+void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph)
+{
+    if (!graph)
+        return;
+    device->cu->context_set(device->context);
+    device->cu->graph_exec_free(graph->exec);
+    free(graph);
+}
+
+/* No launch has ticket 0. */
+static void wipe_completion_word(struct mlak_device *device)
+{
+    __atomic_store_n(&device->result->done, 0, __ATOMIC_RELEASE);
+}
+
+enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *graph, struct mlak_row *rows,
+                                 struct mlak_fault *fault)
+{
+    const int never = MLAK_ROW_OK; /* a cancelled ticket would stop every replay to come */
+    enum mlak_code code = cuda_enter(device, fault);
+    if (code != MLAK_OK)
+        return code;
+    wipe_completion_word(device);
+    CUresult result = device->cu->graph_launch(graph->exec, device->stream);
+    if (result != CUDA_SUCCESS)
+        return cuda_refused(device, "graph_launch", result, fault);
+    code = cuda_await(device, graph->ticket, &never, fault);
+    return code == MLAK_OK ? cuda_outcome(device, &graph->last, 0, graph->last.batch, rows, fault) : code;
+}
+
+/* The call, unless one before it was refused. */
+#define THEN(name, ...)                                                                                                \
+    do {                                                                                                               \
+        if (result == CUDA_SUCCESS) {                                                                                  \
+            call = #name;                                                                                              \
+            result = device->cu->name(__VA_ARGS__);                                                                    \
+        }                                                                                                              \
+    } while (0)
+
+static enum mlak_code time_replays(struct mlak_device *device, const struct mlak_graph *graph, uint32_t rounds,
+                                   double *ns, struct mlak_fault *fault)
+{
+    CUevent events[2] = {NULL, NULL};
+    float milliseconds = 0;
+    const char *call = "";
+    CUresult result = CUDA_SUCCESS;
+    THEN(event_new, &events[0], CU_EVENT_DEFAULT);
+    THEN(event_new, &events[1], CU_EVENT_DEFAULT);
+    wipe_completion_word(device);
+    THEN(graph_launch, graph->exec, device->stream); /* hides the host's part in those that count */
+    THEN(event_record, events[0], device->stream);
+    for (uint32_t i = 0; i < rounds; i++)
+        THEN(graph_launch, graph->exec, device->stream);
+    THEN(event_record, events[1], device->stream);
+    if (result == CUDA_SUCCESS) {
+        call = "stream_query";
+        result = cuda_settle(device);
+    }
+    bool silent = result == CUDA_SUCCESS && __atomic_load_n(&device->result->done, __ATOMIC_ACQUIRE) != graph->ticket;
+    THEN(event_elapsed, &milliseconds, events[0], events[1]);
+    *ns = (double)milliseconds * 1e6;
+    enum mlak_code code = result == CUDA_SUCCESS ? MLAK_OK : cuda_refused(device, call, result, fault);
+    for (unsigned i = 0; i < 2; i++)
+        if (events[i])
+            device->cu->event_free(events[i]);
+    if (silent)
+        return cuda_lose(device, "the replays ended without their completion word", CUDA_ERROR_UNKNOWN, fault);
+    return code;
+}
+
+enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                 uint32_t rounds, double *ns, struct mlak_fault *fault)
+{
+    struct mlak_fault own = {0};
+    *ns = 0;
+    if (rounds == 0)
+        return mlak_fail(fault, MLAK_INVALID, "rounds", "no replay to time; give one at least");
+    struct mlak_graph *graph = cuda_graph_new(device, batches, count, &own);
+    enum mlak_code code = graph ? time_replays(device, graph, rounds, ns, &own) : own.code;
+    cuda_graph_free(device, graph);
+    if (fault)
+        *fault = own;
+    return code;
+}
