@@ -364,17 +364,17 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
                                .value.programmaticStreamSerializationAllowed = 1};
     CUresult result = CUDA_SUCCESS;
     for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++)
-        result = device->cu->launch(&(CUlaunchConfig){.gridDimX = kernels[i].grid,
-                                                      .gridDimY = 1,
-                                                      .gridDimZ = 1,
-                                                      .blockDimX = kernels[i].block,
-                                                      .blockDimY = 1,
-                                                      .blockDimZ = 1,
-                                                      .sharedMemBytes = kernels[i].shared,
-                                                      .hStream = stream,
-                                                      .attrs = &early,
-                                                      .numAttrs = i > 0 && device->early},
-                                    kernels[i].kernel, parameters, NULL);
+        result = device->cu->launch_as(&(CUlaunchConfig){.gridDimX = kernels[i].grid,
+                                                         .gridDimY = 1,
+                                                         .gridDimZ = 1,
+                                                         .blockDimX = kernels[i].block,
+                                                         .blockDimY = 1,
+                                                         .blockDimZ = 1,
+                                                         .sharedMemBytes = kernels[i].shared,
+                                                         .hStream = stream,
+                                                         .attrs = &early,
+                                                         .numAttrs = i > 0 && device->early},
+                                       kernels[i].kernel, parameters, NULL);
     return result;
 }
 

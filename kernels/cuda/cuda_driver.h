@@ -67,7 +67,9 @@
       (CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, \
        const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, \
        CUtensorMapFloatOOBfill)) \
-    D(launch, cuLaunchKernelEx, (const CUlaunchConfig *, CUfunction, void **, void **))
+    D(launch_as, cuLaunchKernelEx, (const CUlaunchConfig *, CUfunction, void **, void **)) \
+    D(launch, cuLaunchKernel, \
+      (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **))
 
 #define MLAK_DRIVER_MEMBER(member, symbol, parameters) CUresult(*member) parameters;
 struct mlak_driver { MLAK_DRIVER(MLAK_DRIVER_MEMBER) };
