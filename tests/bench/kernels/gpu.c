@@ -147,11 +147,12 @@ static enum mlak_code join(struct gpu *gpu, struct mlak_fault *fault)
     cuuint64_t id;
     CUgraph graph;
     const CUgraphNode *before;
+    const CUgraphEdgeData *edges;
     size_t count;
     CUgraphNode empty;
-    TRY(gpu->joins.capture_info, gpu->stream, &status, &id, &graph, &before, &count);
+    TRY(gpu->joins.capture_info, gpu->stream, &status, &id, &graph, &before, &edges, &count);
     TRY(gpu->joins.empty_node, &empty, graph, before, count);
-    TRY(gpu->joins.capture_depend, gpu->stream, &empty, 1, CU_STREAM_SET_CAPTURE_DEPENDENCIES);
+    TRY(gpu->joins.capture_depend, gpu->stream, &empty, NULL, 1, CU_STREAM_SET_CAPTURE_DEPENDENCIES);
     return MLAK_OK;
 }
 

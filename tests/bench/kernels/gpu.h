@@ -17,9 +17,11 @@
     D(graph_free, cuGraphDestroy, (CUgraph)) \
     D(exec_free, cuGraphExecDestroy, (CUgraphExec))
 #define GPU_JOINS(D) \
-    D(capture_info, cuStreamGetCaptureInfo_v2, \
-      (CUstream, CUstreamCaptureStatus *, cuuint64_t *, CUgraph *, const CUgraphNode **, size_t *)) \
-    D(capture_depend, cuStreamUpdateCaptureDependencies, (CUstream, CUgraphNode *, size_t, unsigned)) \
+    D(capture_info, cuStreamGetCaptureInfo_v3, \
+      (CUstream, CUstreamCaptureStatus *, cuuint64_t *, CUgraph *, const CUgraphNode **, const CUgraphEdgeData **, \
+       size_t *)) \
+    D(capture_depend, cuStreamUpdateCaptureDependencies_v2, \
+      (CUstream, CUgraphNode *, const CUgraphEdgeData *, size_t, unsigned)) \
     D(empty_node, cuGraphAddEmptyNode, (CUgraphNode *, CUgraph, const CUgraphNode *, size_t))
 
 struct gpu {
