@@ -200,28 +200,6 @@ __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const
         wgmma_copy_keys(shared, row->kv, address, count);
 }
 
-/* The item's tiles, `count` of others before them. */
-__device__ static inline void wgmma_load_item(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                              struct wgmma_item *slot, uint32_t items, uint32_t count)
-{
-    const struct item *item = &slot->item;
-    const struct mlak_row *row = &job->rows[item->request];
-    struct item_key even = wgmma_ask(job, item, row, item->tile), odd = {};
-    if (slot->tiles > 1)
-        odd = wgmma_ask(job, item, row, item->tile + 1);
-    wgmma_load_tile(shared, job, slot, &even, 0, count);
-    barrier_wait(&shared->q_empty, items % 2 ^ 1);
-    wgmma_load_q(shared, item, row->q);
-    barrier_arrive_after_copies(&shared->q_full);
-    if (threadIdx.x % WGMMA_GROUP == 0)
-        barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
-    for (uint32_t i = 1; i < slot->tiles; i += 2) {
-        wgmma_load_tile(shared, job, slot, &odd, i, count + i);
-        if (i + 1 < slot->tiles)
-            wgmma_load_tile(shared, job, slot, &even, i + 1, count + i + 1);
-    }
-}
-
 /* The schedule's next item that is to be computed, into a slot. One thread. */
 __device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct schedule_walk *walk,
                                          struct wgmma_item *slot)
@@ -240,24 +218,46 @@ __device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct
     }
 }
 
+/* All tiles of all items. The first thread looks for the next item while the tiles that it has set off are on their
+ * way, since that takes as long as several look-ups of memory, one after the other. */
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
     struct schedule_walk walk = schedule_begin(job);
     bool first = threadIdx.x % WGMMA_GROUP == 0;
+    if (first)
+        wgmma_next(job, &walk, &shared->items[0]);
     for (uint32_t items = 0, count = 0;; items++) {
         struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
-        if (first)
-            wgmma_next(job, &walk, slot);
-        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP);
-        if (slot->tiles == 0) { /* the last word */
+        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the slot is there */
+        const struct item *item = &slot->item;
+        uint32_t tiles = slot->tiles;
+        struct item_key even, odd;
+        if (tiles > 0) {
+            const struct mlak_row *row = &job->rows[item->request];
+            even = wgmma_ask(job, item, row, item->tile);
+            if (tiles > 1)
+                odd = wgmma_ask(job, item, row, item->tile + 1);
+            wgmma_load_tile(shared, job, slot, &even, 0, count);
             barrier_wait(&shared->q_empty, items % 2 ^ 1);
-            barrier_arrive(&shared->q_full);
-            if (first)
-                barrier_arrive(&shared->q_full);
-            return;
+            wgmma_load_q(shared, item, row->q);
+        } else {
+            barrier_wait(&shared->q_empty, items % 2 ^ 1);
         }
-        wgmma_load_item(shared, job, slot, items, count);
-        count += slot->tiles;
+        barrier_arrive_after_copies(&shared->q_full);
+        if (first)
+            barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
+        if (tiles == 0)
+            return; /* that was the last word */
+        if (tiles > 1)
+            wgmma_load_tile(shared, job, slot, &odd, 1, count + 1);
+        if (first)
+            wgmma_next(job, &walk, &shared->items[(items + 1) % WGMMA_ITEMS]);
+        for (uint32_t i = 2; i < tiles; i += 2) {
+            wgmma_load_tile(shared, job, slot, &even, i, count + i);
+            if (i + 1 < tiles)
+                wgmma_load_tile(shared, job, slot, &odd, i + 1, count + i + 1);
+        }
+        count += tiles;
     }
 }
 
