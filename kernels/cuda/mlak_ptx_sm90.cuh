@@ -43,6 +43,12 @@ __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *
                  : "memory");
 }
 
+/* The map is wanted soon. */
+__device__ static inline void map_expect(const struct mlak_cuda_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ static inline void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

@@ -4,9 +4,8 @@
  *   warpgroup   what it does with tile n of 64 keys                                   registers a thread
  *   values 0    O[64][0..255]   = O * shrink + P V, 8 products of 64 x 128 x 16       160 (O is 128 of them)
  *   values 1    O[64][256..511]                                                       160
- *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           136
- *               for two tiles at once, if the second one is there already
- *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       56
+ *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           104
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       88
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
@@ -176,7 +175,7 @@ __device__ static inline struct item_key wgmma_ask(const struct mlak_cuda_job *j
     return item_ask(item, row, tile, key);
 }
 
-/* Tile i of the item, `count` of all, whose pages have been asked for; then those of the tile after next. */
+/* Tile i of the item, `count` of all, whose pages have been asked for; then asks for those of the next one. */
 __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
                                               struct wgmma_item *slot, struct item_key *asked, uint32_t i,
                                               uint32_t count)
@@ -192,8 +191,8 @@ __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const
     if (*(volatile int *)&slot->stopped)
         address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
     int32_t page = address == ITEM_NOBODY ? (int32_t)row->pages : asked->page, key = (int32_t)asked->slot;
-    if (i + 2 < slot->tiles)
-        *asked = wgmma_ask(job, item, row, tile + 2);
+    if (i + 1 < slot->tiles)
+        *asked = wgmma_ask(job, item, row, tile + 1);
     if (wgmma_fetches(job, item, tile))
         wgmma_fetch_keys(shared, job, page, key, count);
     else
@@ -218,46 +217,46 @@ __device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct
     }
 }
 
-/* All tiles of all items. The first thread looks for the next item while the tiles that it has set off are on their
- * way, since that takes as long as several look-ups of memory, one after the other. */
+/* All tiles of all items. The first thread looks for the next item when two tiles are on their way, since that takes as
+ * long as several look-ups of memory, one after the other. */
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
+    enum { AHEAD = 2 };
     struct schedule_walk walk = schedule_begin(job);
     bool first = threadIdx.x % WGMMA_GROUP == 0;
-    if (first)
-        wgmma_next(job, &walk, &shared->items[0]);
-    for (uint32_t items = 0, count = 0;; items++) {
-        struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
-        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the slot is there */
-        const struct item *item = &slot->item;
-        uint32_t tiles = slot->tiles;
-        struct item_key even, odd;
-        if (tiles > 0) {
-            const struct mlak_row *row = &job->rows[item->request];
-            even = wgmma_ask(job, item, row, item->tile);
-            if (tiles > 1)
-                odd = wgmma_ask(job, item, row, item->tile + 1);
-            wgmma_load_tile(shared, job, slot, &even, 0, count);
-            barrier_wait(&shared->q_empty, items % 2 ^ 1);
-            wgmma_load_q(shared, item, row->q);
-        } else {
-            barrier_wait(&shared->q_empty, items % 2 ^ 1);
+    struct wgmma_item *slot = NULL, *next = &shared->items[0];
+    uint32_t tiles = 0, count = 0;
+    for (uint32_t items = 0;; items++) { /* this many items are on their way, and the one in `slot` is being loaded */
+        struct item_key asked;
+#pragma unroll 1
+        for (uint32_t i = 0;; i++, count++) {
+            if (first && i == (uint32_t)row_least(tiles, AHEAD))
+                wgmma_next(job, &walk, next);
+            if (i == tiles)
+                break;
+            const struct mlak_row *row = &job->rows[slot->item.request];
+            if (i == 0)
+                asked = wgmma_ask(job, &slot->item, row, slot->item.tile);
+            wgmma_load_tile(shared, job, slot, &asked, i, count);
+            if (i > 0)
+                continue;
+            barrier_wait(&shared->q_empty, items % 2); /* of items - 1 */
+            wgmma_load_q(shared, &slot->item, row->q);
+            barrier_arrive_after_copies(&shared->q_full);
+            if (first)
+                barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
         }
-        barrier_arrive_after_copies(&shared->q_full);
+        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the next item is there */
+        slot = next;
+        next = &shared->items[(items + 1) % WGMMA_ITEMS];
+        tiles = slot->tiles;
+        if (tiles > 0)
+            continue;
+        barrier_wait(&shared->q_empty, items % 2 ^ 1); /* the last word */
+        barrier_arrive(&shared->q_full);
         if (first)
-            barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
-        if (tiles == 0)
-            return; /* that was the last word */
-        if (tiles > 1)
-            wgmma_load_tile(shared, job, slot, &odd, 1, count + 1);
-        if (first)
-            wgmma_next(job, &walk, &shared->items[(items + 1) % WGMMA_ITEMS]);
-        for (uint32_t i = 2; i < tiles; i += 2) {
-            wgmma_load_tile(shared, job, slot, &even, i, count + i);
-            if (i + 1 < tiles)
-                wgmma_load_tile(shared, job, slot, &odd, i + 1, count + i + 1);
-        }
-        count += tiles;
+            barrier_arrive(&shared->q_full);
+        return;
     }
 }
 
@@ -289,9 +288,9 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
     }
 }
 
-/* Set off S of tile `count`. */
+/* S of tile `count`. `last`: of the item, so that q is not needed any more. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_begin(struct wgmma_shared *shared, uint32_t count, float s[32])
+__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
 {
     wgmma_score_piece<TYPES, 0>(shared, count, s);
     wgmma_score_piece<TYPES, 1>(shared, count, s);
@@ -299,21 +298,6 @@ __device__ static inline void wgmma_score_begin(struct wgmma_shared *shared, uin
     wgmma_score_piece<TYPES, 3>(shared, count, s);
     wgmma_score_piece<TYPES, 4>(shared, count, s);
     products_commit();
-}
-
-/* Whether that would not have to wait. */
-__device__ static inline bool wgmma_score_ready(struct wgmma_shared *shared, uint32_t count)
-{
-    bool ready = true;
-#pragma unroll
-    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
-        ready = ready && barrier_passed(&shared->keys_full[count % WGMMA_STAGES][piece], count / WGMMA_STAGES % 2);
-    return ready;
-}
-
-/* S of tile `count` is there. `last`: of the item, so that q is not needed any more. */
-__device__ static inline void wgmma_score_end(struct wgmma_shared *shared, uint32_t count, bool last)
-{
     products_wait<0>();
     if (threadIdx.x % 32 == 0) {
         barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][WGMMA_ROPE]);
@@ -404,22 +388,6 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
     barrier_arrive(&shared->p_full);
 }
 
-/* Tile `count` becomes weights, and the one after it scores: at the same time, if its keys are there already. */
-template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_step(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                               const struct item *item, struct wgmma_rows *rows, uint32_t tile,
-                                               uint32_t count, uint32_t items, float s[32], float next[32])
-{
-    if (wgmma_score_ready(shared, count + 1)) {
-        wgmma_score_begin<TYPES>(shared, count + 1, next);
-        wgmma_weigh<TYPES>(shared, job, item, rows, tile, count, items, false, s);
-    } else {
-        wgmma_weigh<TYPES>(shared, job, item, rows, tile, count, items, false, s);
-        wgmma_score_begin<TYPES>(shared, count + 1, next);
-    }
-    wgmma_score_end(shared, count + 1, tile + 2 == item->end_tile);
-}
-
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
@@ -433,20 +401,10 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         if (tiles == 0)
             break;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, job->rows[item->request].score_scale * ITEM_LOG2_E};
-        float even[32], odd[32];
-        wgmma_score_begin<TYPES>(shared, count, even);
-        wgmma_score_end(shared, count, tiles == 1);
-        for (uint32_t end = tile + tiles;; tile++, count++) {
-            if (tile + 1 == end) {
-                wgmma_weigh<TYPES>(shared, job, item, &rows, tile, count++, items, true, even);
-                break;
-            }
-            wgmma_score_step<TYPES>(shared, job, item, &rows, tile++, count++, items, even, odd);
-            if (tile + 1 == end) {
-                wgmma_weigh<TYPES>(shared, job, item, &rows, tile, count++, items, true, odd);
-                break;
-            }
-            wgmma_score_step<TYPES>(shared, job, item, &rows, tile, count, items, odd, even);
+        for (uint32_t i = 0; i < tiles; i++, count++) {
+            float s[32];
+            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
+            wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
         }
     }
     barrier_wait(&shared->p_empty, count % 2 ^ 1);
@@ -562,14 +520,17 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32);
             }
     }
+    if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->box_rows > 0)
+        for (uint32_t i = 0; i < 2; i++)
+            map_expect(&job->keys[i]);
     __syncthreads();
     await_kernel_before();
     let_next_kernel_start();
     if (group == WGMMA_LOADS) {
-        registers_give<56>();
+        registers_give<88>();
         wgmma_loads(shared, job);
     } else if (group == WGMMA_SCORES) {
-        registers_take<136>();
+        registers_give<104>();
         wgmma_scores<TYPES>(shared, job);
     } else {
         registers_take<160>();
