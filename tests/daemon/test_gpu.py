@@ -174,7 +174,7 @@ def a_client_killed_in_mid_decode_leaves_nothing(daemon):
 
 def vmm_client(daemon, *arguments, **extra):
     """Start it: its driver has nothing injected but `extra`."""
-    environment = dict(os.environ, MLAD_SOCKET=daemon.socket, MLAD_DEVICE=GPU, MLAD_FAKE_CUDA_CONTROL="", **extra)
+    environment = {**os.environ, "MLAD_SOCKET": daemon.socket, "MLAD_DEVICE": GPU, "MLAD_FAKE_CUDA_CONTROL": "", **extra}
     return subprocess.Popen([os.environ["VMM_CLIENT"], *arguments], env=environment, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -204,6 +204,17 @@ def vmm(daemon, *arguments, **extra):
 
 def a_lost_context_of_the_clients_own_is_said_to_be_lost(daemon):
     vmm(daemon, "lost", MLAD_FAKE_CUDA="sticky=1")
+
+
+def a_stream_that_hangs_is_waited_for_no_longer_than_asked(daemon):
+    with tempfile.NamedTemporaryFile(mode="w", prefix="mlad-fake-") as control:
+        control.write("hang=1\n")
+        control.flush()
+        client = vmm_client(daemon, "stuck", MLAD_FAKE_CUDA_CONTROL=control.name)
+        assert client.stdout.readline() == "stuck\n", client.communicate()
+        control.truncate(0)
+        output, errors = client.communicate(timeout=60)
+        assert client.returncode == 0, (output, errors)
 
 
 def vmm_memory_decodes_as_any_other(daemon):
@@ -447,7 +458,8 @@ try:
          a_failed_import_is_the_clients_error_and_only_that, a_sticky_error_is_a_delay_for_the_client,
          a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
          a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
-         a_lost_context_of_the_clients_own_is_said_to_be_lost, vmm_memory_decodes_as_any_other,
+         a_lost_context_of_the_clients_own_is_said_to_be_lost,
+         a_stream_that_hangs_is_waited_for_no_longer_than_asked, vmm_memory_decodes_as_any_other,
          vmm_outputs_may_not_lie_in_inputs,
          memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
          any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
