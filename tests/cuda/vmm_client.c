@@ -254,6 +254,34 @@ static void run_overlap(void)
     mla_close(client);
 }
 
+/* KV on another GPU than the device's, or in host memory, is refused with the names of both and what to do. */
+static void run_elsewhere(void)
+{
+    mla_client *client = connect_client();
+    struct gpu_batch gpu;
+    mla_error error;
+    mla_plan *plan;
+    CUcontext context;
+    char there[64];
+    CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, 1);
+    CU(cuCtxSetCurrent, (CUcontext), context);
+    CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), (CUdeviceptr *)&gpu.memory, (size_t)PIECES * PIECE);
+    import(client, gpu.memory, INPUTS, MLA_READ, &gpu.inputs);
+    import(client, gpu.memory + INPUTS, (size_t)PIECES * PIECE - INPUTS, MLA_READWRITE, &gpu.outputs);
+    lay_out(&gpu.batch, gpu.inputs, gpu.outputs, INPUTS);
+    snprintf(there, sizeof there, "lies on %.*s1,", (int)strlen(mla_device(client)) - 1, mla_device(client));
+    for (int host = 0; host <= 1; host++) {
+        if (host)
+            REQUIRE(mla_buffer_alloc(client, INPUTS, &gpu.batch.kv.buffer, &error) == MLA_OK, error.message);
+        REQUIRE(mla_plan_create(client, &gpu.batch, &plan, &error) == MLA_UNSUPPORTED, error.message);
+        REQUIRE(strcmp(error.field, "batch.kv.buffer") == 0, error.field);
+        REQUIRE(strstr(error.message, host ? "lies in host memory," : there), error.message);
+        const char *remedy = strstr(error.message, "allocate it on ");
+        REQUIRE(remedy && strstr(remedy, mla_device(client)), error.message);
+    }
+    mla_close(client);
+}
+
 static void refused(mla_client *client, uint64_t at, size_t bytes, const char *field, const char *const words[3])
 {
     mla_buffer *buffer;
@@ -448,6 +476,8 @@ int main(int argc, char **argv)
         run_overlap();
     else if (strcmp(name, "refusals") == 0)
         run_refusals();
+    else if (strcmp(name, "elsewhere") == 0)
+        run_elsewhere();
     else if (strcmp(name, "many") == 0)
         run_many();
     else if (strcmp(name, "lost") == 0)
@@ -459,7 +489,7 @@ int main(int argc, char **argv)
     else if (strcmp(name, "failing") == 0 && argc > 2)
         run_failing(argv[2]);
     else
-        die("usage",
-            "vmm-client decode | replay | overlap | refusals | many | lost | stuck | death MEMORY CODE | failing WORD");
+        die("usage", "vmm-client decode | replay | overlap | refusals | elsewhere | many | lost | stuck | "
+                     "death MEMORY CODE | failing WORD");
     return 0;
 }

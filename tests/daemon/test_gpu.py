@@ -83,7 +83,7 @@ def the_kernels_own_bench_names_no_ceilings_either(_):
 
 
 def a_launch_that_hangs_is_a_delay_for_the_client():
-    daemon = Daemon(GPU, "-o", "worker_timeout=3s")
+    daemon = Daemon(GPU, "-o", "worker_timeout=4s")  # emulated kernels are slow, three deaths end the decode
     try:
         inject("hang=1")
         results = []
@@ -227,6 +227,16 @@ def vmm_outputs_may_not_lie_in_inputs(daemon):
 
 def memory_that_cannot_be_shared_is_refused_with_what_to_change(daemon):
     vmm(daemon, "refusals")
+
+
+def kv_that_lies_elsewhere_is_refused_with_the_names_of_both_gpus():
+    inject("devices=2")
+    daemon = Daemon(GPU)
+    try:
+        vmm(daemon, "elsewhere", MLAD_FAKE_CUDA="devices=2")
+    finally:
+        daemon.stop()
+    inject()
 
 
 def a_buffer_takes_252_allocations(daemon):
@@ -449,7 +459,8 @@ def all_is_cpu_and_every_gpu():
 
 
 for test in (a_gpu_that_is_not_there_is_absent_with_its_reason, the_worker_lists_the_gpus_and_says_why_there_is_none,
-             all_is_cpu_and_every_gpu, a_launch_that_hangs_is_a_delay_for_the_client):
+             all_is_cpu_and_every_gpu, kv_that_lies_elsewhere_is_refused_with_the_names_of_both_gpus,
+             a_launch_that_hangs_is_a_delay_for_the_client):
     test()
     print("ok   ", test.__name__, flush=True)
 try:
