@@ -401,7 +401,7 @@ def a_gpu_that_cannot_be_opened_for_a_while_is_a_delay(daemon):
 
 
 def a_gpu_that_is_not_there_is_absent_with_its_reason():
-    for device, words, reason in (("GPU-none", "", "none is GPU-none"), (GPU, "cc=7.5", "compute capability is 7.5"),
+    for device, words, reason in ((SECOND, "", f"none is {SECOND}"), (GPU, "cc=7.5", "compute capability is 7.5"),
                                   (GPU, "no_driver_device=1", "cuInit")):
         inject(words)
         daemon = object.__new__(Daemon)
