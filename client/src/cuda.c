@@ -302,8 +302,8 @@ static int poll_stream(void *stream, int64_t deadline)
     return code;
 }
 
-/* What becomes of work in the current context: 0, ERROR_NOT_READY or an error. Asking without giving it any would not do:
- * a context that others' faults have ended may not know of it until it has something to do. */
+/* What becomes of work in the current context: 0, ERROR_NOT_READY or an error. Asking without giving it any would not
+ * do: a context that others' faults have ended may not know of it until it has something to do. */
 static int try_work(void)
 {
     void *stream, *event;

@@ -400,8 +400,8 @@ static void require_code(mla_status status, const char *wanted, const mla_error 
 }
 
 /* The worker dies with decodes in flight, after a line "ready", an answer, and a line "in flight", all at the hand of
- * test_gpu.py. What they and all that comes later must end with is `code`; with device_lost our context is lost as well,
- * as is everybody's after a fault under MPS. */
+ * test_gpu.py. What they and all that comes later must end with is `code`; with device_lost our context is lost as
+ * well, as is everybody's after a fault under MPS. */
 static void run_death(const char *memory, const char *code)
 {
     enum { FLIGHT = 4 };

@@ -1,5 +1,5 @@
-"""A GPU's device from end to end, over the fake driver of tests/cuda/fake: two processes share GPU memory, the kernels are
-emulated, and the driver fails on demand.
+"""A GPU's device from end to end, over the fake driver of tests/cuda/fake: two processes share GPU memory, the kernels
+are emulated, and the driver fails on demand.
 
 usage: test_gpu.py, with MLAD_BIN, MLACTL_BIN, VMM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
 import json
@@ -174,7 +174,8 @@ def a_client_killed_in_mid_decode_leaves_nothing(daemon):
 
 def vmm_client(daemon, *arguments, **extra):
     """Start it: its driver has nothing injected but `extra`."""
-    environment = {**os.environ, "MLAD_SOCKET": daemon.socket, "MLAD_DEVICE": GPU, "MLAD_FAKE_CUDA_CONTROL": "", **extra}
+    environment = {**os.environ, "MLAD_SOCKET": daemon.socket, "MLAD_DEVICE": GPU, "MLAD_FAKE_CUDA_CONTROL": "",
+                   **extra}
     return subprocess.Popen([os.environ["VMM_CLIENT"], *arguments], env=environment, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

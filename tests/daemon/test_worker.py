@@ -103,7 +103,8 @@ def refusals_name_their_field():
         handle = "0123456789abcdef" * 8
         gpu = dict(buffer=9, handle=handle, gpu="GPU-0", offset=0, bytes=64)
         for code, field, changed in (("unsupported", "gpu", {}), ("invalid", "handle", dict(handle=handle[:-1])),
-                                     ("invalid", "handle", dict(handle=handle + "0")), ("exists", "buffer", dict(buffer=1)),
+                                     ("invalid", "handle", dict(handle=handle + "0")),
+                                     ("exists", "buffer", dict(buffer=1)),
                                      ("invalid", "bytes", dict(bytes=0))):
             assert "89abcdef" not in refuse(code, field, "IMPORT", {**gpu, **changed})  # the handle is a secret
         refuse("fds", "fd", "IMPORT", gpu, [fd])

@@ -73,7 +73,8 @@ class Registry(unittest.TestCase):
         part, whole = Device(4096, 50), Device(4096, 100)
         self.find(part, "readwrite")
         self.find(whole)
-        self.assertEqual(self.calls, [("import", 4096, 200, _libmla.READWRITE), ("import", 4096, 400, _libmla.READWRITE),
+        self.assertEqual(self.calls, [("import", 4096, 200, _libmla.READWRITE),
+                                      ("import", 4096, 400, _libmla.READWRITE),
                                       ("free", 4097)])
 
     def test_the_callers_word(self):

@@ -268,10 +268,10 @@ class Client(_Closing):
         timeout         seconds, for CUDA streams and the decode together; None: for ever
 
         Arrays: numpy or CPU torch memory from empty(); CUDA torch tensors and objects with __cuda_array_interface__
-        (registered at their first use, for reading unless they are written) if the device is their GPU. Host memory of q, kv, out and lse that is not shared
-        is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales) may lie anywhere: where it is not
-        shared it is copied, for this decode, into host memory that is. For CUDA arrays the work of the current stream
-        is waited for first.
+        (registered at their first use, for reading unless they are written) if the device is their GPU. Host memory of
+        q, kv, out and lse that is not shared is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales)
+        may lie anywhere: where it is not shared it is copied, for this decode, into host memory that is. For CUDA
+        arrays the work of the current stream is waited for first.
 
         Raises RequestsFailed if some requests failed, Timeout, InvalidArgument, NotConnected or another Error."""
         deadline = _deadline(timeout)

@@ -1,9 +1,9 @@
 """Drop-in for the dense decode of FlashMLA: `from mlad.flash_mla import flash_mla_with_kvcache, get_mla_metadata`.
 
 Conventions are those of deepseek-ai/FlashMLA: shapes, natural-log LSE, +inf as the LSE of a row without keys. Arguments
-that mlad does not honour are refused by name, and so is what get_mla_metadata was told if the decode is another. Decodes go to the default client of q's device (mlad.default_client): for
-CUDA tensors mlad must serve that GPU; CPU tensors q and k_cache must come from `mlad.default_client().empty(...,
-like="torch")`.
+that mlad does not honour are refused by name, and so is what get_mla_metadata was told if the decode is another.
+Decodes go to the default client of q's device (mlad.default_client): for CUDA tensors mlad must serve that GPU; CPU
+tensors q and k_cache must come from `mlad.default_client().empty(..., like="torch")`.
 """
 from .default import client_for
 from .errors import invalid, unsupported
@@ -29,8 +29,8 @@ class FlashMLASchedMeta:
                                   ("is_fp8_kvcache", self.fp8, bool(is_fp8_kvcache))):
             if told is not None and told != given:
                 what = "shape " if name == "cache_seqlens" and told is self.requests else ""
-                raise invalid(name, f"get_mla_metadata was told {what}{told}, and in this decode it is {given}; call it "
-                              "for this batch, or without arguments for any")
+                raise invalid(name, f"get_mla_metadata was told {what}{told}, and in this decode it is {given}; call "
+                              "it for this batch, or without arguments for any")
 
 
 def get_mla_metadata(cache_seqlens=None, num_q_tokens_per_head_k=None, num_heads_k=1, num_heads_q=None,

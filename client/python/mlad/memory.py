@@ -27,7 +27,7 @@ _ACCESS = {"readwrite": _libmla.READWRITE, "read": _libmla.READ}
 
 
 class Segment:
-    """One range of addresses. `buffer` is libmla's handle and `access` what it is registered for, both None at first."""
+    """One range of addresses. `buffer` is libmla's handle and `access` what it is registered for; None at first."""
 
     def __init__(self, base, size, device, keep=None, gone=None, memfd=None):
         self.buffer = self.access = None
