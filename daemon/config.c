@@ -71,10 +71,22 @@ static char *trim(char *text)
     return text;
 }
 
+/* Has it the form of a GPU's UUID, as the driver and nvidia-smi write it? */
+static bool is_uuid(const char *word)
+{
+    static const char form[] = "GPU-hhhhhhhh-hhhh-hhhh-hhhh-hhhhhhhhhhhh";
+    for (size_t i = 0; i < sizeof form; i++) /* its end too */
+        if (form[i] == 'h' ? !word[i] || !strchr("0123456789abcdef", word[i]) : word[i] != form[i])
+            return false;
+    return true;
+}
+
 static bool parse_name(const char *word, struct mlad_names *names, const struct origin *origin)
 {
-    if (strspn(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") != strlen(word))
-        return refuse(origin, "'%s' is no device name; use letters, digits, - and _", word);
+    if (strcmp(word, "cpu") != 0 && strcmp(word, "reference") != 0 && strcmp(word, MLAD_ALL) != 0 && !is_uuid(word))
+        return refuse(origin,
+                      "'%s' is no device; write cpu, reference, %s, or a GPU's UUID as nvidia-smi -L prints it: "
+                      "GPU-01234567-89ab-cdef-0123-456789abcdef", word, MLAD_ALL);
     for (uint32_t i = 0; i < names->n; i++)
         if (strcmp(names->name[i], word) == 0)
             return refuse(origin, "'%s' is listed twice; remove one", word);

@@ -15,6 +15,9 @@
 
 enum { MLAD_CONFIG_TEXT = 108, MLAD_CONFIG_DEVICES = 16, MLAD_CONFIG_IDS = 32, MLAD_CONFIG_ERROR = 512 };
 
+/* The device that stands for cpu and every GPU. */
+#define MLAD_ALL "all"
+
 struct mlad_names {
     uint32_t n;
     char name[MLAD_CONFIG_DEVICES][64];

@@ -10,8 +10,6 @@
 #include <stdbool.h>
 #include <uv.h>
 
-#define MLAD_ALL "all"
-
 /* What `mlad-worker --list` exits with where there is no driver or no GPU; stderr says which. */
 enum { MLAD_NO_GPU_STATUS = 4 };
 

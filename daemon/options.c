@@ -22,13 +22,14 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
       "Path of the Unix socket. Ignored when systemd passes a listening socket (socket activation).") \
     O(socket_mode, MODE, 0, 0777, "0666", RESTART, \
       "Permissions of the socket file. Open to all by default, because who may connect is decided by " \
-      "allowed_users and allowed_groups: a user who is refused there is told so, and by which option, instead of a bare " \
-      "EACCES. A narrower mode shuts users out before mlad sees them. Ignored with socket activation (SocketMode= decides).") \
+      "allowed_users and allowed_groups: a user who is refused there is told so, and by which option, instead of a " \
+      "bare EACCES. A narrower mode shuts users out before mlad sees them. Ignored with socket activation " \
+      "(SocketMode= decides).") \
     O(devices, NAMES, 1, 16, "cpu", RESTART, \
       "Devices to serve, one worker process each: cpu (vector code), reference (slow, exact to double precision), " \
       "and GPUs by their UUID, as nvidia-smi -L prints it. all: cpu and every GPU that the driver names at the " \
-      "start; without a GPU, cpu alone, and mlactl status says why. Name a GPU whose absence is a fault: health tells " \
-      "of it.") \
+      "start; without a GPU, cpu alone, and mlactl status says why. Name a GPU whose absence is a fault: health " \
+      "tells of it.") \
     O(allowed_users, ANY_USERS, 0, 32, "", RELOAD, \
       "Users who may connect, names or numeric ids; * is everyone. Root, the user that mlad runs as and " \
       "admin_users always may. Empty: nobody else, unless allowed_groups names a group of theirs.") \
@@ -45,8 +46,8 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
     O(queue_limit, NUMBER, 1, 65536, "1024", RELOAD, \
       "Decodes that may wait on a device, all users together; above, busy.") \
     O(max_connections, NUMBER, 1, 65536, "512", RELOAD, \
-      "Connections that the supervisor holds at a time: those that have not said HELLO, wait for a device to start, or " \
-      "ask for status. Sessions on a device do not count.") \
+      "Connections that the supervisor holds at a time: those that have not said HELLO, wait for a device to start, " \
+      "or ask for status. Sessions on a device do not count.") \
     O(max_connections_per_user, NUMBER, 1, 65536, "128", RELOAD, "The same for one user.") \
     O(hello_timeout, DURATION, 50, 600000, "5s", RELOAD, \
       "How long a connection may stay silent before its HELLO, and how long it may wait for a device that starts.") \

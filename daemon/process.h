@@ -37,8 +37,8 @@ struct mlad_process_events {
 int mlad_process_start(struct mlad_process **process, uv_loop_t *loop, const struct mlad_process_command *command,
                        const struct mlad_process_events *events, void *owner);
 
-/* Our environment without the way to notify systemd, which is the supervisor's alone. The caller frees the array, not its
- * texts; NULL without memory. */
+/* Our environment without the way to notify systemd, which is the supervisor's alone. The caller frees the array, not
+ * its texts; NULL without memory. */
 char **mlad_process_environment(void);
 
 int mlad_process_pid(const struct mlad_process *process);

@@ -232,7 +232,8 @@ struct mlak_backend {
      *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its
      *   snapshot. MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
      * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
-     *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or MLAK_LOST.
+     *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or
+     *   MLAK_LOST.
      * lost: a sentence why, once MLAK_LOST was returned. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);

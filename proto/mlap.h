@@ -74,12 +74,12 @@ int mlap_send(int socket, const void *bytes, size_t length, int fd, int flags);
 /* The same with up to MLAP_MAX_FDS descriptors. They stay the caller's. */
 int mlap_send_fds(int socket, const void *bytes, size_t length, const int *fds, unsigned n_fds, int flags);
 
-/* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set.
- * With fds NULL descriptors are not taken at all, and *n_fds says 1 if any came: closing a stranger's descriptor can block,
- * for as long as a file system of theirs likes. `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message. Returns its length; 0 at end of file;
- * -1 with errno: EAGAIN (nothing there, or the kernel lacks memory), EMSGSIZE (too long, or too many descriptors:
- * MSG_TRUNC or MSG_CTRUNC; the datagram is consumed, every descriptor closed, and the session must end), or the
- * socket's error. */
+/* Receive one datagram into `buffer`. fds[0..*n_fds) are the caller's to close; close-on-exec is set. With fds NULL
+ * descriptors are not taken at all, and *n_fds says 1 if any came: closing a stranger's descriptor can block, for
+ * as long as a file system of theirs likes. `capacity` must be MLAP_MAX_MESSAGE at least to hold any legal message.
+ * Returns its length; 0 at end of file; -1 with errno: EAGAIN (nothing there, or the kernel lacks memory), EMSGSIZE
+ * (too long, or too many descriptors: MSG_TRUNC or MSG_CTRUNC; the datagram is consumed, every descriptor closed,
+ * and the session must end), or the socket's error. */
 long mlap_receive(int socket, void *buffer, size_t capacity, int fds[MLAP_MAX_FDS], unsigned *n_fds, int flags);
 
 /* mlap_encode into a stack buffer + mlap_send. -1 with errno as both. */

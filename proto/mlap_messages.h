@@ -22,7 +22,7 @@
 
 #define MLAP_VERSION 1u            /* the protocol version in each header */
 #define MLAP_MAX_MESSAGE 65536u    /* bytes in one datagram, header included */
-#define MLAP_MAX_FDS 252u          /* file descriptors in one datagram: Linux carries one more, so that more can be told */
+#define MLAP_MAX_FDS 252u          /* file descriptors in one datagram: Linux carries one more, so that more is told */
 #define MLAP_MAX_DEVICES 16
 #define MLAP_MAX_CAPABILITIES 64
 #define MLAP_MAX_SESSIONS_LISTED 64
@@ -57,7 +57,8 @@
     E(M, IN_USE, "in_use", "something that still exists names it") \
     E(M, RANGE, "range", "a tensor does not lie inside its buffer") \
     E(M, OVERLAP, "overlap", "an output overlaps an input or the other output") \
-    E(M, UNSUPPORTED, "unsupported", "no kernel of this device honours that combination; the message cites the capability table") \
+    E(M, UNSUPPORTED, "unsupported", \
+      "no kernel of this device honours that combination; the message cites the capability table") \
     E(M, BATCH, "batch", "the lengths or tables of the whole batch are inconsistent") \
     E(M, REQUESTS, "requests", "some requests of the batch failed, the others completed") \
     E(M, TIMEOUT, "timeout", "the peer or the device did not answer in time") \
@@ -130,14 +131,17 @@
 #define MLAP_FIELDS_batch(F, M) \
     F(M, U32, batch, _, 1, 65536, REQ, "B, the number of requests") \
     F(M, U32, heads, _, 1, 128, REQ, "H, query heads on this rank") \
-    F(M, U64, q_rows, _, 0, 4194304, REQ, "rows of q, out, lse and tree_mask: the sum of all q_len; without cu_q it must be B times one q_len") \
+    F(M, U64, q_rows, _, 0, 4194304, REQ, \
+      "rows of q, out, lse and tree_mask: the sum of all q_len; without cu_q it must be B times one q_len") \
     F(M, ENUM, q_dtype, dtype, 0, 0, REQ, "element type of q") \
     F(M, ENUM, kv_format, kv_format, 0, 0, REQ, "form of a KV row") \
     F(M, ENUM, out_dtype, dtype, 0, 0, OPT, "element type of out; absent: that of q, for fp8 q bf16") \
     F(M, U32, pages, _, 0, 2147483647, REQ, "pages in the KV pool") \
     F(M, U32, page_size, _, 1, 256, REQ, "P, tokens in a page") \
-    F(M, U64, page_stride, _, 0, 1099511627776, OPT, "bytes from page to page, a multiple of 16; absent: page_size times row_stride") \
-    F(M, U64, row_stride, _, 0, 1048576, OPT, "bytes from row to row in a page, a multiple of 16; absent: the bytes of a row") \
+    F(M, U64, page_stride, _, 0, 1099511627776, OPT, \
+      "bytes from page to page, a multiple of 16; absent: page_size times row_stride") \
+    F(M, U64, row_stride, _, 0, 1048576, OPT, \
+      "bytes from row to row in a page, a multiple of 16; absent: the bytes of a row") \
     F(M, U32, max_pages, _, 0, 16777216, REQ, "columns of block_table") \
     F(M, F64, softmax_scale, _, 0, 0, REQ, "factor on every score, sink excepted") \
     F(M, MSG, q, tensor, 0, 0, REQ, "[q_rows, H, 576], 16-byte aligned") \
@@ -200,7 +204,8 @@
     F(M, U32, buffers, _, 0, MLAP_U32_MAX, REQ, "registered buffers") \
     F(M, U32, plans, _, 0, MLAP_U32_MAX, REQ, "plans") \
     F(M, U64, held_bytes, _, 0, UINT64_MAX, REQ, "bytes mapped for open sessions") \
-    F(M, U64, orphaned_bytes, _, 0, UINT64_MAX, REQ, "bytes mapped that belong to no open or draining session; always 0") \
+    F(M, U64, orphaned_bytes, _, 0, UINT64_MAX, REQ, \
+      "bytes mapped that belong to no open or draining session; always 0") \
     F(M, U32, queued, _, 0, MLAP_U32_MAX, REQ, "decodes waiting") \
     F(M, U32, running, _, 0, MLAP_U32_MAX, REQ, "decodes running") \
     F(M, U32, queue_limit, _, 0, MLAP_U32_MAX, REQ, "decodes that may wait") \
@@ -232,7 +237,8 @@
 
 #define MLAP_FIELDS_hello(F, M) \
     F(M, STR, client, _, 1, 63, REQ, "name of the connecting program, for status and logs") \
-    F(M, STR, device, _, 1, 63, OPT, "device to work on; absent: a session with the supervisor, for status and administration") \
+    F(M, STR, device, _, 1, 63, OPT, \
+      "device to work on; absent: a session with the supervisor, for status and administration") \
     F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; version 1 defines none")
 
 #define MLAP_FIELDS_welcome(F, M) \
@@ -256,26 +262,38 @@
 #define MLAP_FIELDS_register(F, M) \
     F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session") \
     F(M, ENUM, kind, buffer_kind, 0, 0, REQ, "what the file descriptor is") \
-    F(M, U64, offset, _, 0, MLAP_I64_MAX, OPT, "bytes from the start of the memfd, a multiple of the page size; absent: 0") \
+    F(M, U64, offset, _, 0, MLAP_I64_MAX, OPT, \
+      "bytes from the start of the memfd, a multiple of the page size; absent: 0") \
     F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; offset + bytes may not pass the memfd's end") \
     F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
 
 #define MLAP_FIELDS_import(F, M) \
-    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session and with those of REGISTER") \
-    F(M, STR, handle, _, 128, 128, REQ, "the legacy CUDA IPC handle of the whole allocation, 64 bytes in hexadecimal; whoever has it can map the memory") \
-    F(M, STR, gpu, _, 1, 63, REQ, "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
+    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, \
+      "id chosen by the client, unique in its session and with those of REGISTER") \
+    F(M, STR, handle, _, 128, 128, REQ, \
+      "the legacy CUDA IPC handle of the whole allocation, 64 bytes in hexadecimal; whoever has it can map the " \
+      "memory") \
+    F(M, STR, gpu, _, 1, 63, REQ, \
+      "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
     F(M, U64, offset, _, 0, MLAP_I64_MAX, REQ, "bytes from the start of the allocation to the buffer") \
     F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; offset + bytes may not pass the allocation's end") \
     F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
 
 /* File descriptors do not tell whether two of them are one allocation: `address` does, within a process. */
 #define MLAP_FIELDS_import_vmm(F, M) \
-    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session and with those of REGISTER") \
-    F(M, STR, gpu, _, 1, 63, REQ, "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
-    F(M, U64, allocation, _, 1, 281474976710656, REQ, "bytes of each allocation (cuMemCreate); all have one size, and lie end to end in the order of their descriptors") \
-    F(M, U64, offset, _, 0, 281474976710655, REQ, "bytes from the start of the first allocation to the buffer, less than allocation") \
-    F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, "length; there are as many descriptors as offset + bytes needs allocations, neither fewer nor more") \
-    F(M, U64, address, _, 0, MLAP_I64_MAX, REQ, "where the client has it mapped; only compared: buffers of this message overlap where their addresses do") \
+    F(M, U32, buffer, _, 1, MLAP_U32_MAX, REQ, \
+      "id chosen by the client, unique in its session and with those of REGISTER") \
+    F(M, STR, gpu, _, 1, 63, REQ, \
+      "UUID of the GPU on which the memory lies, such as GPU-01234567-89ab-cdef-0123-456789abcdef") \
+    F(M, U64, allocation, _, 1, 281474976710656, REQ, \
+      "bytes of each allocation (cuMemCreate); all have one size, and lie end to end in the order of their " \
+      "descriptors") \
+    F(M, U64, offset, _, 0, 281474976710655, REQ, \
+      "bytes from the start of the first allocation to the buffer, less than allocation") \
+    F(M, U64, bytes, _, 1, MLAP_I64_MAX, REQ, \
+      "length; there are as many descriptors as offset + bytes needs allocations, neither fewer nor more") \
+    F(M, U64, address, _, 0, MLAP_I64_MAX, REQ, \
+      "where the client has it mapped; only compared: buffers of this message overlap where their addresses do") \
     F(M, ENUM, access, access, 0, 0, OPT, "absent: readwrite")
 
 #define MLAP_FIELDS_unregister(F, M) \
@@ -311,7 +329,8 @@
     F(M, U32, connections, _, 0, MLAP_U32_MAX, REQ, "connections that the supervisor itself holds") \
     F(M, U64, denied, _, 0, UINT64_MAX, REQ, "connections refused by policy") \
     F(M, LIST, devices, device, 0, MLAP_MAX_DEVICES, REQ, "every configured device") \
-    F(M, STR, note, _, 1, 255, OPT, "what an operator should know of the devices, such as why devices = all found no GPU")
+    F(M, STR, note, _, 1, 255, OPT, \
+      "what an operator should know of the devices, such as why devices = all found no GPU")
 
 #define MLAP_FIELDS_capabilities(F, M) \
     F(M, STR, device, _, 1, 63, REQ, "a device")
@@ -326,7 +345,8 @@
 
 #define MLAP_FIELDS_sessions_reply(F, M) \
     F(M, STR, device, _, 1, 63, REQ, "the device") \
-    F(M, LIST, sessions, session, 0, MLAP_MAX_SESSIONS_LISTED, REQ, "by ascending id; others' sessions are listed to admin users only") \
+    F(M, LIST, sessions, session, 0, MLAP_MAX_SESSIONS_LISTED, REQ, \
+      "by ascending id; others' sessions are listed to admin users only") \
     F(M, BOOL, more, _, 0, 0, REQ, "ask again, after the last id, for the rest")
 
 #define MLAP_FIELDS_health(F, M)
@@ -379,7 +399,8 @@
     X(HELLO, hello, 1, 0, CLIENT, "The first message of a connection. Answer: WELCOME.") \
     X(WELCOME, welcome, 2, 0, DAEMON, "The session is open; its limits.") \
     X(OK, ok, 3, 0, DAEMON, "The message of the same sequence is done.") \
-    X(ERROR, error, 4, 0, DAEMON, "The message of the same sequence was refused or failed; sequence 0: the session ends.") \
+    X(ERROR, error, 4, 0, DAEMON, \
+      "The message of the same sequence was refused or failed; sequence 0: the session ends.") \
     X(REGISTER, register, 5, 1, CLIENT, "Map a buffer. Answer: OK.") \
     X(UNREGISTER, unregister, 6, 0, CLIENT, "Unmap a buffer. Answer: OK, once no launch names it.") \
     X(PLAN, plan, 7, 0, CLIENT, "Validate and keep a descriptor. Answer: OK.") \
@@ -398,7 +419,8 @@
     X(DRAIN, drain, 20, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once nothing is in flight.") \
     X(EVICT, evict, 21, 0, CLIENT, "Supervisor only, admin users. Answer: OK, once the session is closed.") \
     X(IMPORT, import, 22, 0, CLIENT, "Map a buffer in GPU memory, on a GPU's device. Answer: OK.") \
-    X(IMPORT_VMM, import_vmm, 23, MLAP_MAX_FDS, CLIENT, "Map a buffer in GPU memory from cuMemCreate, by descriptors from cuMemExportToShareableHandle. Answer: OK.") \
+    X(IMPORT_VMM, import_vmm, 23, MLAP_MAX_FDS, CLIENT, \
+      "Map a buffer in GPU memory from cuMemCreate, by descriptors from cuMemExportToShareableHandle. Answer: OK.") \
     X(CONFIGURE, configure, 64, 0, INTERNAL, "Limits, at start and after a reload.") \
     X(ATTACH, attach, 65, 1, INTERNAL, "An accepted connection for this worker.") \
     X(READY, ready, 66, 0, INTERNAL, "The worker serves; its capability table.") \

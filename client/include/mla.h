@@ -74,7 +74,7 @@ typedef enum mla_status {
     MLA_UNSUPPORTED = 23,   /* the device's capability table has no row for the batch */
     MLA_BATCH = 24,         /* cu_q is inconsistent: nothing was computed */
     MLA_REQUESTS = 25,      /* some requests failed, see mla_result; the others are complete */
-    MLA_TIMEOUT = 26,       /* the wait ended first; the decode goes on */
+    MLA_TIMEOUT = 26,       /* the wait ended first; the decode (or a stream's work) goes on */
     MLA_DEVICE_LOST = 27,
     MLA_WORKER_LOST = 28,
     MLA_NOT_CONNECTED = 29,
@@ -140,9 +140,12 @@ MLA_API mla_status mla_buffer_import(mla_client *client, int memfd, uint64_t off
  * us for each allocation of cuMemCreate: not for the decode path. */
 MLA_API mla_status mla_buffer_import_device(mla_client *client, void *pointer, size_t bytes, mla_access access,
                                             mla_buffer **buffer, mla_error *error);
-/* Wait for all work on a CUDA stream of this process (a cudaStream_t; NULL: the default one). MLA_DEVICE_LOST: the
- * process's own GPU context is lost, which under MPS another process may cause. */
-MLA_API mla_status mla_stream_drain(void *stream, mla_error *error);
+/* Wait at most timeout_ms (MLA_FOREVER; 0 only looks) for all work on a CUDA stream of this process (a cudaStream_t;
+ * NULL: the default one). From any thread; it polls, takes no client's lock and delays no other call. MLA_TIMEOUT, with
+ * field "stream": the work goes on, and nothing that reads its results may be submitted yet. MLA_DEVICE_LOST: the
+ * process's own GPU context is lost, which under MPS another process may cause. MLA_NO_DEVICE: this process has no
+ * driver. MLA_BUFFER: what else the driver says of the stream. */
+MLA_API mla_status mla_stream_drain(void *stream, int timeout_ms, mla_error *error);
 
 /* Its first byte here; NULL for GPU memory, and if an import cannot be mapped. */
 MLA_API void *mla_buffer_data(mla_buffer *buffer);

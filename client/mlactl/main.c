@@ -10,12 +10,13 @@
 #include <string.h>
 
 #define DEFAULT_SOCKET "/run/mlad/mlad.sock"
-#define DEVICE_OPTION {"--device", "NAME", "the device to use; default: $MLAD_DEVICE, else the first that is not reference", 0}
+#define DEVICE_OPTION                                                                                                  \
+    {"--device", "NAME", "the device to use; default: $MLAD_DEVICE, else the first that is not reference", 0}
 
 static const struct ctl_command commands[] = {
     {"status", "", 0, 0, 5, ctl_status, "Show the daemon, its devices, their work and what runs where",
-     "Devices with state, worker, sessions and bytes; work done and waiting; latency percentiles of each phase of a decode; "
-     "the capability table, grouped.",
+     "Devices with state, worker, sessions and bytes; work done and waiting; latency percentiles of each phase of a "
+     "decode; the capability table, grouped.",
      {{"--capabilities", NULL, "every row of the capability table", 0},
       {"--sessions", NULL, "the open sessions too; those of others only for admin users", 0},
       {"--device", "NAME", "this device only", 0}}},
@@ -23,18 +24,20 @@ static const struct ctl_command commands[] = {
      "Exits with 0 ok, 1 degraded, 2 failed, 3 not running, 4 timed out.",
      {{"--deep", NULL, "decode a batch with a known answer on every device; on reference only if it is alone", 0}}},
     {"decode", "IN.safetensors", 1, 1, 600, ctl_decode, "Decode a capture file",
-     "Reads a batch from a capture file, decodes it and writes `out` and `lse`. Requests that fail are listed, the others are "
-     "written; the exit status is then 2.",
+     "Reads a batch from a capture file, decodes it and writes `out` and `lse`. Requests that fail are listed, the "
+     "others are written; the exit status is then 2.",
      {{"--output", "OUT.safetensors", "the result file (required)", 'o'}, DEVICE_OPTION}},
     {"verify", "", 0, 0, 600, ctl_verify, "Compare a device with the reference on random batches",
-     "Random batches over the whole decode contract, every capability row at least once. Both the device and `reference` "
-     "(start mlad with --devices cpu,reference) must meet the accuracy bar. A failing batch is written as a capture file.",
+     "Random batches over the whole decode contract, every capability row at least once. Both the device and "
+     "`reference` (start mlad with --devices cpu,reference) must meet the accuracy bar. A failing batch is written as "
+     "a capture file.",
      {DEVICE_OPTION,
       {"--cases", "N", "batches to run; default: two for each capability row", 0},
       {"--seconds", "N", "run for so long instead, and until each row had its turn", 0},
       {"--seed", "S", "repeat an earlier run; default: from the clock", 0},
       {"--save", "DIRECTORY", "where a failing batch is written; default: the current directory", 0}}},
-    {"metrics", "", 0, 0, 5, ctl_metrics, "Print the daemon's figures as OpenMetrics text", "For a Prometheus textfile or exec collector.", {{0}}},
+    {"metrics", "", 0, 0, 5, ctl_metrics, "Print the daemon's figures as OpenMetrics text",
+     "For a Prometheus textfile or exec collector.", {{0}}},
     {"bench", "", 0, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
      "The cpu backend or a GPU's called directly and through the daemon in turn, cpu's beside the ceilings of this "
      "machine, and the round trip of a one-key decode next to a raw socket ping-pong. A GPU's direct calls are timed "
@@ -109,7 +112,8 @@ static void print_option(const struct ctl_option *option)
 {
     char left[64];
     snprintf(left, sizeof left, "%c%c%s%s%s%s", option->letter ? '-' : ' ', option->letter ? option->letter : ' ',
-             option->letter ? ", " : "  ", option->name, option->argument ? " " : "", option->argument ? option->argument : "");
+             option->letter ? ", " : "  ", option->name, option->argument ? " " : "",
+             option->argument ? option->argument : "");
     printf("  %-28s %s\n", left, option->help);
 }
 
@@ -132,15 +136,16 @@ static void print_wrapped(const char *text)
 static void print_help(const struct ctl_command *command)
 {
     if (command) {
-        printf("Usage: mlactl %s%s%s [options]\n\n%s.\n", command->name, *command->arguments ? " " : "", command->arguments,
-               command->summary);
+        printf("Usage: mlactl %s%s%s [options]\n\n%s.\n", command->name, *command->arguments ? " " : "",
+               command->arguments, command->summary);
         if (*command->details)
             print_wrapped(command->details);
         printf("\nOptions:\n");
         for (const struct ctl_option *option = command->options; option->name; option++)
             print_option(option);
     } else {
-        printf("Usage: mlactl COMMAND [arguments] [options]\n\nLook after mlad, the decode daemon, and replay batches on it.\n\n"
+        printf("Usage: mlactl COMMAND [arguments] [options]\n\nLook after mlad, the decode daemon, and replay batches "
+               "on it.\n\n"
                "Commands:\n");
         for (unsigned i = 0; i < COMMANDS; i++)
             printf("  %-10s %s\n", commands[i].name, commands[i].summary);
@@ -161,9 +166,10 @@ static bool matches(const struct ctl_option *option, const char *word, size_t le
     return strlen(option->name) == length && strncmp(option->name, word, length) == 0;
 }
 
-/* Take argv[*at] as one of `options`; its value goes to values[its index]. 1 taken, 0 not one of them, -1 complained. */
-static int take_option(struct ctl *ctl, const struct ctl_option *options, unsigned count, const char **values, int argc, char **argv,
-                       int *at)
+/* Take argv[*at] as one of `options`; its value goes to values[its index]. 1: taken, 0: not one of them, -1: it was
+ * complained of. */
+static int take_option(struct ctl *ctl, const struct ctl_option *options, unsigned count, const char **values, int argc,
+                       char **argv, int *at)
 {
     const char *word = argv[*at];
     const char *equals = strncmp(word, "--", 2) == 0 ? strchr(word, '=') : NULL;
@@ -222,9 +228,10 @@ static int parse_and_run(int argc, char **argv)
             if (taken < 0)
                 return CTL_USAGE;
             if (taken == 0)
-                return ctl.command ? ctl_error(&ctl, CTL_USAGE, "%s has no option %s; see `mlactl help %s`", ctl.command->name, word,
-                                               ctl.command->name)
-                                   : ctl_error(&ctl, CTL_USAGE, "no option %s before a command; see `mlactl help`", word);
+                return ctl.command ? ctl_error(&ctl, CTL_USAGE, "%s has no option %s; see `mlactl help %s`",
+                                               ctl.command->name, word, ctl.command->name)
+                                   : ctl_error(&ctl, CTL_USAGE, "no option %s before a command; see `mlactl help`",
+                                               word);
         } else if (!ctl.command && !help && strcmp(word, "help") == 0) {
             help = true;
         } else if (!ctl.command) {
@@ -247,8 +254,8 @@ static int parse_and_run(int argc, char **argv)
     if (!ctl.command)
         return ctl_error(&ctl, CTL_USAGE, "give a command; `mlactl help` lists them");
     if (n_arguments < ctl.command->n_required)
-        return ctl_error(&ctl, CTL_USAGE, "usage: mlactl %s %s; see `mlactl help %s`", ctl.command->name, ctl.command->arguments,
-                         ctl.command->name);
+        return ctl_error(&ctl, CTL_USAGE, "usage: mlactl %s %s; see `mlactl help %s`", ctl.command->name,
+                         ctl.command->arguments, ctl.command->name);
     const char *from_environment = getenv("MLAD_SOCKET");
     ctl.socket = globals[GLOBAL_SOCKET] ? globals[GLOBAL_SOCKET]
                  : from_environment && *from_environment ? from_environment

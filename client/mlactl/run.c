@@ -45,7 +45,8 @@ int run_connect(const struct ctl *ctl, const char *device, mla_client **client)
 
 /* ---- memory ---- */
 
-static int memory_new(struct run *run, size_t bytes, struct run_memory *memory, mla_error *error)
+/* `access` is the daemon's to GPU memory. */
+static int memory_new(struct run *run, size_t bytes, mla_access access, struct run_memory *memory, mla_error *error)
 {
     const char *device = mla_device(run->client);
     memory->bytes = bytes;
@@ -63,7 +64,7 @@ static int memory_new(struct run *run, size_t bytes, struct run_memory *memory, 
     memory->gpu = gpu_alloc(device, bytes, error);
     if (!memory->gpu)
         return -1;
-    return -(mla_buffer_import_device(run->client, memory->gpu, bytes, MLA_READWRITE, &memory->buffer, error) != MLA_OK);
+    return -(mla_buffer_import_device(run->client, memory->gpu, bytes, access, &memory->buffer, error) != MLA_OK);
 }
 
 static int memory_upload(const struct run_memory *memory, mla_error *error)
@@ -139,7 +140,7 @@ static int bind_inputs(struct run *run, const struct capture *capture, bool host
     uint64_t bytes = ALIGN, at = 0;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++)
         bytes += align_up(i == CAPTURE_KV ? kv_span(batch) : capture->data[i].bytes);
-    if (memory_new(run, bytes, &run->inputs, error))
+    if (memory_new(run, bytes, MLA_READ, &run->inputs, error))
         return -1;
     for (unsigned i = 0; i < CAPTURE_TENSORS; i++) {
         if (!capture->data[i].present)
@@ -173,7 +174,7 @@ static int bind_outputs(struct run *run, mla_error *error)
     run->out_bytes = batch->q_rows * batch->heads * 512 * 2;
     run->lse_bytes = batch->q_rows * batch->heads * 4;
     uint64_t lse_at = align_up(GUARD + run->out_bytes + GUARD);
-    if (memory_new(run, lse_at + run->lse_bytes + GUARD, &run->outputs, error))
+    if (memory_new(run, lse_at + run->lse_bytes + GUARD, MLA_READWRITE, &run->outputs, error))
         return -1;
     uint8_t *base = run->outputs.host;
     memset(base, GUARD_BYTE, run->outputs.bytes);

@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Numbers of the driver's cuda.h. */
@@ -53,7 +54,6 @@ _Static_assert(sizeof(struct properties) == 32, "the driver's");
     D(release, cuMemRelease, (uint64_t))                                                                               \
     D(properties, cuMemGetAllocationPropertiesFromHandle, (struct properties *, uint64_t))                             \
     D(export_fd, cuMemExportToShareableHandle, (void *, uint64_t, int, unsigned long long))                            \
-    D(drain, cuStreamSynchronize, (void *))                                                                            \
     D(push, cuCtxPushCurrent_v2, (void *))                                                                             \
     D(pop, cuCtxPopCurrent_v2, (void **))                                                                              \
     D(capture_mode, cuThreadExchangeStreamCaptureMode, (int *))                                                        \
@@ -282,8 +282,28 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     return status == MLA_OK ? name_gpu(pointer, out->gpu, error) : status;
 }
 
-/* What becomes of work in the current context: 0, ERROR_NOT_READY or an error. Asking without giving it any would not do:
- * a context that others' faults have ended may not know of it until it has something to do. */
+/* Let others run: at first until they yield in turn, as the work is that of one step and nearly done; later for
+ * 50 us. */
+static void pause_since(int64_t start)
+{
+    if (mlac_now() - start < 2 * MLAC_MS)
+        sched_yield();
+    else
+        nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+}
+
+/* What has become of a stream's work once it is done, or at the deadline: 0, ERROR_NOT_READY or an error. */
+static int poll_stream(void *stream, int64_t deadline)
+{
+    int64_t start = mlac_now();
+    int code;
+    while ((code = driver.stream_query(stream)) == ERROR_NOT_READY && mlac_now() < deadline)
+        pause_since(start);
+    return code;
+}
+
+/* What becomes of work in the current context: 0, ERROR_NOT_READY or an error. Asking without giving it any would not
+ * do: a context that others' faults have ended may not know of it until it has something to do. */
 static int try_work(void)
 {
     void *stream, *event;
@@ -292,12 +312,9 @@ static int try_work(void)
         return code;
     code = driver.event_new(&event, EVENT_DISABLE_TIMING);
     if (code == 0) {
-        int64_t until = mlac_now() + PROBE_MS * MLAC_MS;
         code = driver.event_record(event, stream);
-        while (code == 0 && (code = driver.stream_query(stream)) == ERROR_NOT_READY && mlac_now() < until) {
-            sched_yield();
-            code = 0;
-        }
+        if (code == 0)
+            code = poll_stream(stream, mlac_deadline(PROBE_MS));
         driver.event_free(event);
     }
     driver.stream_free(stream);
@@ -325,11 +342,17 @@ mla_status mlac_cuda_check(uint64_t pointer, mla_error *error)
     return is_lost(code) ? driver_fail(error, "", "work given to the context", code) : MLA_OK;
 }
 
-MLA_API mla_status mla_stream_drain(void *stream, mla_error *error)
+MLA_API mla_status mla_stream_drain(void *stream, int timeout_ms, mla_error *error)
 {
+    if (timeout_ms < MLA_FOREVER)
+        return mlac_fail(error, MLA_INVALID, "timeout_ms", "%d is neither MLA_FOREVER nor 0 or more", timeout_ms);
     mla_status status = need_driver(error);
     if (status != MLA_OK)
         return status;
-    int code = driver.drain(stream);
-    return code == 0 ? MLA_OK : driver_fail(error, "stream", "cuStreamSynchronize", code);
+    int code = poll_stream(stream, mlac_deadline(timeout_ms));
+    if (code == ERROR_NOT_READY)
+        return mlac_fail(error, MLA_TIMEOUT, "stream",
+                         "the work on stream %p did not complete within %d ms; it goes on: drain the stream again "
+                         "before submitting what reads its results", stream, timeout_ms);
+    return code == 0 ? MLA_OK : driver_fail(error, "stream", "cuStreamQuery", code);
 }

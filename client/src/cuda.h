@@ -27,9 +27,10 @@ mla_status mlac_cuda_export(const void *pointer, size_t bytes, struct mlac_expor
 mla_status mlac_cuda_descriptors(const struct mlac_vmm *vmm, int *fds, mla_error *error);
 
 /* Does the context still live in which the memory at `pointer` was made, or, where memory has none of its own
- * (cuMemCreate), the one that is current here? MLA_DEVICE_LOST if the driver says that it does not; MLA_OK also where it
- * cannot tell. Takes tens of microseconds; never waits for the caller's kernels, since what it asks of the GPU goes by a
- * stream of its own, and where those leave no room it gives up after 20 ms. Only after mlac_cuda_export succeeded. */
+ * (cuMemCreate), the one that is current here? MLA_DEVICE_LOST if the driver says that it does not; MLA_OK also where
+ * it cannot tell. Takes tens of microseconds; never waits for the caller's kernels, since what it asks of the GPU goes
+ * by a stream of its own, and where those leave no room it gives up after 20 ms. Only after mlac_cuda_export
+ * succeeded. */
 mla_status mlac_cuda_check(uint64_t pointer, mla_error *error);
 
 #endif

@@ -203,6 +203,7 @@ static enum mlap_code import_gpu(struct mlad_holder *holder, uint32_t id, const 
         return code;
     }
     memcpy(made->identity, made->mapping.identity, sizeof made->identity);
+    memcpy(made->gpu, memory->gpu, sizeof made->gpu);
     made->offset = made->mapping.first;
     publish(made, buffer);
     return MLAP_code_OK;

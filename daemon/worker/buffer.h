@@ -30,6 +30,7 @@ struct mlad_holder {
     uv_loop_t *loop;
     const struct mlak_backend *backend; /* NULL, or without import: kernels read this process's memory */
     struct mlak_device *device;
+    const char *name; /* the device's */
     uint64_t bytes;
     uint32_t buffers;
     /* `answer` is the sequence given to mlad_buffer_retire, 0 without */
@@ -48,6 +49,7 @@ struct mlad_buffer {
     uint32_t refs;
     uint32_t answer;
     bool writable;
+    char gpu[64]; /* on which the memory lies, by the client's word: "GPU-..."; empty: host memory */
 };
 
 /* Check `fd`, map what REGISTER asks for, count it. The new buffer has one reference. `fd` stays the caller's. */

@@ -182,9 +182,9 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
                            buffer->id);
     if (tensor == MLAK_T_KV && buffer->mapping.owner && !buffer->mapping.local)
         return FAIL_TENSOR(fault, MLAP_code_UNSUPPORTED, tensor, ".buffer",
-                           "buffer %" PRIu32 " lies in %s memory, and the KV cache must lie in the memory of this device's "
-                           "own GPU; allocate it there",
-                           buffer->id, buffer->mapping.host ? "host" : "another GPU's");
+                           "buffer %" PRIu32 " lies %s%s, and the KV cache must lie on %s itself; allocate it on %s",
+                           buffer->id, buffer->mapping.host ? "in host memory" : "on ", buffer->gpu,
+                           buffer->holder->name, buffer->holder->name);
     void *first = buffer->pointer + wire->offset;
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */
     plan->buffers[tensor] = buffer;

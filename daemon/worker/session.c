@@ -164,6 +164,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
                                            .loop = sessions->loop,
                                            .backend = sessions->scheduler->backend,
                                            .device = sessions->scheduler->device,
+                                           .name = sessions->device,
                                            .unmapped = on_unmapped};
     mlad_queue_init(&session->queue, user, on_decode_ended);
     enlist(sessions, session);

@@ -98,7 +98,8 @@ class Row:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Decode a real and a full-size batch on a running mlad, and check both.")
+    parser = argparse.ArgumentParser(
+        description="Decode a real and a full-size batch on a running mlad, and check both.")
     parser.add_argument("--mlactl", default="mlactl", help="the mlactl to run")
     parser.add_argument("--socket", required=True, help="the daemon's socket; it serves the devices cpu and reference")
     parser.add_argument("--data", type=Path, required=True, help="the folder of deepseek-v3-layer.safetensors")
@@ -107,17 +108,20 @@ def main():
     def decode(path, device):
         """The result's tensors, and mlactl's figures."""
         out = path.with_name(f"{path.stem}.{device}.out.safetensors")
-        command = [options.mlactl, "decode", path, "-o", out, "--device", device, "--socket", options.socket, "--json", "--quiet"]
+        command = [options.mlactl, "decode", path, "-o", out, "--device", device, "--socket", options.socket, "--json",
+                   "--quiet"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            sys.exit(f"mlactl decode of {path.name} on {device} ended with {done.returncode}: {done.stdout}{done.stderr}")
+            sys.exit(f"mlactl decode of {path.name} on {device} ended with {done.returncode}: "
+                     f"{done.stdout}{done.stderr}")
         return read_tensors(out), json.loads(done.stdout)
 
     bad = []
     with tempfile.TemporaryDirectory(prefix="mlad-demo-") as folder:
         folder = Path(folder)
 
-        print("\nA real batch: one layer of DeepSeek-V3 (16 heads, bf16, pages of 64), against the model's own attention output")
+        print("\nA real batch: one layer of DeepSeek-V3 (16 heads, bf16, pages of 64), against the model's own "
+              "attention output")
         capture = folder / "deepseek-v3-layer.safetensors"
         capture.write_bytes((options.data / capture.name).read_bytes())
         given, model = read_tensors(capture), read_tensors(options.data / "deepseek-v3-layer.expected.safetensors")
@@ -132,7 +136,8 @@ def main():
             if not total >= MODEL_FLOOR:
                 bad.append(f"the real layer on {device}: {total:.1f} dB, {MODEL_FLOOR} wanted")
 
-        print(f"\nA speculative-decode step: {HEADS} heads, bf16, causal, pages of {PAGE} shuffled, against the fp64 device `reference`")
+        print(f"\nA speculative-decode step: {HEADS} heads, bf16, causal, pages of {PAGE} shuffled, against the fp64 "
+              "device `reference`")
         Row.head()
         rng = np.random.default_rng(1)
         page_ids = rng.permutation(sum(-(-k // PAGE) for k in CONTEXTS))

@@ -1,4 +1,5 @@
-"""check_symbols.py LIBRARY MAP HEADER: the shared library exports what the map lists and the header declares, and no more."""
+"""check_symbols.py LIBRARY MAP HEADER: the shared library exports what the map lists and the header declares, no more.
+"""
 import re
 import subprocess
 import sys

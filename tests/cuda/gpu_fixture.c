@@ -1,4 +1,5 @@
-/* gpu_fixture.c - see gpu_fixture.h. The words and the trace are files, which the fake driver knows from the environment. */
+/* gpu_fixture.c - see gpu_fixture.h. The words and the trace are files, which the fake driver knows from the
+ * environment. */
 #include "gpu_fixture.h"
 
 #include <setjmp.h>

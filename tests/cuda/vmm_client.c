@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MIB = 1 << 20, PIECE = 2 * MIB, PIECES = 3, HEADS = 4, ROWS = 4, PAGES = 8, PAGE = 64, COLUMNS = 4 };
 
@@ -253,6 +254,34 @@ static void run_overlap(void)
     mla_close(client);
 }
 
+/* KV on another GPU than the device's, or in host memory, is refused with the names of both and what to do. */
+static void run_elsewhere(void)
+{
+    mla_client *client = connect_client();
+    struct gpu_batch gpu;
+    mla_error error;
+    mla_plan *plan;
+    CUcontext context;
+    char there[64];
+    CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, 1);
+    CU(cuCtxSetCurrent, (CUcontext), context);
+    CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), (CUdeviceptr *)&gpu.memory, (size_t)PIECES * PIECE);
+    import(client, gpu.memory, INPUTS, MLA_READ, &gpu.inputs);
+    import(client, gpu.memory + INPUTS, (size_t)PIECES * PIECE - INPUTS, MLA_READWRITE, &gpu.outputs);
+    lay_out(&gpu.batch, gpu.inputs, gpu.outputs, INPUTS);
+    snprintf(there, sizeof there, "lies on %.*s1,", (int)strlen(mla_device(client)) - 1, mla_device(client));
+    for (int host = 0; host <= 1; host++) {
+        if (host)
+            REQUIRE(mla_buffer_alloc(client, INPUTS, &gpu.batch.kv.buffer, &error) == MLA_OK, error.message);
+        REQUIRE(mla_plan_create(client, &gpu.batch, &plan, &error) == MLA_UNSUPPORTED, error.message);
+        REQUIRE(strcmp(error.field, "batch.kv.buffer") == 0, error.field);
+        REQUIRE(strstr(error.message, host ? "lies in host memory," : there), error.message);
+        const char *remedy = strstr(error.message, "allocate it on ");
+        REQUIRE(remedy && strstr(remedy, mla_device(client)), error.message);
+    }
+    mla_close(client);
+}
+
 static void refused(mla_client *client, uint64_t at, size_t bytes, const char *field, const char *const words[3])
 {
     mla_buffer *buffer;
@@ -335,8 +364,8 @@ static void run_failing(const char *word)
     mla_close(client);
 }
 
-/* Lose the context, by a launch that the fake driver lets fail. */
-static void lose_context(void)
+/* A stream with a launch on it that the fake driver lets hang or fail. */
+static CUstream launch(void)
 {
     static char job[1 << 16];
     void *parameters[] = {job};
@@ -347,11 +376,18 @@ static void lose_context(void)
     CU(cuStreamCreate, (CUstream *, unsigned), &stream, 1);
     CU(cuModuleLoadData, (CUmodule *, const void *), &module, "x");
     CU(cuModuleGetFunction, (CUfunction *, CUmodule, const char *), &kernel, module, "mlak_x");
-    REQUIRE(mla_stream_drain(stream, &error) == MLA_OK, error.message);
+    REQUIRE(mla_stream_drain(stream, 0, &error) == MLA_OK, error.message);
     CU(cuLaunchKernel,
        (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **),
        kernel, 1, 1, 1, 32, 1, 1, 0, stream, parameters, NULL);
-    mla_status status = mla_stream_drain(stream, &error);
+    return stream;
+}
+
+/* Lose the context, by a launch that fails. */
+static void lose_context(void)
+{
+    mla_error error;
+    mla_status status = mla_stream_drain(launch(), MLA_FOREVER, &error);
     REQUIRE(status == MLA_DEVICE_LOST && strstr(error.message, "start the process again"),
             status == MLA_OK ? "it worked" : error.message);
 }
@@ -364,8 +400,8 @@ static void require_code(mla_status status, const char *wanted, const mla_error 
 }
 
 /* The worker dies with decodes in flight, after a line "ready", an answer, and a line "in flight", all at the hand of
- * test_gpu.py. What they and all that comes later must end with is `code`; with device_lost our context is lost as well,
- * as is everybody's after a fault under MPS. */
+ * test_gpu.py. What they and all that comes later must end with is `code`; with device_lost our context is lost as
+ * well, as is everybody's after a fault under MPS. */
 static void run_death(const char *memory, const char *code)
 {
     enum { FLIGHT = 4 };
@@ -403,6 +439,31 @@ static void run_death(const char *memory, const char *code)
     mla_close(client);
 }
 
+/* A launch hangs, and a drain of its stream ends in time all the same, again and again until the launch is over. */
+static void run_stuck(void)
+{
+    mla_error error;
+    char name[32];
+    CUstream stream = launch();
+    snprintf(name, sizeof name, "%p", (void *)stream);
+    REQUIRE(mla_stream_drain(stream, -2, &error) == MLA_INVALID && strcmp(error.field, "timeout_ms") == 0,
+            error.message);
+    for (int timeout_ms = 0; timeout_ms <= 100; timeout_ms += 50) {
+        struct timespec from, to;
+        clock_gettime(CLOCK_MONOTONIC, &from);
+        mla_status status = mla_stream_drain(stream, timeout_ms, &error);
+        clock_gettime(CLOCK_MONOTONIC, &to);
+        long took_ms = (to.tv_sec - from.tv_sec) * 1000 + (to.tv_nsec - from.tv_nsec) / 1000000;
+        REQUIRE(status == MLA_TIMEOUT && strcmp(error.field, "stream") == 0 && strstr(error.message, name),
+                status == MLA_OK ? "it worked" : error.message);
+        REQUIRE(took_ms >= timeout_ms && took_ms < timeout_ms + 5000, "it took another time");
+    }
+    puts("stuck");
+    fflush(stdout);
+    mla_status status = mla_stream_drain(stream, MLA_FOREVER, &error);
+    REQUIRE(status == MLA_DEVICE_LOST, status == MLA_OK ? "it worked" : error.message);
+}
+
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
@@ -415,15 +476,20 @@ int main(int argc, char **argv)
         run_overlap();
     else if (strcmp(name, "refusals") == 0)
         run_refusals();
+    else if (strcmp(name, "elsewhere") == 0)
+        run_elsewhere();
     else if (strcmp(name, "many") == 0)
         run_many();
     else if (strcmp(name, "lost") == 0)
         lose_context();
+    else if (strcmp(name, "stuck") == 0)
+        run_stuck();
     else if (strcmp(name, "death") == 0 && argc > 3)
         run_death(argv[2], argv[3]);
     else if (strcmp(name, "failing") == 0 && argc > 2)
         run_failing(argv[2]);
     else
-        die("usage", "vmm-client decode | replay | overlap | refusals | many | lost | death MEMORY CODE | failing WORD");
+        die("usage", "vmm-client decode | replay | overlap | refusals | elsewhere | many | lost | stuck | "
+                     "death MEMORY CODE | failing WORD");
     return 0;
 }

@@ -27,6 +27,16 @@ static void assert_refused(const char *text, const char *sentence)
         fail_msg("'%s' is refused with\n  %s\nnot\n  %s", text, error, sentence);
 }
 
+static void no_device(const char *name)
+{
+    char text[128], sentence[MLAD_CONFIG_ERROR];
+    snprintf(text, sizeof text, "devices = cpu, %s", name);
+    snprintf(sentence, sizeof sentence,
+             "test.conf:1: devices: '%s' is no device; write cpu, reference, all, or a GPU's UUID as nvidia-smi -L "
+             "prints it: GPU-01234567-89ab-cdef-0123-456789abcdef", name);
+    assert_refused(text, sentence);
+}
+
 static void defaults_are_those_of_the_documentation(void **state)
 {
     (void)state;
@@ -130,10 +140,22 @@ static void mistakes_are_refused_with_place_bounds_and_remedy(void **state)
     assert_refused("devices =", "test.conf:1: devices: the list is empty; name at least 1");
     assert_refused("devices = cpu,,cpu", "test.conf:1: devices: an entry is empty; remove the surplus comma");
     assert_refused("devices = cpu,cpu", "test.conf:1: devices: 'cpu' is listed twice; remove one");
-    assert_refused("devices = ../cpu",
-                   "test.conf:1: devices: '../cpu' is no device name; use letters, digits, - and _");
-    assert_refused("devices = a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q",
-                   "test.conf:1: devices: more than 16 entries; remove some");
+    no_device("gpu0");
+    no_device("../cpu");
+    no_device("CPU");
+    no_device("GPU-");
+    no_device("GPU-0");
+    no_device("GPU-01234567-89ab-cdef-0123-456789abcde");
+    no_device("GPU-01234567-89ab-cdef-0123-456789abcdef0");
+    no_device("GPU-01234567-89AB-CDEF-0123-456789ABCDEF");
+    no_device("GPU-01234567089ab-cdef-0123-456789abcdef");
+    no_device("MIG-01234567-89ab-cdef-0123-456789abcdef");
+    char many[1024] = "devices = cpu,reference,all";
+    for (int i = 3; i < 16; i++)
+        snprintf(many + strlen(many), sizeof many - strlen(many), ",GPU-%08x-89ab-cdef-0123-456789abcdef", i);
+    assert_true(parse(many));
+    strcat(many, ",GPU-01234567-89ab-cdef-0123-456789abcdef");
+    assert_refused(many, "test.conf:1: devices: more than 16 entries; remove some");
     assert_refused("devices = 0123456789012345678901234567890123456789012345678901234567890123",
                    "test.conf:1: devices: '0123456789012345...' is too long; names have at most 63 bytes");
     assert_refused(

@@ -92,7 +92,8 @@ def harmless_mistakes_are_named_and_the_session_goes_on():
         peer.refused("invalid", "EVICT", {"device": "cpu", "session": 0}, field="session")
         peer.refused("unknown_type", 999)
         peer.refused("unknown_type", "WELCOME", {
-            "daemon": "x", "session": 1, "device": "", "features": 0, "max_message": 1, "max_buffers": 0, "max_bytes": 0,
+            "daemon": "x", "session": 1, "device": "", "features": 0, "max_message": 1, "max_buffers": 0,
+            "max_bytes": 0,
             "max_plans": 0, "max_in_flight": 0})
         peer.refused("unknown_type", "QUERY")
         peer.refused("no_device", "CAPABILITIES", {"device": "gpu"}, field="device")

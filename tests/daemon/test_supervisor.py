@@ -243,9 +243,11 @@ def missing_worker_makes_the_device_absent():
 
 
 def unknown_device_is_absent_with_the_workers_reason():
-    with Daemon(devices="cpu,gpu9") as daemon:
-        gpu = daemon.status("gpu9")
-        assert gpu["state"] == "absent" and "gpu9" in gpu["reason"], gpu
+    nobody = "GPU-01234567-89ab-cdef-0123-456789abcdef"
+    with Daemon(devices=f"cpu,{nobody}") as daemon:
+        gpu = daemon.status(nobody)
+        assert gpu["state"] == "absent" and gpu["reason"], gpu  # there is no driver, or it knows no such GPU
+        assert f'cannot be served device={nobody} field=device why="{gpu["reason"]}"' in daemon.log(), gpu
         assert daemon.health()[0] == "degraded"
         assert daemon.status("cpu")["state"] == "ready"
 

@@ -1,5 +1,5 @@
 /* test_worker_units.c - the worker's objects one by one: id maps, histograms, quotas, buffers, plans; and each
- * allocation failing in turn. What needs a running worker is in test_worker.py. */
+ * allocation failing in turn. What needs a running worker is in test_worker.py and test_worker_lives.py. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

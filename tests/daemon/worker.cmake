@@ -6,22 +6,23 @@ add_test(NAME daemon.worker_units COMMAND test_worker_units)
 set_tests_properties(daemon.worker_units PROPERTIES LABELS unit TIMEOUT 60)
 
 # Behaviours of the running process, on the device that each is best seen on: reference is slow enough to watch.
-function(add_worker_test device)
+function(add_worker_test test device)
   foreach(behaviour ${ARGN})
     add_test(NAME daemon.worker_${behaviour}.${device}
-             COMMAND ${MLAD_PYTHON} ${CMAKE_CURRENT_SOURCE_DIR}/test_worker.py $<TARGET_FILE:mlad-worker> ${device}
+             COMMAND ${MLAD_PYTHON} ${CMAKE_CURRENT_SOURCE_DIR}/${test}.py $<TARGET_FILE:mlad-worker> ${device}
                      ${behaviour})
     set_tests_properties(daemon.worker_${behaviour}.${device} PROPERTIES LABELS process TIMEOUT 120
       ENVIRONMENT PYTHONDONTWRITEBYTECODE=1)
   endforeach()
 endfunction()
-add_worker_test(cpu decodes_in_place computes_attention big_batches_run_in_slices refusals_name_their_field
-  outputs_never_overlap_inputs content_errors_are_named broken_messages_end_only_their_session
-  unusable_memory_is_refused
-  quotas_are_per_user client_that_never_reads_is_dropped sessions_are_listed_in_pages held_lock_delays_ready
-  unservable_device_is_explained control_faults_are_answered
-  freeing_big_memory_stops_nobody)
-add_worker_test(reference decodes_in_place computes_attention big_batches_run_in_slices content_errors_are_named
-  too_much_in_flight_is_busy flood_does_not_starve_others ids_are_reused_and_work_in_flight_completes
-  dead_clients_leave_nothing ended_session_drains drain_waits_and_refuses evicted_session_hears_why
-  control_end_ends_it_in_mid_launch beat_and_progress_grow)
+add_worker_test(test_worker cpu decodes_in_place computes_attention big_batches_run_in_slices
+  refusals_name_their_field outputs_never_overlap_inputs content_errors_are_named
+  broken_messages_end_only_their_session unusable_memory_is_refused quotas_are_per_user
+  client_that_never_reads_is_dropped)
+add_worker_test(test_worker reference decodes_in_place computes_attention big_batches_run_in_slices
+  content_errors_are_named too_much_in_flight_is_busy flood_does_not_starve_others)
+add_worker_test(test_worker_lives cpu sessions_are_listed_in_pages held_lock_delays_ready
+  unservable_device_is_explained control_faults_are_answered freeing_big_memory_stops_nobody)
+add_worker_test(test_worker_lives reference ids_are_reused_and_work_in_flight_completes dead_clients_leave_nothing
+  ended_session_drains drain_waits_and_refuses evicted_session_hears_why control_end_ends_it_in_mid_launch
+  beat_and_progress_grow)

@@ -1,14 +1,17 @@
 """Drives mlad-worker as the supervisor and its clients would: a control socket, a life page, sessions.
 
-The caller owns what it makes; Worker is a context manager and leaves no process, descriptor or file behind.
+The caller owns what it makes; Worker is a context manager and leaves no process, descriptor or file behind. A test is
+called with PROGRAM DEVICE BEHAVIOUR..., where a behaviour is a function of the test.
 """
 import fcntl
+import functools
 import mmap
 import os
 import re
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -16,10 +19,11 @@ import msgpack
 import numpy as np
 
 TYPES = dict(HELLO=1, WELCOME=2, OK=3, ERROR=4, REGISTER=5, UNREGISTER=6, PLAN=7, DROP=8, DECODE=9, SUBMIT=10,
-             DONE=11, STATUS=12, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18, DRAIN=20, EVICT=21, IMPORT=22, IMPORT_VMM=23, CONFIGURE=64, ATTACH=65,
-             READY=66, QUERY=67, REPORT=68)
+             DONE=11, STATUS=12, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18, DRAIN=20, EVICT=21, IMPORT=22,
+             IMPORT_VMM=23, CONFIGURE=64, ATTACH=65, READY=66, QUERY=67, REPORT=68)
 NAMES = {number: name for name, number in TYPES.items()}
 PAGE = mmap.PAGESIZE
+PROGRAM, DEVICE = sys.argv[1], sys.argv[2]
 LIMITS = dict(max_sessions=64, max_bytes=1 << 30, max_buffers=64, max_plans=64, max_in_flight=64, queue_limit=64,
               log_level=4, draining=False)
 PATIENCE = 30.0     # seconds until a wait is a failure; sanitizers are slow
@@ -274,3 +278,39 @@ class Worker:
                 os.rmdir(self.directory)
         if kind is None:
             assert status == self.status, f"the worker ended with {status}"
+
+
+def start(**named):
+    return Worker(PROGRAM, named.pop("device", DEVICE), **named)
+
+
+@functools.cache
+def keys_per_second():
+    """How many keys the reference device does for one head of one token; a sanitizer makes it 50 times fewer."""
+    with start(device="reference") as worker:
+        session = worker.attach()
+        Case(B=4, H=8, K=128).register(session).plan(session)
+        return 4 * 8 * 128 / min(done(session, submit(session))["kernel_ns"] / 1e9 for _ in range(3))
+
+
+def slow(seconds=0.15, B=16):
+    """A batch that keeps the reference device busy for about that long, so that messages arrive meanwhile."""
+    return Case(B=B, H=8, K=max(1, int(seconds * keys_per_second() / B / 8)))
+
+
+def submit(session, plan=1):
+    return session.send("SUBMIT", dict(plan=plan))
+
+
+def done(session, sequence):
+    kind, _, body = session.answer(sequence)
+    assert kind == "DONE", kind
+    return body
+
+
+def run(behaviours):
+    """Call those that the command line names."""
+    for name in sys.argv[3:]:
+        begin = time.monotonic()
+        behaviours[name]()
+        print(f"{name}: {time.monotonic() - begin:.2f} s")

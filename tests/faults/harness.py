@@ -1,4 +1,5 @@
-"""What the fault tests share: a daemon of their own, its processes, its figures, and clients that check what they decode."""
+"""What the fault tests share: a daemon of their own, its processes, its figures, and clients that check what they
+decode."""
 import atexit
 import json
 import os
@@ -87,7 +88,8 @@ class Daemon:
 
     def device(self, name="cpu"):
         status = self.status()
-        return next((d for d in status["devices"] if d["name"] == name), None) if status and "devices" in status else None
+        devices = status["devices"] if status and "devices" in status else []
+        return next((d for d in devices if d["name"] == name), None)
 
     def ready(self):
         return wait_for("ready device", 30, lambda: (d := self.device()) and d["state"] == "ready" and d)

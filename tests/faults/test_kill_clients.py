@@ -35,7 +35,8 @@ while killed < KILLS:
 
     def back():
         d = daemon.device()
-        return d and d["sessions"] == 1 and d["sessions_draining"] == 0 and d["buffers"] == 2 and count_maps(pid) == maps and d
+        return (d and d["sessions"] == 1 and d["sessions_draining"] == 0 and d["buffers"] == 2
+                and count_maps(pid) == maps and d)
 
     d = wait_for("return of what the clients held", 5, back)
     slowest = max(slowest, time.monotonic() - died)
@@ -45,7 +46,8 @@ while killed < KILLS:
     if killed >= 80 and baseline is None:
         baseline = now
 
-print(f"clients: {killed} killed, everything back after {slowest * 1000:.0f} ms at the slowest; worker memory {baseline[0]} -> {now[0]} kB, "
+print(f"clients: {killed} killed, everything back after {slowest * 1000:.0f} ms at the slowest; worker memory "
+      f"{baseline[0]} -> {now[0]} kB, "
       f"descriptors {baseline[1]} -> {now[1]}, held bytes {baseline[2]} -> {now[2]}")
 check(now[0] <= baseline[0] * 1.05 + 2048, "the worker's memory grew")
 check(now[1] <= baseline[1] + 1 and now[2] == baseline[2], "descriptors or bytes leaked")

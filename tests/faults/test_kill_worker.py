@@ -17,7 +17,8 @@ for loop in loops:
 
 for kill in range(KILLS):
     # Let the present life complete some work, so that no decode meets three deaths in a row by the test's own haste.
-    device = wait_for("progress", 30, lambda: (d := daemon.device()) and d["state"] == "ready" and d["decodes"] >= 24 and d)
+    device = wait_for("progress", 30,
+                      lambda: (d := daemon.device()) and d["state"] == "ready" and d["decodes"] >= 24 and d)
     time.sleep(random.random() * 0.02)
     os.kill(device["pid"], signal.SIGKILL)
     wait_for("new worker", 30, lambda: (d := daemon.device()) and d["pid"] not in (0, device["pid"]))

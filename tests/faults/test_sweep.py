@@ -1,5 +1,5 @@
-"""Every memory and socket call fails once, one after another: in libmla (client_sweep.c), in the worker and in the supervisor
-while a client uses them. Nothing crashes, nothing leaks, the next client is served."""
+"""Every memory and socket call fails once, one after another: in libmla (client_sweep.c), in the worker and in the
+supervisor while a client uses them. Nothing crashes, nothing leaks, the next client is served."""
 import fcntl
 import mmap
 import os
@@ -15,7 +15,8 @@ from harness import Daemon, check, count_fds, count_maps, wait_for
 
 INJECT_LIBRARY, CLIENT_SWEEP = os.environ["INJECT_LIBRARY"], os.environ["CLIENT_SWEEP_BIN"]
 KINDS = {"memory": 1, "socket": 2}
-HELLO, ERROR, REGISTER, UNREGISTER, PLAN, DROP, SUBMIT, STATUS, CAPABILITIES, SESSIONS, HEALTH = 1, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18
+HELLO, ERROR, REGISTER, UNREGISTER, PLAN, DROP, SUBMIT = 1, 4, 5, 6, 7, 8, 10
+STATUS, CAPABILITIES, SESSIONS, HEALTH = 12, 14, 16, 18
 PAGE = 4096
 
 
@@ -81,11 +82,13 @@ def use_device(path):
                 ask(peer, HELLO, 1, {"client": "sweep", "device": "cpu"})
                 ask(peer, REGISTER, 2, {"buffer": 1, "kind": "memfd", "bytes": 4 * PAGE}, [fd])
                 ask(peer, PLAN, 3, {"plan": 1, "batch": {
-                    "batch": 1, "heads": 2, "q_rows": 1, "q_dtype": "bf16", "kv_format": "bf16", "pages": 1, "page_size": 3, "max_pages": 1,
-                    "softmax_scale": 1.0, "q": at(0), "kv": at(PAGE), "block_table": at(2 * PAGE), "seqlens": at(2 * PAGE + 64),
+                    "batch": 1, "heads": 2, "q_rows": 1, "q_dtype": "bf16", "kv_format": "bf16", "pages": 1,
+                    "page_size": 3, "max_pages": 1, "softmax_scale": 1.0, "q": at(0), "kv": at(PAGE),
+                    "block_table": at(2 * PAGE), "seqlens": at(2 * PAGE + 64),
                     "out": at(3 * PAGE)}})
                 ask(peer, SUBMIT, 4, {"plan": 1})
-                check(data[3 * PAGE:3 * PAGE + 2048] == struct.pack("<H", 0x3F80) * 1024, "a decode said done and is wrong")
+                check(data[3 * PAGE:3 * PAGE + 2048] == struct.pack("<H", 0x3F80) * 1024,
+                      "a decode said done and is wrong")
                 ask(peer, DROP, 5, {"plan": 1})
                 ask(peer, UNREGISTER, 6, {"buffer": 1})
         finally:
@@ -107,7 +110,8 @@ def use_supervisor(path):
 def settled(daemon, fd_counts):
     """Nothing is held any more, in the worker's own account and in the kernel's."""
     device = daemon.device()
-    return (device and device["state"] == "ready" and device["sessions"] + device["sessions_draining"] + device["held_bytes"] == 0
+    return (device and device["state"] == "ready"
+            and device["sessions"] + device["sessions_draining"] + device["held_bytes"] == 0
             and count_maps(device["pid"]) <= fd_counts["maps"] and count_fds(device["pid"]) <= fd_counts["worker"]
             and count_fds(daemon.pid) <= fd_counts["supervisor"] + 1 and device)
 
@@ -134,7 +138,8 @@ def sweep_daemon(program, kind, use):
         use(daemon.socket_path)  # the next client is served
     wait_for("rest", 10, lambda: settled(daemon, counts))
     growth = page.live() - live
-    print(f"{program}, {kind} calls: {nth - quiet} failed one by one, {refused} reported, {growth:+d} allocations afterwards")
+    print(f"{program}, {kind} calls: {nth - quiet} failed one by one, {refused} reported, {growth:+d} allocations "
+          "afterwards")
     check(growth <= 8, "memory leaked")  # what libraries keep for good after their first failure
     check(nth - quiet >= 5, "the sweep reached hardly any call")
     daemon.stop()
@@ -144,7 +149,8 @@ def sweep_client(kind):
     page = Page()
     daemon = Daemon(devices="cpu")
     daemon.ready()
-    result = subprocess.run([CLIENT_SWEEP, kind], env=dict(os.environ, **environment(page, "client_sweep")), timeout=300)
+    result = subprocess.run([CLIENT_SWEEP, kind], env=dict(os.environ, **environment(page, "client_sweep")),
+                            timeout=300)
     check(result.returncode == 0, f"client_sweep {kind}: exit status {result.returncode}")
     daemon.stop()
 

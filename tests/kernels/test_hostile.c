@@ -271,7 +271,7 @@ static void lies_during_the_launch(void **state)
         struct scribbler there = {.made = victim.made, .maker = maker_seeded(900 + seed)};
         pthread_t thread = start_thread(&there);
         tick(&here);
-        while (__atomic_load_n(&here.done, __ATOMIC_RELAXED) < mutations / 2 / BATCHES) {
+        do { /* however late: the ticks come in any case */
             struct mlak_row rows[MOST_REQUESTS];
             struct mlak_fault fault;
             if (launches++ % 2 == 0)
@@ -281,7 +281,7 @@ static void lies_during_the_launch(void **state)
             refused += code == MLAK_BATCH;
             for (uint32_t b = 0; code == MLAK_OK && b < victim.made->batch.batch; b++)
                 failed += rows[b].code != MLAK_ROW_OK;
-        }
+        } while (__atomic_load_n(&here.done, __ATOMIC_RELAXED) < mutations / 2 / BATCHES);
         tick(NULL);
         __atomic_store_n(&there.stop, true, __ATOMIC_RELAXED);
         pthread_join(thread, NULL);
@@ -294,7 +294,7 @@ static void lies_during_the_launch(void **state)
     }
     print_message("%lu mutations during %lu launches: %lu requests failed, %lu batches refused\n", total, launches,
                   failed, refused);
-    assert_true(launches > 2 * refused && failed);
+    assert_true(launches > refused && failed);
 }
 
 int main(int argc, char **argv)

@@ -1,4 +1,5 @@
-"""A private mlad for one test file: started in a temporary directory, stopped by its process id, log shown when a test fails."""
+"""A private mlad for one test file: started in a temporary directory, stopped by its process id, log shown when a test
+fails."""
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ def mlactl(*arguments, socket="/nonexistent/mlad.sock", timeout=60, **extra):
     """Run mlactl; the CompletedProcess, text captured."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLAD_", "NO_COLOR"))}
     environment.update(MLAD_SOCKET=socket, **extra)
-    return subprocess.run([MLACTL, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run([MLACTL, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
+                          env=environment)
 
 
 class Daemon:
@@ -37,7 +39,8 @@ class Daemon:
 
     def json(self, *arguments, code=0):
         result = self.ctl(*arguments, "--json")
-        assert result.returncode == code, f"{arguments}: exit {result.returncode}, not {code}: {result.stdout}{result.stderr}"
+        said = f"{result.stdout}{result.stderr}"
+        assert result.returncode == code, f"{arguments}: exit {result.returncode}, not {code}: {said}"
         return json.loads(result.stdout)
 
     def devices(self):

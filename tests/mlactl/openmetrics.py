@@ -19,7 +19,8 @@ def parse_labels(text):
 
 
 def parse(text):
-    """{family: {"type", "unit", "help", "samples": [(name, labels, value)]}}; AssertionError where the format is broken."""
+    """{family: {"type", "unit", "help", "samples": [(name, labels, value)]}}; AssertionError where the format is
+    broken."""
     assert text.endswith("# EOF\n"), "no # EOF at the end"
     families, family, seen = {}, None, set()
     for line in text.splitlines()[:-1]:
@@ -40,7 +41,8 @@ def parse(text):
         assert sample, f"line {line!r}"
         assert family, "a sample before any family"
         name, labels, value = sample[1], parse_labels(sample[2] or ""), float(sample[3])
-        assert name in [family["name"] + suffix for suffix in SUFFIXES[family["type"]]], f"{name} is not of family {family['name']}"
+        names = [family["name"] + suffix for suffix in SUFFIXES[family["type"]]]
+        assert name in names, f"{name} is not of family {family['name']}"
         key = (name, tuple(sorted(labels.items())))
         assert key not in seen, f"sample {key} twice"
         seen.add(key)

@@ -38,12 +38,14 @@ def two_requests(path, lengths):
     one = b"\x80\x3f"
     write_safetensors(path, {"softmax_scale": "1"}, {
         "q": ("BF16", [2, 1, 576], one * 1152), "kv": ("BF16", [2, 4, 576], one * 8 * 576),
-        "block_table": ("I32", [2, 1], struct.pack("<2i", 0, 1)), "seqlens": ("I32", [2], struct.pack("<2i", *lengths))})
+        "block_table": ("I32", [2, 1], struct.pack("<2i", 0, 1)),
+        "seqlens": ("I32", [2], struct.pack("<2i", *lengths))})
 
 
 def status_shows_devices_and_what_runs(daemon):
     text = daemon.ctl("status").stdout
-    for word in ("mlad ", "cpu", "reference", "ready", "LATENCY" if "decodes" in text else "RUNS", "fp8_656", "none causal tree"):
+    for word in ("mlad ", "cpu", "reference", "ready", "LATENCY" if "decodes" in text else "RUNS", "fp8_656",
+                 "none causal tree"):
         assert word in text, f"no {word}:\n{text}"
     assert ESCAPE not in text
     assert len(text.splitlines()) < 50, "a wall of text"
@@ -55,7 +57,8 @@ def status_json_has_every_figure(daemon):
     status = daemon.json("status", "--sessions")
     assert [device["name"] for device in status["devices"]] == ["cpu", "reference"]
     cpu = status["devices"][0]
-    for field in ("state", "reason", "variant", "threads", "pid", "restarts", "uptime_ms", "sessions", "held_bytes", "orphaned_bytes",
+    for field in ("state", "reason", "variant", "threads", "pid", "restarts", "uptime_ms", "sessions", "held_bytes",
+                  "orphaned_bytes",
                   "queued", "running", "decodes", "kv_tokens", "latency", "capabilities", "session_list"):
         assert field in cpu, field
     assert cpu["orphaned_bytes"] == 0 and cpu["threads"] == 2 and len(cpu["capabilities"]) >= 18
@@ -87,7 +90,8 @@ def colours_need_a_terminal_and_no_NO_COLOR(daemon):
 def decode_writes_the_result(daemon):
     out = os.path.join(daemon.directory, "out.safetensors")
     report = daemon.json("decode", CAPTURE, "-o", out)
-    assert report["failed"] == 0 and report["device"] == "cpu" and report["kv_tokens"] == 2142 and report["kernel_ns"] > 0
+    assert report["failed"] == 0 and report["device"] == "cpu" and report["kv_tokens"] == 2142
+    assert report["kernel_ns"] > 0
     result = read_safetensors(out)
     assert set(result) == {"out", "lse"}
     assert result["out"][:2] == ("BF16", [20, 16, 512]) and result["lse"][:2] == ("F32", [20, 16])
@@ -102,7 +106,8 @@ def decode_lists_requests_that_fail(daemon):
     batch, out = (os.path.join(daemon.directory, name) for name in ("bad.safetensors", "bad-out.safetensors"))
     two_requests(batch, [3, 5])
     report = daemon.json("decode", batch, "-o", out, code=2)
-    assert report["failed"] == 1 and report["failures"][0]["request"] == 1 and "seqlens[1]" in report["failures"][0]["field"]
+    assert report["failed"] == 1 and report["failures"][0]["request"] == 1
+    assert "seqlens[1]" in report["failures"][0]["field"]
     good = read_safetensors(out)
     assert good["out"][2][:1024] == b"\x80\x3f" * 512, "the other request is complete"
     text = daemon.ctl("decode", batch, "-o", out)
@@ -204,7 +209,8 @@ def evict_ends_a_session(daemon):
 
 def interrupt_leaves_nothing_behind(daemon):
     environment = dict(os.environ, MLAD_SOCKET=daemon.socket)
-    client = subprocess.Popen([MLACTL, "verify", "--seconds", "60"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    client = subprocess.Popen([MLACTL, "verify", "--seconds", "60"], env=environment, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
     time.sleep(1.8)
     client.send_signal(signal.SIGINT)
     _, complaints = client.communicate(timeout=20)
@@ -229,11 +235,13 @@ def version_works_without_a_daemon(daemon):
 
 
 def bad_command_lines_are_named(daemon):
-    for arguments, words in ((("statsu",), "did you mean status"), (("frobnicate",), "no command frobnicate"), ((), "give a command"),
+    for arguments, words in ((("statsu",), "did you mean status"), (("frobnicate",), "no command frobnicate"),
+                             ((), "give a command"),
                              (("status", "--deep"), "status has no option --deep"), (("status", "x"), "too many"),
                              (("evict", "cpu"), "usage: mlactl evict"), (("verify", "--cases", "0"), "from 1"),
                              (("verify", "--cases"), "needs a value"), (("status", "--json=1"), "takes no value"),
-                             (("status", "--timeout", "soon"), "give seconds"), (("status", "--timeout", "nan"), "give seconds")):
+                             (("status", "--timeout", "soon"), "give seconds"),
+                             (("status", "--timeout", "nan"), "give seconds")):
         result = mlactl(*arguments)
         assert result.returncode == 64 and words in result.stderr + result.stdout, f"{arguments}: {result}"
     for arguments in (("help",), ("--help",), ("help", "verify"), ("verify", "--help")):
@@ -246,7 +254,8 @@ def a_reader_that_leaves_is_no_error(daemon):
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
     assert result.stdout.splitlines()[-1] == "0" and result.stderr == "", result
     with open("/dev/full", "w") as full:
-        result = subprocess.run([MLACTL, "status", "--socket", daemon.socket], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+        result = subprocess.run([MLACTL, "status", "--socket", daemon.socket], stdout=full, stderr=subprocess.PIPE,
+                                text=True, timeout=30)
     assert result.returncode == 1 and "No space left" in result.stderr
 
 
@@ -254,6 +263,8 @@ if __name__ == "__main__":
     run([status_shows_devices_and_what_runs, status_json_has_every_figure, colours_need_a_terminal_and_no_NO_COLOR,
          decode_writes_the_result, decode_lists_requests_that_fail, decode_refuses_and_writes_nothing,
          decode_writes_into_what_is_no_file_and_leaves_it_there, verify_covers_every_capability,
-         verify_needs_another_device, metrics_are_openmetrics, drain_and_resume, evict_ends_a_session, interrupt_leaves_nothing_behind,
-         quiet_has_no_progress_line, version_works_without_a_daemon, bad_command_lines_are_named, a_reader_that_leaves_is_no_error],
+         verify_needs_another_device, metrics_are_openmetrics, drain_and_resume, evict_ends_a_session,
+         interrupt_leaves_nothing_behind,
+         quiet_has_no_progress_line, version_works_without_a_daemon, bad_command_lines_are_named,
+         a_reader_that_leaves_is_no_error],
         Daemon())

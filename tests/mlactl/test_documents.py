@@ -25,7 +25,8 @@ def commands():
 
 
 def options(*command):
-    return set(re.findall(r"--[a-z-]+", "\n".join(line[:24] for line in mlactl("help", *command).stdout.splitlines() if line.startswith("  "))))
+    return set(re.findall(r"--[a-z-]+", "\n".join(line[:24] for line in mlactl("help", *command).stdout.splitlines()
+                                                  if line.startswith("  "))))
 
 
 def pages_have_no_warnings(daemon):
@@ -48,7 +49,8 @@ def mlactl_1_names_every_command_and_option(daemon):
 
 def mlad_8_names_every_option(daemon):
     text = rendered("mlad.8")
-    usage = subprocess.run([MLAD, "--help"], capture_output=True, text=True, check=True).stdout.split("Options of the file")[0]
+    help_text = subprocess.run([MLAD, "--help"], capture_output=True, text=True, check=True).stdout
+    usage = help_text.split("Options of the file")[0]
     found = set(re.findall(r"--[a-z-]+", usage))
     assert len(found) >= 8
     for option in found:
@@ -57,7 +59,8 @@ def mlad_8_names_every_option(daemon):
 
 def mlad_conf_5_has_every_option_with_its_default(daemon):
     text = rendered("mlad.conf.5")
-    printed = subprocess.run([MLAD, "--config", "/dev/null", "--print-config"], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([MLAD, "--config", "/dev/null", "--print-config"], capture_output=True, text=True,
+                             check=True).stdout
     pairs = re.findall(r"^#?([a-z_]+) =[ ]?(.*)$", printed, re.M)
     assert len(pairs) >= 20
     for key, value in pairs:
@@ -67,7 +70,8 @@ def mlad_conf_5_has_every_option_with_its_default(daemon):
 
 
 def complete(daemon, *words):
-    script = f'source "{COMPLETION}"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mlactl; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    script = (f'source "{COMPLETION}"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mlactl; '
+              'printf "%s\\n" "${COMPREPLY[@]}"')
     environment = dict(os.environ, PATH=os.path.dirname(MLACTL) + ":" + os.environ["PATH"], MLAD_SOCKET=daemon.socket)
     return set(subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True,
                               env=environment).stdout.split())

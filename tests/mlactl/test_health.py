@@ -104,4 +104,5 @@ def a_worker_that_hangs_times_out_deep():
 
 
 if __name__ == "__main__":
-    run([not_running_is_3, a_hung_daemon_is_4, nonsense_is_2, ok_is_0, degraded_is_1, a_worker_that_hangs_times_out_deep])
+    run([not_running_is_3, a_hung_daemon_is_4, nonsense_is_2, ok_is_0, degraded_is_1,
+         a_worker_that_hangs_times_out_deep])

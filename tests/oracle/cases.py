@@ -209,7 +209,8 @@ def specials():
         yield Spec(f"zero values {kind}", kind, 4, q=(4, 4), k=(50, 3), value="zero", sink="normal")
         yield Spec(f"values with a mean {kind}", kind, 4, q=(3, 4), k=(51, 129), value="offset", mask="none")
         for skew in (1, 2, 4):
-            yield Spec(f"unaligned by {skew} {kind}", kind, 3, q=(2, 1), k=(20, 5), skew=skew, mask="tree", sink="normal")
+            yield Spec(f"unaligned by {skew} {kind}", kind, 3, q=(2, 1), k=(20, 5), skew=skew, mask="tree",
+                       sink="normal")
     yield Spec("many requests", "bf16", 2, q=(1, 2, 0, 1) * 40, k=tuple(i % 37 for i in range(160)), page=16)
     yield Spec("one head one token one key", "bf16", 1, q=(1,), k=(1,), page=1, spare_pages=0)
 

@@ -92,7 +92,8 @@ class Daemon:
 
 
 def decode_all(captures, targets):
-    """(capture, device, reply) of every capture on every target (daemon, device), in order, a few ahead of the consumer."""
+    """(capture, device, reply) of every capture on every target (daemon, device), in order, a few ahead of the
+    consumer."""
     waiting = []
     with ThreadPoolExecutor(POOL) as pool:
         for capture in captures:

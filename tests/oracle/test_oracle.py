@@ -53,7 +53,8 @@ class Margins:
         row[2] = max(row[2], verdict.lse_error)
 
     def print(self):
-        print(f"\n{'device':<13}{'types':<10}{'mask':<8}{'requests':>9}{'worst dB over the bar':>24}{'worst LSE, of allowed':>24}")
+        print(f"\n{'device':<13}{'types':<10}{'mask':<8}{'requests':>9}{'worst dB over the bar':>24}"
+              f"{'worst LSE, of allowed':>24}")
         for key, (count, margin, lse) in sorted(self.rows.items()):
             print("{:<13}{:<10}{:<8}".format(*key) + f"{count:>9}{margin:>24.2f}{lse:>24.3f}")
         sys.stdout.flush()
@@ -70,7 +71,8 @@ class Decodes(unittest.TestCase):
                 cls.variants[variant] = Daemon(variant)
             except Absent:
                 absent.append(variant)
-        print(f"\ncpu variants tested: {', '.join(cls.variants)}; absent on this processor: {', '.join(absent) or 'none'}")
+        print(f"\ncpu variants tested: {', '.join(cls.variants)}; absent on this processor: "
+              f"{', '.join(absent) or 'none'}")
 
     @classmethod
     def tearDownClass(cls):
@@ -124,7 +126,8 @@ class Determinism(OnDaemon):
                 first = 0
                 for b, q in enumerate(spec.q):
                     alone = dict(whole.tensors)
-                    for name, rows in (("q", slice(first, first + q)), ("block_table", slice(b, b + 1)), ("seqlens", slice(b, b + 1))):
+                    for name, rows in (("q", slice(first, first + q)), ("block_table", slice(b, b + 1)),
+                                       ("seqlens", slice(b, b + 1))):
                         alone[name] = Tensor(alone[name].dtype, alone[name].data[rows])
                     alone["cu_q"] = tensor("I32", [0, q])
                     own_out, own_lse = self.bits(Capture(f"alone {kind} {b}", alone, whole.metadata), device)
@@ -221,14 +224,18 @@ class Failures(OnDaemon):
                 ("q_scale", "bf16/fp8", {"q_scale": one}, {}), ("q_scale", "bf16/656", {"q_scale": one}, {}),
                 ("k_scale", "bf16/656", {"k_scale": one}, {}), ("v_scale", "bf16/656", {"v_scale": one}, {}),
                 ("out_dtype", "bf16", {}, {"out_dtype": "fp16"}), ("out_dtype", "fp16", {}, {"out_dtype": "bf16"}),
-                ("out_dtype", "bf16/fp8", {}, {"out_dtype": "fp16"}), ("out_dtype", "bf16/656", {}, {"out_dtype": "fp16"}),
+                ("out_dtype", "bf16/fp8", {}, {"out_dtype": "fp16"}),
+                ("out_dtype", "bf16/656", {}, {"out_dtype": "fp16"}),
                 ("out_dtype", "bf16", {}, {"out_dtype": "fp32"}), ("mask", "bf16", {}, {"mask": "full"}),
                 ("tree_mask", "bf16", {}, {"mask": "tree"}), ("lse_base", "bf16", {}, {"lse_base": "10"}),
                 ("window", "bf16", {}, {"window": "0"}), ("window", "bf16", {}, {"window": "-3"}),
-                ("dcp_rank", "bf16", {}, {"dcp_world": "2", "dcp_rank": "2"}), ("dcp_world", "bf16", {}, {"dcp_world": "0"}),
-                ("dcp_interleave", "bf16", {}, {"dcp_interleave": "0"}), ("deterministic", "bf16", {}, {"deterministic": "yes"}),
+                ("dcp_rank", "bf16", {}, {"dcp_world": "2", "dcp_rank": "2"}),
+                ("dcp_world", "bf16", {}, {"dcp_world": "0"}),
+                ("dcp_interleave", "bf16", {}, {"dcp_interleave": "0"}),
+                ("deterministic", "bf16", {}, {"deterministic": "yes"}),
                 ("causal_mask", "bf16", {}, {"causal_mask": "1"}), ("scale", "bf16", {"scale": one}, {}),
-                ("q", "bf16", {"q": None}, {}), ("kv", "bf16", {"kv": None}, {}), ("seqlens", "bf16", {"seqlens": None}, {}),
+                ("q", "bf16", {"q": None}, {}), ("kv", "bf16", {"kv": None}, {}),
+                ("seqlens", "bf16", {"seqlens": None}, {}),
                 ("block_table", "bf16", {"block_table": None}, {}),
                 ("sink", "bf16", {"sink": tensor("F32", [0, 0])}, {}),
                 ("seqlens", "bf16", {"seqlens": tensor("I32", [20, 20])}, {}),
@@ -264,7 +271,8 @@ class RealLayer(OnDaemon):
         batch = capture.batch()
         want = oracle.decode(batch)
         exact = np.einsum("hvl,thl->thv", w_uv, np.concatenate([result.out for result in want]))
-        print(f"\nDeepSeek-V3 layer: the oracle {oracle.snr(attention, exact):.2f} dB of the model's own result", end="")
+        print(f"\nDeepSeek-V3 layer: the oracle {oracle.snr(attention, exact):.2f} dB of the model's own result",
+              end="")
         self.assertGreater(oracle.snr(attention, exact), 54)
         for device in DEVICES:
             reply = self.daemon.decode(capture, device)

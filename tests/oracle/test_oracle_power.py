@@ -39,7 +39,8 @@ def changed(name, change):
 
 
 def without(name):
-    return lambda capture: Capture(capture.name, {k: v for k, v in capture.tensors.items() if k != name}, capture.metadata)
+    return lambda capture: Capture(capture.name, {k: v for k, v in capture.tensors.items() if k != name},
+                                   capture.metadata)
 
 
 def times(factor):
@@ -129,7 +130,8 @@ def flip_one_key(capture):
 class Power(unittest.TestCase):
     def test_each_broken_thing_is_flagged(self):
         rows = [(what, kind, changes, how) for what, changes, how in EVERY_KIND for kind in cases.KINDS]
-        rows += [(what, kind, changes, how or flip_one_key) for what, kinds, changes, how in SOME_KINDS for kind in kinds]
+        rows += [(what, kind, changes, how or flip_one_key) for what, kinds, changes, how in SOME_KINDS
+                 for kind in kinds]
         unbroken, broken, names = [], [], []
         for what, kind, changes, how in rows:
             capture = base(kind, f"{what} {kind}", **changes)
@@ -146,7 +148,8 @@ class Power(unittest.TestCase):
             batch = capture.batch()
             want = oracle.decode(batch)
             self.assertEqual((right.status, wrong.status), (0, 0), f"{what}: {right.text}{wrong.text}")
-            objected += [f"{what} ({kind}) unbroken: {v.problem}" for v in oracle.compare(batch, want, right.tensors) if v.problem]
+            objected += [f"{what} ({kind}) unbroken: {v.problem}" for v in oracle.compare(batch, want, right.tensors)
+                         if v.problem]
             said = [v for v in oracle.compare(batch, want, wrong.tensors) if v.problem]
             print(f"{what:<46}{kind:<10}{said[0].problem if said else 'NOTHING'}")
             if not said:

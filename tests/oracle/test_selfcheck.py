@@ -35,7 +35,8 @@ class Formats(unittest.TestCase):
             np.testing.assert_array_equal(floats.encode(fmt, values[finite]), bits[finite])
 
     def test_known_e4m3_values(self):
-        known = {0x00: 0.0, 0x01: 2.0**-9, 0x07: 7 * 2.0**-9, 0x08: 2.0**-6, 0x38: 1.0, 0x3c: 1.5, 0x7e: 448.0, 0xb8: -1.0}
+        known = {0x00: 0.0, 0x01: 2.0**-9, 0x07: 7 * 2.0**-9, 0x08: 2.0**-6, 0x38: 1.0, 0x3c: 1.5, 0x7e: 448.0,
+                 0xb8: -1.0}
         for byte, value in known.items():
             self.assertEqual(floats.decode(E4M3, np.uint8([byte]))[0], value)
         self.assertTrue(np.isnan(floats.decode(E4M3, np.uint8([0x7f, 0xff]))).all())
@@ -110,7 +111,8 @@ class Visibility(unittest.TestCase):
         self.assertEqual(seen(2, 5, "tree", (0b01, 0b10), window=2), ["...x.", "....x"])
 
     def test_ranks_hold_interleaved_keys(self):
-        held = [[oracle.global_index(c, 2, rank, 2) for c in range(oracle.local_count(7, 2, rank, 2))] for rank in (0, 1)]
+        held = [[oracle.global_index(c, 2, rank, 2) for c in range(oracle.local_count(7, 2, rank, 2))]
+                for rank in (0, 1)]
         self.assertEqual(held, [[0, 1, 4, 5], [2, 3, 6]])
         self.assertEqual(seen(2, 7, "causal", None, None, 2, 1, 2), ["xx.", "xxx"])
 
@@ -219,8 +221,10 @@ class Identities(unittest.TestCase):
                             range(oracle.local_count(45, world, rank, interleave))]] * 2
                 table = np.array([[row[g] for g in held] for row, held in
                                   zip(whole.tensors["block_table"].data, columns)], np.int32)
-                metadata = dict(whole.metadata, dcp_world=str(world), dcp_rank=str(rank), dcp_interleave=str(interleave))
-                parts.append(oracle.decode(oracle.Batch(dict(whole.tensors, block_table=Tensor("I32", table)), metadata)))
+                metadata = dict(whole.metadata, dcp_world=str(world), dcp_rank=str(rank),
+                                dcp_interleave=str(interleave))
+                parts.append(oracle.decode(oracle.Batch(dict(whole.tensors, block_table=Tensor("I32", table)),
+                                                        metadata)))
             for b, want in enumerate(oracle.decode(whole.batch())):
                 lse = np.logaddexp.reduce([part[b].lse for part in parts])
                 out = sum(np.exp(part[b].lse - lse)[..., None] * part[b].out for part in parts)

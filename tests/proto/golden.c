@@ -190,8 +190,8 @@ const struct golden golden[] = {
      "94 01 15 15 82 a6'device' a3'cpu' a7'session' 41"},
     {MLAP_IMPORT, 24, &import_body, sizeof import_body,
      "94 01 16 18 86 a6'buffer' 09 a6'handle' "
-     "d980'0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
-     "0123456789abcdef' a3'gpu' a5'GPU-1' a6'offset' cd0200 a5'bytes' cd1000 a6'access' a4'read'"},
+     "d980'0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+     "0123456789abcdef0123456789abcdef' a3'gpu' a5'GPU-1' a6'offset' cd0200 a5'bytes' cd1000 a6'access' a4'read'"},
     {MLAP_IMPORT_VMM, 27, &import_vmm_body, sizeof import_vmm_body,
      "94 01 17 1b 87 a6'buffer' 0a a3'gpu' a5'GPU-1' aa'allocation' ce01400000 a6'offset' cd0200 a5'bytes' ce02800000 "
      "a7'address' cf00007f3a00000200 a6'access' a4'read'"},

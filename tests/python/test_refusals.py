@@ -1,10 +1,14 @@
 """What cannot be honoured is refused by name, and what fails in the daemon arrives as the right exception."""
 import os
+import threading
+import time
 import unittest
+from unittest import mock
 
 import numpy as np
 
 import mlad
+from mlad import _libmla, arrays, cuda
 
 SCALE = 0.05
 
@@ -99,6 +103,74 @@ class Refusals(unittest.TestCase):
         with self.assertRaises(mlad.InvalidArgument) as caught:
             self.decode(q=self.q.reshape(4, 3, 576), cu_q=[0, 3, 1])
         self.assertEqual(caught.exception.code, "batch")
+
+    def test_memory_is_registered_with_the_least_right(self):
+        def access(array):
+            return self.client._memory.locate(arrays.view(array, "x"))[0].access
+        self.client = mlad.Client(device="cpu", name="test_refusals")       # none of its memory was used before
+        self.addCleanup(self.client.close)
+        self.setUp()
+        out, lse = self.decode()
+        self.assertEqual([access(array) for array in (self.q, self.kv, out, lse)], ["read"] * 2 + ["readwrite"] * 2)
+        both = self.client.empty((8192,), np.float16)
+        q, out = both[:2 * 576].reshape(2, 1, 1, 576), both[4096:4096 + 1024].reshape(2, 1, 1, 512)
+        q[...] = 1
+        lse = self.client.empty((2, 1, 1), np.float32)
+        self.decode(q=q, lse=lse)
+        self.assertEqual(access(both), "read")
+        plan = self.client.plan(q, self.kv, *self.metadata(), softmax_scale=SCALE, lse=lse)
+        self.decode(q=q, out=out, lse=lse)
+        self.assertEqual(access(both), "readwrite")
+        self.assertTrue(np.all(out == 1))
+        plan.decode(30)             # it names the memory as it was registered before
+        self.assertTrue(np.all(plan.out == 1))
+
+    def metadata(self):
+        table, seqlens = self.client.empty((2, 2), np.int32), self.client.empty((2,), np.int32)
+        table[...], seqlens[...] = [[0, 1], [2, 3]], [20, 30]
+        return table, seqlens
+
+    def test_memory_registered_for_reading_is_not_written(self):
+        out = self.client.empty((2, 2, 3, 512), np.float16)
+        self.client.register(out, access="read")
+        self.assertIn('access="read"', self.refused("out", out=out))
+        self.client.register(out, access="readwrite")
+        self.decode(out=out)
+        lse = self.client.empty((2, 2, 3), np.float32)
+        self.client.register(lse, access="read")
+        self.refused("lse", lse=lse)
+
+    def test_a_stream_that_is_not_ready_ends_the_wait(self):
+        waits = []
+
+        def call(name, *arguments):
+            waits.append((name, *arguments))
+            time.sleep(arguments[1] / 1000)
+            raise mlad.Timeout("timeout", "stream", "not yet")
+        view = arrays.View("cuda", 0, 4096, (4,), (4,), "f32", 4, True, 7)
+        with mock.patch.object(_libmla, "call", call), self.assertRaises(mlad.Timeout) as caught:
+            cuda.drain([view], time.monotonic() + 0.5)
+        self.assertEqual({wait[:2] for wait in waits}, {("mla_stream_drain", 7)})
+        self.assertTrue(0.4 < sum(wait[2] for wait in waits) / 1000 <= 0.5, waits)
+        self.assertEqual((caught.exception.field, caught.exception.pending), ("stream", None))
+        with mock.patch.object(cuda, "drain") as drain:
+            self.decode(timeout=40)
+            self.client.plan(self.q, self.kv, *self.metadata(), softmax_scale=SCALE).decode(40)
+        for call in drain.call_args_list:
+            self.assertTrue(0 < call.args[1] - time.monotonic() < 40)
+
+    def test_waiting_for_a_stream_delays_no_other_thread(self):
+        def drain(*_):
+            with mock.patch.object(cuda, "drain"):
+                thread = threading.Thread(target=self.decode, daemon=True)
+                thread.start()
+                thread.join(30)
+            self.assertFalse(thread.is_alive())
+            self.client.register(self.kv, "readwrite")      # the decode must find it where it is now
+        with mock.patch.object(cuda, "drain", side_effect=drain) as drains:
+            out, _ = self.decode()
+        self.assertEqual(drains.call_count, 2)
+        self.assertTrue(np.all(out == 1))
 
     def test_a_plan_shares_all_it_reads(self):
         with self.assertRaises(mlad.InvalidArgument) as caught:

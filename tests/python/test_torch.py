@@ -116,6 +116,24 @@ class Torch(unittest.TestCase):
             with self.assertRaises(mlad.InvalidArgument):
                 get_mla_metadata(**given)
 
+    def test_flash_mla_holds_a_decode_to_its_metadata(self):
+        q, kv = self.random((2, 4, 6, 576), torch.bfloat16), self.random((4, 16, 1, 576), torch.bfloat16)
+        true = {"cache_seqlens": self.lengths, "num_q_tokens_per_head_k": 24, "num_heads_k": 1, "num_heads_q": 6,
+                "is_fp8_kvcache": False}
+        meta = get_mla_metadata(*true.values())[0]
+        self.assertTrue(torch.equal(self.flash(q, kv, tile_scheduler_metadata=meta)[0], self.flash(q, kv)[0]))
+        for name, value in (("cache_seqlens", self.lengths[:1]), ("cache_seqlens", self.lengths + 1),
+                            ("num_q_tokens_per_head_k", 6), ("num_heads_q", 24), ("is_fp8_kvcache", True)):
+            for given in ({name: value}, {**true, name: value}):
+                meta = get_mla_metadata(**given)[0]
+                with self.subTest(given), self.assertRaises(mlad.InvalidArgument) as caught:
+                    self.flash(q, kv, tile_scheduler_metadata=meta)
+                self.assertEqual(caught.exception.field, name)
+        lengths = self.lengths.clone()
+        meta = get_mla_metadata(lengths)[0]
+        lengths += 1            # what it was told does not change
+        self.flash(q, kv, tile_scheduler_metadata=meta)
+
     def tokenspeed(self, query, kv_cache, **changes):
         given = {"workspace_buffer": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "block_tables": self.table,
                  "seq_lens": self.lengths, "max_seq_len": 32, "softmax_scale": SCALE, "return_lse": True}
@@ -157,10 +175,15 @@ class Torch(unittest.TestCase):
                             ("output_scale", {"output_scale": 2.0}), ("window_left", {"window_left": -2}),
                             ("window_left", {"window_left": 3, "causal_mask": False}), ("causal_seqs", {"cp_world": 2}),
                             ("seq_lens", {"cp_world": 2, "causal_seqs": self.lengths}),
+                            ("max_seq_len", {"max_seq_len": 0}), ("max_seq_len", {"max_seq_len": 19}),
+                            ("is_var_seq", {"is_var_seq": False}), ("min_split_kv", {"min_split_kv": 0}),
+                            ("min_split_kv", {"min_split_kv": 257}), ("query", {"query": q[0]}),
                             ("kv_cache", {"kv_cache": kv[:, None].expand(4, 2, 16, 576)})):
             with self.subTest(name), self.assertRaises(mlad.InvalidArgument) as caught:
                 self.tokenspeed(**{"query": q, "kv_cache": kv, **given})
             self.assertEqual(caught.exception.field, name)
+        same = torch.tensor([20, 20], dtype=torch.int32)
+        self.tokenspeed(q, kv, seq_lens=same, is_var_seq=False, max_seq_len=20, min_split_kv=256)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ _FUNCTIONS = {
     "mla_buffer_alloc": (c_int, _client, c_size_t, POINTER(_buffer), _error),
     "mla_buffer_import": (c_int, _client, c_int, c_uint64, c_size_t, c_int, POINTER(_buffer), _error),
     "mla_buffer_import_device": (c_int, _client, c_void_p, c_size_t, c_int, POINTER(_buffer), _error),
-    "mla_stream_drain": (c_int, c_void_p, _error),
+    "mla_stream_drain": (c_int, c_void_p, c_int, _error),
     "mla_buffer_data": (c_void_p, _buffer),
     "mla_buffer_size": (c_size_t, _buffer),
     "mla_buffer_free": (c_int, _buffer, _error),

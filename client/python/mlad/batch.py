@@ -29,13 +29,14 @@ def _template():
 class Description:
     """A batch and what it rests on.
 
-    `views`: the arrays, for waiting on their streams. `segments`: the registrations that it names. `keep`: objects that
-    must outlive a decode of it. `out`, `lse`: the outputs (lse may be None)."""
+    `views`: the arrays, for waiting on their streams. `placed`: the segments that it names, each with its buffer.
+    `keep`: objects that must outlive a decode of it. `out`, `lse`: the outputs (lse may be None)."""
 
     def __init__(self, memory, copy_metadata):
         self.memory, self.copy_metadata = memory, copy_metadata
         self.batch = _libmla.mla_batch.from_buffer_copy(_template())
-        self.views, self.segments, self.keep, self.copies = [], [], [], []
+        self.views, self.keep, self.copies = [], [], []
+        self.places, self.placed = [], []
         self.out = self.lse = None
 
     @property
@@ -50,31 +51,46 @@ class Description:
         self.keep.append(array)
         return seen
 
-    def place(self, array, seen, field, written=False):
-        """The mla_tensor of an array in shared memory."""
-        if written and not seen.writable:
+    def place(self, tensor, array, seen, field, access="read"):
+        """Have settle() fill the mla_tensor of an array in shared memory."""
+        if access == "readwrite" and not seen.writable:
             raise invalid(field, "it is written and must not be read-only")
-        found = self.memory.locate(seen)
-        segment, offset = found or self.memory.register(array, seen, field, "readwrite")
-        self.segments.append(segment)
-        return _libmla.mla_tensor(segment.buffer, offset)
+        self.places.append((tensor, array, seen, field, access))
 
-    def packed(self, array, field, dtypes, *shapes, written=False):
-        """Check and place an array whose elements must be adjacent."""
+    def settle(self):
+        """Share the memory of all that was placed; outputs first, so that memory which is read as well is registered
+        for both at once."""
+        for tensor, array, seen, field, access in sorted(self.places, key=lambda place: place[-1] == "read"):
+            segment, tensor.offset = self.memory.find(array, seen, field, access)
+            tensor.buffer = segment.buffer
+            self.placed.append((segment, segment.buffer))
+
+    def holds(self):
+        """Is all memory that it names still registered as it was? Another thread may forget it, an array of the same
+        memory may have replaced it."""
+        return all(segment.buffer == buffer for segment, buffer in self.placed)
+
+    @property
+    def segments(self):
+        return [segment for segment, _ in self.placed]
+
+    def output(self, tensor, array, field, dtypes, shape):
+        """Check and place an output; its View."""
         seen = self.see(array, field)
-        arrays.require(seen, field, dtypes, *shapes)
+        arrays.require(seen, field, dtypes, shape)
         if not seen.packed():
             raise invalid(field, f"it must be contiguous; its strides are {list(seen.strides)} bytes")
-        return self.place(array, seen, field, written)
+        self.place(tensor, array, seen, field, "readwrite")
+        return seen
 
     def small(self, array, field, dtypes, *shapes):
-        """The same for metadata, which is copied into shared memory where it is not there already."""
+        """Check metadata and place it, or copy it into shared memory later where it is not there already."""
         if isinstance(array, (list, tuple)) and "i32" in dtypes:
             array = _integers(array, field)
         seen = self.see(array, field)
         arrays.require(seen, field, dtypes, *shapes)
         if seen.packed() and (self.memory.locate(seen) or seen.kind == "cuda"):
-            setattr(self.batch, field, self.place(array, seen, field))
+            self.place(getattr(self.batch, field), array, seen, field)
         elif not self.copy_metadata:
             raise invalid(field, NOT_SHARED)
         elif seen.kind == "cuda":
@@ -91,15 +107,16 @@ class Description:
         starts = np.cumsum([0] + [-(-len(b) // 64) * 64 for _, b in bits])
         lease = self.memory.lease(int(starts[-1]))
         shared = lease.array("numpy", "u8", (lease.segment.size,))
+        buffer = self.memory.share(lease.segment, "read", "metadata")
         self.keep.append(lease)
-        self.segments.append(lease.segment)
+        self.placed.append((lease.segment, buffer))
         for (field, b), start in zip(bits, starts):
             shared[start:start + len(b)] = b
             target = getattr(self.batch, field)
             if isinstance(target, _libmla.mla_scale):
-                target.kind, target.tensor = _libmla.SCALE_TENSOR, _libmla.mla_tensor(lease.segment.buffer, int(start))
+                target.kind, target.tensor = _libmla.SCALE_TENSOR, _libmla.mla_tensor(buffer, int(start))
             else:
-                setattr(self.batch, field, _libmla.mla_tensor(lease.segment.buffer, int(start)))
+                setattr(self.batch, field, _libmla.mla_tensor(buffer, int(start)))
 
 
 def _integers(values, field):
@@ -145,7 +162,8 @@ def describe(memory, copy_metadata, q, kv, block_table, seqlens, *, softmax_scal
     arrays.require(q_seen, "q", _Q_TYPES, shape)
     if not q_seen.packed():
         raise invalid("q", f"it must be contiguous; its strides are {list(q_seen.strides)} bytes")
-    b.q, b.q_dtype = d.place(q, q_seen, "q"), _Q_TYPES[q_seen.dtype]
+    d.place(b.q, q, q_seen, "q")
+    b.q_dtype = _Q_TYPES[q_seen.dtype]
     rows, b.heads = q_seen.shape[:-1], q_seen.shape[-2]
     b.q_rows = int(np.prod(rows[:-1], dtype=object))
 
@@ -184,16 +202,15 @@ def describe(memory, copy_metadata, q, kv, block_table, seqlens, *, softmax_scal
 
     if out is None:
         out = _output(d, q, q_seen, "out", "fp16" if q_seen.dtype == "fp16" else "bf16", rows + (LATENT,))
-    out_seen = arrays.view(out, "out")
-    b.out = d.packed(out, "out", ("bf16", "fp16"), rows + (LATENT,), written=True)
-    b.out_dtype = _Q_TYPES[out_seen.dtype]
+    b.out_dtype = _Q_TYPES[d.output(b.out, out, "out", ("bf16", "fp16"), rows + (LATENT,)).dtype]
     if lse is not None and not return_lse:
         raise invalid("return_lse", "it is False and lse is given")
     if lse is None and return_lse:
         lse = _output(d, q, q_seen, "lse", "f32", rows)
     if lse is not None:
-        b.lse = d.packed(lse, "lse", ("f32",), rows, written=True)
+        d.output(b.lse, lse, "lse", ("f32",), rows)
     d.out, d.lse = out, lse
+    d.settle()
     return d
 
 
@@ -220,7 +237,7 @@ def _cache(d, kv):
             if seen.strides[axis] <= 0:
                 raise invalid("kv", f"its {name} must be positive, not {seen.strides[axis]} bytes")
             setattr(b, name, seen.strides[axis])
-    b.kv = d.place(kv, seen, "kv")
+    d.place(b.kv, kv, seen, "kv")
 
 
 def _tree(d, mask, rows):
@@ -241,7 +258,8 @@ def _scale(d, scale, field):
     seen = d.see(scale, field)
     arrays.require(seen, field, ("f32",), (), (1,))
     if d.memory.locate(seen) or seen.kind == "cuda":
-        target.kind, target.tensor = _libmla.SCALE_TENSOR, d.place(scale, seen, field)
+        target.kind = _libmla.SCALE_TENSOR
+        d.place(target.tensor, scale, seen, field)
     elif d.copy_metadata:
         d.copies.append((field, scale))
     else:

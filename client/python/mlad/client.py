@@ -14,7 +14,6 @@ from .errors import Error, Timeout, invalid
 from .memory import Memory
 
 PLANS = 256             # kept by Client.decode; the daemon allows each user 4096 by default
-SLICE_MS = 200          # a wait returns to Python that often, so that signals are handled
 
 
 class Failure(NamedTuple):
@@ -41,6 +40,10 @@ def _result(raw):
     return Result(raw.failed, failures, raw.kv_tokens, raw.receive_ns, raw.queue_ns, raw.kernel_ns, raw.replays)
 
 
+def _deadline(timeout):
+    return None if timeout is None else time.monotonic() + timeout
+
+
 class Pending:
     """A decode in flight. It keeps the arrays of the decode alive; dropping it uncollected leaves them to the client
     until the decode has completed. To be used by one thread at a time."""
@@ -59,10 +62,12 @@ class Pending:
     def wait(self, timeout=None):
         """Wait at most `timeout` seconds (None: for ever; 0 only looks) and return the Result. Raises Timeout (wait
         again), or what came of the decode: RequestsFailed, or another Error."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._wait(timeout, _deadline(timeout))
+
+    def _wait(self, timeout, deadline):
         while self._outcome is None:
-            left = SLICE_MS if deadline is None else int(max(0, deadline - time.monotonic()) * 1000)
-            self._collect("mla_wait", min(left, SLICE_MS))
+            left = cuda.SLICE_MS if deadline is None else int(max(0, deadline - time.monotonic()) * 1000)
+            self._collect("mla_wait", min(left, cuda.SLICE_MS))
             if self._outcome is None and deadline is not None and time.monotonic() >= deadline:
                 error = Timeout("timeout", "", f"the decode did not complete within {timeout} s; it goes on")
                 error.pending = self
@@ -119,13 +124,16 @@ class Plan(_Closing):
         self._views, self._keep, self._segments = description.views, description.keep, description.segments
         self.out, self.lse = description.out, description.lse
 
-    def submit(self):
-        """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first. The contents
-        of the inputs must not change until it has completed."""
+    def submit(self, timeout=None):
+        """Start a decode and return it as Pending. GPU streams that write the arrays are waited for first, at most
+        `timeout` seconds (None: for ever). The contents of the inputs must not change until it has completed."""
+        return self._submit(_deadline(timeout))
+
+    def _submit(self, deadline):
         client = self._client
         for device in {seen.device for seen in self._views if seen.kind == "torch" and seen.device is not None}:
             cuda.refuse_capture(device)
-        cuda.drain(self._views)
+        cuda.drain(self._views, deadline)
         with client._lock:
             client._use()
             if self._handle is None:
@@ -134,8 +142,10 @@ class Plan(_Closing):
             return client._submit(self._handle, self._keep, self.out, self.lse)
 
     def decode(self, timeout=None):
-        """Submit, wait at most `timeout` seconds (None: for ever) and return the Result."""
-        return self.submit().wait(timeout)
+        """Submit, wait at most `timeout` seconds (None: for ever), for streams and decode together, and return the
+        Result."""
+        deadline = _deadline(timeout)
+        return self._submit(deadline)._wait(timeout, deadline)
 
     def close(self):
         """Free the plan. Decodes in flight complete. Otherwise done when it is collected."""
@@ -207,11 +217,15 @@ class Client(_Closing):
             self._sweep()
             return self._memory.lease(size).array(like, name, shape)
 
-    def register(self, array, access="readwrite"):
-        """Share a GPU array with the daemon now (150 to 200 us) instead of at its first use, or for reading only
-        (access="read"). Of a torch tensor its whole storage is shared. It ends when the storage (of other libraries:
-        the object) dies, with forget() or with close(), so a tensor that is made anew for each step is registered anew.
-        Host arrays come from empty()."""
+    def register(self, array, access=None):
+        """Share an array with the daemon now (150 to 200 us on a GPU) instead of at its first use. Of a torch tensor on
+        a GPU its whole storage is shared, of a host array, which comes from empty(), its own memory.
+
+        access: None registers it for reading, as inputs are, and anew for both when an output lies in it, which delays
+        that decode; "readwrite" does so now; with "read" an output in it is refused. The last word counts.
+
+        It ends when the storage (of other libraries: the object) dies, with forget() or with close(), so a tensor that
+        is made anew for each step is registered anew."""
         with self._lock:
             self._use()
             self._sweep()
@@ -251,22 +265,24 @@ class Client(_Closing):
         dcp             (world, rank, interleave); None: (1, 0, 1)
         lse_base        "e" or "2"
         deterministic   a request's bits do not depend on its batch-mates
-        timeout         seconds; None: for ever
+        timeout         seconds, for CUDA streams and the decode together; None: for ever
 
         Arrays: numpy or CPU torch memory from empty(); CUDA torch tensors and objects with __cuda_array_interface__
-        (registered at their first use) if the device is their GPU. Host memory of q, kv, out and lse that is not shared
-        is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales) may lie anywhere: where it is not
-        shared it is copied, for this decode, into host memory that is. For CUDA arrays the work of the current stream
-        is waited for first.
+        (registered at their first use, for reading unless they are written) if the device is their GPU. Host memory of
+        q, kv, out and lse that is not shared is refused. The metadata (block_table, seqlens, cu_q, mask, sink, scales)
+        may lie anywhere: where it is not shared it is copied, for this decode, into host memory that is. For CUDA
+        arrays the work of the current stream is waited for first.
 
         Raises RequestsFailed if some requests failed, Timeout, InvalidArgument, NotConnected or another Error."""
-        pending = self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
-        pending.wait(timeout)
+        deadline = _deadline(timeout)
+        pending = self._start(deadline, q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+        pending._wait(timeout, deadline)
         return pending.out if pending.lse is None else (pending.out, pending.lse)
 
-    def submit(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
-        """Start the decode that decode() describes and return it as Pending, with `out` and `lse`."""
-        return self._start(q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+    def submit(self, q, kv, block_table, seqlens, *, softmax_scale, timeout=None, **options):
+        """Start the decode that decode() describes and return it as Pending, with `out` and `lse`. CUDA streams are
+        waited for at most `timeout` seconds."""
+        return self._start(_deadline(timeout), q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
 
     def plan(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
         """Validate the decode that decode() describes, once, for many submissions of the same arrays with new contents.
@@ -274,22 +290,33 @@ class Client(_Closing):
         with self._lock:
             self._use()
             self._sweep()
-            d = describe(self._memory, False, q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
+            d = self._describe(False, q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
             return Plan(self, d, self._create(d.batch))
 
-    def _start(self, *arguments, **options):
-        with self._lock:
-            self._use()
-            self._sweep()
-            d = describe(self._memory, True, *arguments, **options)
-            cuda.drain(d.views)
-            d.copy()
-            entry = self._plans.pop(d.key, None) or (self._create(d.batch), d.segments)
-            self._plans[d.key] = entry
-            while len(self._plans) > PLANS:
-                _, (plan, _) = self._plans.popitem(last=False)
-                _libmla.library().mla_plan_destroy(plan)
-            return self._submit(entry[0], d.keep, d.out, d.lse)
+    def _describe(self, *arguments, **options):
+        d = describe(self._memory, *arguments, **options)
+        return d if d.holds() else describe(self._memory, *arguments, **options)
+
+    def _start(self, deadline, *arguments, **options):
+        while True:
+            with self._lock:
+                self._use()
+                self._sweep()
+                d = self._describe(True, *arguments, **options)
+            cuda.drain(d.views, deadline)       # other threads go on meanwhile, and may change what is registered
+            with self._lock:
+                self._use()
+                if d.holds():
+                    return self._launch(d)
+
+    def _launch(self, d):
+        d.copy()
+        entry = self._plans.pop(d.key, None) or (self._create(d.batch), d.segments)
+        self._plans[d.key] = entry
+        while len(self._plans) > PLANS:
+            _, (plan, _) = self._plans.popitem(last=False)
+            _libmla.library().mla_plan_destroy(plan)
+        return self._submit(entry[0], d.keep, d.out, d.lse)
 
     def _create(self, batch):
         plan = ctypes.c_void_p()

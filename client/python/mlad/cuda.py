@@ -1,10 +1,13 @@
 """What depends on CUDA: whose memory an array lies in, and waiting for the work that writes it."""
 import contextlib
 import sys
+import time
 import weakref
 
 from . import _libmla
-from .errors import unsupported
+from .errors import Timeout, unsupported
+
+SLICE_MS = 200          # a wait returns to Python that often, so that signals are handled
 
 
 def guard(device):
@@ -42,12 +45,24 @@ def refuse_capture(device):
                               "decode runs in the daemon and cannot be captured: call it outside the graph")
 
 
-def drain(views):
-    """Wait for all work of this process that may still write these arrays: the current stream of every GPU among
-    torch's, and the stream that each __cuda_array_interface__ names."""
+def drain(views, deadline=None):
+    """Wait, until `deadline` (of time.monotonic; None: for ever), for all work of this process that may still write
+    these arrays: the current stream of every GPU among torch's, and the stream that each __cuda_array_interface__
+    names."""
     for device in {seen.device for seen in views if seen.kind == "torch" and seen.device is not None}:
         torch = sys.modules["torch"]
         with guard(device):
-            _libmla.call("mla_stream_drain", torch.cuda.current_stream(device).cuda_stream)
+            _wait(torch.cuda.current_stream(device).cuda_stream, deadline)
     for stream in {seen.stream for seen in views if seen.kind == "cuda" and seen.stream is not None}:
-        _libmla.call("mla_stream_drain", stream)
+        _wait(stream, deadline)
+
+
+def _wait(stream, deadline):
+    while True:
+        left = SLICE_MS if deadline is None else max(0, deadline - time.monotonic()) * 1000
+        try:
+            return _libmla.call("mla_stream_drain", stream, int(min(left, SLICE_MS)))
+        except Timeout:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise Timeout("timeout", "stream", f"the work on CUDA stream {stream:#x} did not complete in time, so "
+                              "nothing was submitted; wait for the stream, or decode again") from None

@@ -20,7 +20,8 @@ class NotConnected(Error, ConnectionError):
 
 class Timeout(Error, TimeoutError):
     """The wait ended first; the decode goes on. `pending` is it: wait again, or drop it. Until it has completed its
-    inputs must not change and its outputs may still be written; the client keeps their memory alive that long."""
+    inputs must not change and its outputs may still be written; the client keeps their memory alive that long. With
+    `field` "stream" nothing was submitted and `pending` is None: a CUDA stream that writes the arrays was not ready."""
 
     pending = None
 

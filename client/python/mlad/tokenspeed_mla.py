@@ -5,7 +5,7 @@ Conventions are those of lightseekorg/tokenspeed: the page axis before the head 
 refused by name. Decodes go to the default client of the query's device, as in mlad.flash_mla.
 """
 from .default import client_for
-from .errors import unsupported
+from .errors import invalid, unsupported
 
 
 def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_rope_head_dim, block_tables, seq_lens,
@@ -18,23 +18,29 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
     kv_cache            [pages, page_size, 576] or [pages, 1, page_size, 576], of query's type
     block_tables        int32 [B, max_pages]
     seq_lens            int32 [B], the new tokens included; with cp_world > 1 this rank's share of causal_seqs
+    max_seq_len         at least 1 and each of seq_lens
     softmax_scale       the scales of query and keys multiplied in
     output_scale        factor of out, such as the scale of the values; 1 unless the inputs are fp8
     out                 [B, q_len, H, 512] to write to; None: a new one
     window_left         -1, or with causal_mask (or q_len 1) the keys before its own that a query token sees
+    is_var_seq          False: all of seq_lens are the same
     causal_seqs         int32 [B], the global lengths, for cp_world > 1
     cp_world, cp_rank, cp_interleave_size   which of the global keys this rank's pages hold
 
-    workspace_buffer, max_seq_len, is_var_seq, enable_pdl, enable_packed_q and min_split_kv tune the launch of the
-    original's kernel and change no result; mlad schedules itself, and they have no effect here.
+    workspace_buffer, enable_pdl, enable_packed_q and min_split_kv (1..256) tune the launch of the original's kernel and
+    change no result; mlad schedules itself, and they have no effect here. max_seq_len and is_var_seq are held against
+    seq_lens where that is a CPU tensor; of a CUDA tensor they are taken on trust, and the result is that of seq_lens.
 
     Returns out, or (out, lse fp32 [B, q_len, H], base 2) with return_lse. CUDA graph capture is refused. Raises
     mlad.Error."""
-    del workspace_buffer, max_seq_len, is_var_seq, enable_pdl, enable_packed_q, min_split_kv
+    del workspace_buffer, enable_pdl, enable_packed_q
     if (kv_lora_rank, qk_rope_head_dim) != (512, 64):
         name = "kv_lora_rank" if kv_lora_rank != 512 else "qk_rope_head_dim"
         raise unsupported(name, f"rows are 512 + 64 wide, not {kv_lora_rank} + {qk_rope_head_dim}")
     client = client_for(query)
+    if query.dim() != 4:
+        raise invalid("query", f"its shape must be [B, q_len, H, 576], not {list(query.shape)}")
+    _check_hints(seq_lens, max_seq_len, is_var_seq, min_split_kv)
     if kv_cache.dtype != query.dtype:
         raise unsupported("kv_cache", f"its dtype is {kv_cache.dtype} and query's {query.dtype}; they must be the same")
     if kv_cache.dim() == 4:
@@ -60,6 +66,19 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
                          return_lse=return_lse, mask="causal" if causal_mask else "none", window=window,
                          v_scale=output_scale if fp8 else None, dcp=(cp_world, cp_rank, cp_interleave_size),
                          lse_base="2")
+
+
+def _check_hints(seq_lens, max_seq_len, is_var_seq, min_split_kv):
+    """They have no effect, and must be true; what only the GPU knows is not asked."""
+    if isinstance(min_split_kv, bool) or not isinstance(min_split_kv, int) or not 1 <= min_split_kv <= 256:
+        raise invalid("min_split_kv", f"it must be an integer of 1..256, not {min_split_kv!r}")
+    if not max_seq_len >= 1:
+        raise invalid("max_seq_len", f"it must be at least 1, not {max_seq_len}")
+    lengths = seq_lens.tolist() if seq_lens.device.type == "cpu" else []
+    if lengths and max(lengths) > max_seq_len:
+        raise invalid("max_seq_len", f"it is {max_seq_len}, and the longest of seq_lens {max(lengths)}")
+    if not is_var_seq and len(set(lengths)) > 1:
+        raise invalid("is_var_seq", f"it is {is_var_seq}, and seq_lens has {min(lengths)}..{max(lengths)}")
 
 
 def _check_share(seq_lens, causal_seqs, world, rank, interleave):

@@ -40,7 +40,8 @@ static void parse_word(const char *word)
         control.hang_left = a > 0 ? a : 1;
         control.hang_word = true;
     } else if (sscanf(word, "slow=%ld", &a) == 1) control.set.slow = (unsigned)a;
-    else if (sscanf(word, "devices=%ld", &a) == 1) control.set.devices = a < 1 ? 1 : a > FAKE_DEVICES ? FAKE_DEVICES : (int)a;
+    else if (sscanf(word, "devices=%ld", &a) == 1)
+        control.set.devices = a < 1 ? 1 : a > FAKE_DEVICES ? FAKE_DEVICES : (int)a;
     else if (sscanf(word, "peer=%ld", &a) == 1) control.set.peer = (int)a;
     else if (sscanf(word, "no_driver_device=%ld", &a) == 1) control.set.no_device = (int)a;
     else if (sscanf(word, "cc=%ld.%ld", &a, &b) == 2) control.set.major = (int)a, control.set.minor = (int)b;
@@ -71,7 +72,8 @@ static void reread(void)
     control.started = true;
     control.size = st.st_size;
     control.mtime = st.st_mtim;
-    control.set = (struct fake_settings){.devices = 1, .peer = 1, .major = 9, .smem = 232448, .memory = (size_t)1 << 30};
+    control.set = (struct fake_settings){
+        .devices = 1, .peer = 1, .major = 9, .smem = 232448, .memory = (size_t)1 << 30};
     control.fails = 0;
     control.sticky_left = control.hang_left = 0;
     control.hang_word = false;
@@ -117,8 +119,9 @@ CUresult fake_enter(const char *function)
         if (control.fail[i].every || (control.fail[i].left > 0 && --control.fail[i].left == 0))
             result = control.fail[i].code;
     }
-    bool pure = !strncmp(function, "cuGet", 5) || !strncmp(function, "cuDevice", 8) || !strncmp(function, "cuInit", 6) ||
-                !strncmp(function, "cuDriver", 8) || !strcmp(function, "cuGraphDestroy") ||
+    bool pure = !strncmp(function, "cuGet", 5) || !strncmp(function, "cuDevice", 8) ||
+                !strncmp(function, "cuInit", 6) || !strncmp(function, "cuDriver", 8) ||
+                !strcmp(function, "cuGraphDestroy") ||
                 !strcmp(function, "cuGraphExecDestroy"); /* graphs lie in the host's memory */
     if (!result && !pure) result = control.sticky;
     pthread_mutex_unlock(&control.lock);

@@ -23,7 +23,10 @@ API(cuInit, (unsigned flags), (flags))
     atomic_store(&initialised, true);
     return FAKE_OK;
 }
-API(cuDriverGetVersion, (int *version), (version)) { return version ? (*version = 13000, FAKE_OK) : FAKE_INVALID_VALUE; }
+API(cuDriverGetVersion, (int *version), (version))
+{
+    return version ? (*version = 13000, FAKE_OK) : FAKE_INVALID_VALUE;
+}
 
 static const struct { CUresult code; const char *name, *text; } errors[] = {
     {0, "CUDA_SUCCESS", "no error"}, {1, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
@@ -33,7 +36,8 @@ static const struct { CUresult code; const char *name, *text; } errors[] = {
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {205, "CUDA_ERROR_MAP_FAILED", "mapping of buffer object failed"},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
-    {401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"}, {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {401, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"},
+    {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {704, "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", "peer access is already enabled"},
@@ -41,7 +45,8 @@ static const struct { CUresult code; const char *name, *text; } errors[] = {
     {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
-    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", "attempt to terminate a thread-local capture sequence from another thread"},
+    {908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+     "attempt to terminate a thread-local capture sequence from another thread"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"}};
 static CUresult error_text(CUresult e, const char **out, bool name)
 {
@@ -84,9 +89,9 @@ API(cuDeviceTotalMem_v2, (size_t *bytes, CUdevice d), (bytes, d))
 API(cuDeviceGetAttribute, (int *out, int attribute, CUdevice d), (out, attribute, d))
 {
     static const int values[148] = {[1] = 1024, [2] = 1024, [3] = 1024, [4] = 64, [5] = 2147483647, [6] = 65535,
-        [7] = 65535, [8] = 49152, [10] = 32, [12] = 65536, [13] = 1980000, [16] = 4, [19] = 1, [31] = 1, [38] = 52428800,
-        [39] = 2048, [40] = 3, [41] = 1, [78] = 1, [81] = 233472, [82] = 65536, [90] = 1, [91] = 1, [95] = 1, [99] = 1,
-        [102] = 1, [103] = 1, [106] = 32, [111] = 1024, [115] = 1, [119] = 1};
+        [7] = 65535, [8] = 49152, [10] = 32, [12] = 65536, [13] = 1980000, [16] = 4, [19] = 1, [31] = 1,
+        [38] = 52428800, [39] = 2048, [40] = 3, [41] = 1, [78] = 1, [81] = 233472, [82] = 65536, [90] = 1, [91] = 1,
+        [95] = 1, [99] = 1, [102] = 1, [103] = 1, [106] = 32, [111] = 1024, [115] = 1, [119] = 1};
     struct fake_settings set = fake_settings();
     if (!is_device(d)) return FAKE_INVALID_DEVICE;
     if (attribute < 1 || attribute >= 148) return FAKE_INVALID_VALUE;

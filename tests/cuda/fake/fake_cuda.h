@@ -1,5 +1,5 @@
-/* fake_cuda.h - a libcuda.so.1 for tests: device memory is shared host memory, kernels are emulated. The ABI is CUDA 13's,
- * declared here so that no toolkit is needed.
+/* fake_cuda.h - a libcuda.so.1 for tests: device memory is shared host memory, kernels are emulated. The ABI is CUDA
+ * 13's, declared here so that no toolkit is needed.
  *
  * Environment: MLAD_FAKE_CUDA_DIR      folder for device memory as files; without it memfds, reached through /proc
  *              MLAD_FAKE_CUDA_TRACE    file to append "pid function result" to, one line a call
@@ -13,7 +13,8 @@
  *     slow=MS                 each launch takes so much longer
  *     devices=K               1..8, default 1      peer=0|1           default 1
  *     no_driver_device=1      cuInit: no device    cc=MAJOR.MINOR     default 9.0
- *     smem=BYTES              opt-in shared memory memory=BYTES       of each device, counted per process; default 1 GiB
+ *     smem=BYTES              opt-in shared memory
+ *     memory=BYTES            of each device, counted per process; default 1 GiB
  *     own_ipc=1               a process may open its own IPC handle */
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
@@ -46,10 +47,10 @@ _Static_assert(sizeof(CUmemAllocationProp) == 32, "ABI of cuda.h");
 enum { /* the results in use, numbers of cuda.h */
     FAKE_OK = 0, FAKE_INVALID_VALUE = 1, FAKE_OUT_OF_MEMORY = 2, FAKE_NOT_INITIALIZED = 3, FAKE_NO_DEVICE = 100,
     FAKE_INVALID_DEVICE = 101, FAKE_INVALID_CONTEXT = 201, FAKE_MAP_FAILED = 205, FAKE_PEER_UNSUPPORTED = 217,
-    FAKE_INVALID_HANDLE = 400, FAKE_ILLEGAL_STATE = 401, FAKE_NOT_FOUND = 500, FAKE_NOT_READY = 600, FAKE_ILLEGAL_ADDRESS = 700,
-    FAKE_PEER_ENABLED = 704, FAKE_ALREADY_REGISTERED = 712, FAKE_NOT_REGISTERED = 713, FAKE_LAUNCH_FAILED = 719,
-    FAKE_NOT_SUPPORTED = 801, FAKE_CAPTURE_UNSUPPORTED = 900, FAKE_CAPTURE_INVALIDATED = 901,
-    FAKE_CAPTURE_WRONG_THREAD = 908, FAKE_UNKNOWN = 999, FAKE_DEVICES = 8
+    FAKE_INVALID_HANDLE = 400, FAKE_ILLEGAL_STATE = 401, FAKE_NOT_FOUND = 500, FAKE_NOT_READY = 600,
+    FAKE_ILLEGAL_ADDRESS = 700, FAKE_PEER_ENABLED = 704, FAKE_ALREADY_REGISTERED = 712, FAKE_NOT_REGISTERED = 713,
+    FAKE_LAUNCH_FAILED = 719, FAKE_NOT_SUPPORTED = 801, FAKE_CAPTURE_UNSUPPORTED = 900,
+    FAKE_CAPTURE_INVALIDATED = 901, FAKE_CAPTURE_WRONG_THREAD = 908, FAKE_UNKNOWN = 999, FAKE_DEVICES = 8
 };
 enum { FAKE_CAPTURE_GLOBAL, FAKE_CAPTURE_THREAD_LOCAL, FAKE_CAPTURE_RELAXED };
 
@@ -63,7 +64,7 @@ int fake_next_launch(bool *hang);                   /* counts a launch: the stic
 bool fake_hanging(void);                            /* the word hang is still there */
 void fake_set_sticky(int code);
 int fake_sticky(void);
-bool fake_capturing(void);                          /* a capture forbids this thread what is unsafe; it is invalid now */
+bool fake_capturing(void);                          /* a capture forbids this thread what is unsafe; now invalid */
 int fake_current_device(void);                      /* -1: no current context */
 CUcontext fake_context_of(int device);              /* the primary one */
 CUresult fake_stream_settle(CUstream stream);       /* all queued has run */

@@ -67,7 +67,8 @@ void *fake_map(int fd, size_t size, int protection)
     for (int tries = 0; tries < 1000; tries++) {
         if (next_va + size > VA_END) next_va = VA_START;
         void *at = mmap((void *)next_va, size, protection,
-                        MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED), fd, 0);
+                        MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED),
+                        fd, 0);
         next_va += ((size + 0x1fffff) & ~(uint64_t)0x1fffff) + 0x200000;
         if (at != MAP_FAILED) return at;
     }

@@ -123,9 +123,11 @@ API(cuMemAddressFree, (CUdeviceptr p, size_t size), (p, size))
     UNLOCK();
     return ok ? FAKE_OK : FAKE_INVALID_VALUE;
 }
-API(cuMemCreate, (CUhandle *out, size_t size, const CUmemAllocationProp *prop, uint64_t flags), (out, size, prop, flags))
+API(cuMemCreate, (CUhandle *out, size_t size, const CUmemAllocationProp *prop, uint64_t flags),
+    (out, size, prop, flags))
 {
-    if (!size || size % GRANULE || flags || !prop || prop->type != 1 || prop->location.type != 1) return FAKE_INVALID_VALUE;
+    if (!size || size % GRANULE || flags || !prop || prop->type != 1 || prop->location.type != 1)
+        return FAKE_INVALID_VALUE;
     if (size > fake_settings().memory) return FAKE_OUT_OF_MEMORY;
     char name[32];
     snprintf(name, sizeof name, "fake_cuda.%d", prop->location.id);

@@ -9,7 +9,8 @@
 
 #include "mlak_cuda.h"
 
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job) __attribute__((weak));
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
+    __attribute__((weak));
 
 enum op_kind { OP_COPY, OP_SET, OP_LAUNCH, OP_CALL, OP_EVENT };
 struct op {
@@ -63,7 +64,8 @@ static void run_op(struct op *op)
     case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
-        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job)) fake_set_sticky(FAKE_LAUNCH_FAILED);
+        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job))
+            fake_set_sticky(FAKE_LAUNCH_FAILED);
         break;
     }
 }
@@ -321,7 +323,8 @@ API(cuFuncGetAttribute, (int *out, int which, CUfunction f), (out, which, f))
     *out = which == 0 ? 1024 : which == 4 ? 64 : which == 8 ? f->shared : 0;
     return FAKE_OK;
 }
-API(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *out, CUfunction f, int block, size_t shared), (out, f, block, shared))
+API(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *out, CUfunction f, int block, size_t shared),
+    (out, f, block, shared))
 {
     (void)f;
     if (block < 1) return FAKE_INVALID_VALUE;

@@ -136,8 +136,8 @@ class Mps:
         self.environment = {"CUDA_MPS_PIPE_DIRECTORY": str(pipes), "CUDA_MPS_LOG_DIRECTORY": str(logs)}
 
     def __enter__(self):
-        done = subprocess.run([self.control, "-d", *self.options], env={**os.environ, **self.environment}, capture_output=True,
-                              text=True, timeout=20)
+        done = subprocess.run([self.control, "-d", *self.options], env={**os.environ, **self.environment},
+                              capture_output=True, text=True, timeout=20)
         if done.returncode:
             raise Skip(f"MPS does not start: {done.stdout}{done.stderr}")
         time.sleep(0.5)
