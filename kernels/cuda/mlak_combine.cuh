@@ -163,7 +163,7 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
     }
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */
-        __threadfence_system();
+        __threadfence();
         *last = atomicAdd(&job.schedule->blocks_done, 1u) == gridDim.x - 1;
     }
     __syncthreads();
@@ -179,12 +179,12 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
         result->detail[1] = row->detail[1];
         result->local_len = row->local_len;
     }
-    __threadfence_system();
+    if (threadIdx.x == 0)
+        job.result->batch_code = job.schedule->refused;
+    __threadfence_system(); /* also for what the other blocks wrote, as far as this one has seen it: all of it */
     __syncthreads();
     if (threadIdx.x == 0) {
         job.schedule->blocks_done = 0;
-        job.result->batch_code = job.schedule->refused;
-        __threadfence_system();
         publish(&job.result->done, job.ticket);
     }
 }

@@ -117,6 +117,11 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
 {
     uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
     bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
+    if (fetches && whole) { /* into the L2 cache, until there is room */
+#pragma unroll
+        for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
+            expect_box(&job->keys[piece != WGMMA_ROPE], 0, slot, (int32_t)wgmma_first(piece), page);
+    }
 #pragma unroll
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
         uint64_t *full = &shared->keys_full[stage][piece];
@@ -175,23 +180,23 @@ __device__ static inline struct item_key wgmma_ask(const struct mlak_cuda_job *j
     return item_ask(item, row, tile, key);
 }
 
-/* Tile i of the item, `count` of all, whose pages have been asked for; then asks for those of the next one. */
+/* Tile i of the item, `count` of all, whose pages have been asked for; then asks for those of the next one. `item` and
+ * `row` are copies, in registers. */
 __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                              const struct item *item, const struct mlak_row *row,
                                               struct wgmma_item *slot, struct item_key *asked, uint32_t i,
                                               uint32_t count)
 {
     enum { LOOK_UP = 32 }; /* tiles between two looks at whether anybody still wants the result */
-    const struct item *item = &slot->item;
-    struct mlak_row *row = &job->rows[item->request];
     uint32_t tile = item->tile + i;
     int failed = 0;
-    int64_t address = item_settle(row, row, asked, &failed);
+    int64_t address = item_settle(row, &job->rows[item->request], asked, &failed);
     if (failed || (threadIdx.x % WGMMA_GROUP == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job)))
         wgmma_stop(slot);
     if (*(volatile int *)&slot->stopped)
         address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
     int32_t page = address == ITEM_NOBODY ? (int32_t)row->pages : asked->page, key = (int32_t)asked->slot;
-    if (i + 1 < slot->tiles)
+    if (tile + 1 < item->end_tile)
         *asked = wgmma_ask(job, item, row, tile + 1);
     if (wgmma_fetches(job, item, tile))
         wgmma_fetch_keys(shared, job, page, key, count);
@@ -228,20 +233,24 @@ __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const str
     uint32_t tiles = 0, count = 0;
     for (uint32_t items = 0;; items++) { /* this many items are on their way, and the one in `slot` is being loaded */
         struct item_key asked;
+        struct item item = {};
+        struct mlak_row row = {};
+        if (tiles > 0) {
+            item = slot->item;
+            row = job->rows[item.request];
+            asked = wgmma_ask(job, &item, &row, item.tile);
+        }
 #pragma unroll 1
         for (uint32_t i = 0;; i++, count++) {
             if (first && i == (uint32_t)row_least(tiles, AHEAD))
                 wgmma_next(job, &walk, next);
             if (i == tiles)
                 break;
-            const struct mlak_row *row = &job->rows[slot->item.request];
-            if (i == 0)
-                asked = wgmma_ask(job, &slot->item, row, slot->item.tile);
-            wgmma_load_tile(shared, job, slot, &asked, i, count);
+            wgmma_load_tile(shared, job, &item, &row, slot, &asked, i, count);
             if (i > 0)
                 continue;
             barrier_wait(&shared->q_empty, items % 2); /* of items - 1 */
-            wgmma_load_q(shared, &slot->item, row->q);
+            wgmma_load_q(shared, &item, row.q);
             barrier_arrive_after_copies(&shared->q_full);
             if (first)
                 barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
@@ -334,10 +343,13 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
                                           uint32_t count, uint32_t items, bool last, float s[32])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
-    float shrink[2], from[2];
+    float shrink[2], from[2], scale = rows->scale;
+    if (!(scale > 0)) { /* else it goes into the exponent, and the greatest score stays the greatest */
 #pragma unroll
-    for (uint32_t i = 0; i < 32; i++)
-        s[i] *= rows->scale;
+        for (uint32_t i = 0; i < 32; i++)
+            s[i] *= scale;
+        scale = 1;
+    }
     if ((int64_t)tile * MLAK_CUDA_TILE < item->all_lo || ((int64_t)tile + 1) * MLAK_CUDA_TILE > item->all_end)
         wgmma_mask(item, &job->rows[item->request], tile, s);
 #pragma unroll
@@ -347,7 +359,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
         for (uint32_t i = 0; i < 16; i++)
             top = fmaxf(top, s[i / 2 * 4 + half * 2 + i % 2]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2)) * scale;
         bool follow = top > before + (tile - item->tile < WGMMA_EXACT ? 0 : WGMMA_LAZY); /* also from -inf */
         shrink[half] = follow ? power_of_two(before - top) : 1;
         rows->maximum[half] = follow ? top : before;
@@ -366,8 +378,8 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
     for (uint32_t n = 0; n < 8; n++)
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
-            float low = power_of_two(s[n * 4 + half * 2] - from[half]);
-            float high = power_of_two(s[n * 4 + half * 2 + 1] - from[half]);
+            float low = power_of_two(fmaf(s[n * 4 + half * 2], scale, -from[half]));
+            float high = power_of_two(fmaf(s[n * 4 + half * 2 + 1], scale, -from[half]));
             rows->sum[half] += low + high;
             uint32_t *to = (uint32_t *)(void *)(shared->p + wgmma_at(r + half * 8, n));
             to[lane % 4] = pack<TYPES>(low, high);
