@@ -104,7 +104,7 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     device->split_grid = (unsigned)(processors * (resident > 0 ? resident : 1));
     if (device->split_grid > MLAK_CUDA_PREPARE_THREADS)
         device->split_grid = MLAK_CUDA_PREPARE_THREADS;
-    device->combine_grid = (unsigned)processors * 3;
+    device->combine_grid = (unsigned)processors * 2; /* all at once: see its registers */
     return MLAK_OK;
 }
 

@@ -145,14 +145,17 @@ __device__ static inline void combine_row(const struct mlak_cuda_job *job, uint3
 
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
+    enum { WARPS = MLAK_CUDA_THREADS / 32 };
     uint32_t *last = (uint32_t *)(void *)mlak_shared;
     await_kernel_before();
-    uint64_t warps = gridDim.x * (MLAK_CUDA_THREADS / 32), merges = job.schedule->merges;
+    uint64_t warps = gridDim.x * WARPS, merges = job.schedule->merges;
     uint32_t pieces = COMBINE_MOST_PIECES;
     while (merges * pieces > warps && pieces > 1)
         pieces /= 2;
-    for (uint64_t piece = blockIdx.x * (MLAK_CUDA_THREADS / 32) + threadIdx.x / 32; piece < merges * pieces;
-         piece += warps) {
+    uint64_t busy = (uint64_t)row_least(row_most((int64_t)(merges * pieces + WARPS - 1) / WARPS, 1), gridDim.x);
+    if (blockIdx.x >= busy) /* the first one always has something to say */
+        return;
+    for (uint64_t piece = blockIdx.x * WARPS + threadIdx.x / 32; piece < merges * pieces; piece += warps) {
         uint32_t merge = (uint32_t)(piece / pieces), columns = MLAK_V / pieces;
         uint32_t column = (uint32_t)(piece % pieces) * columns, index = combine_request(&job, merge);
         uint32_t folded = merge - job.requests[index].first_merge;
@@ -164,7 +167,7 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */
         __threadfence();
-        *last = atomicAdd(&job.schedule->blocks_done, 1u) == gridDim.x - 1;
+        *last = atomicAdd(&job.schedule->blocks_done, 1u) == busy - 1;
     }
     __syncthreads();
     if (!*last)

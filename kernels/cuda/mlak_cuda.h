@@ -23,7 +23,7 @@ enum {
     MLAK_CUDA_TILE = 64,           /* keys of a tile */
     MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
     MLAK_CUDA_WGMMA_THREADS = 512, /* of each block of the split kernels for Hopper */
-    MLAK_CUDA_MOST_ABREAST = 4,
+    MLAK_CUDA_MOST_ABREAST = 8,
     MLAK_CUDA_PREPARE_THREADS = 1024,
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
     MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [64][512], maximum [64] (of log2
@@ -133,12 +133,12 @@ static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t s
     return rows > 16 && shared_bytes >= MLAK_CUDA_SPLIT_SHARED_WIDE ? 32 : 16;
 }
 
-/* Thread blocks abreast: as many as leave at most a fifth of them without a row block, in a request of mean size. */
+/* Thread blocks abreast: as many as leave at most a ninth of them without a row block, in a request of mean size. */
 static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_t rows_per_item)
 {
     uint64_t blocks = (batch->q_rows * batch->heads / batch->batch + rows_per_item - 1) / rows_per_item;
     uint64_t abreast = batch->deterministic ? 1 : MLAK_CUDA_MOST_ABREAST;
-    while ((blocks + abreast - 1) / abreast * abreast * 4 > blocks * 5 && abreast > 1)
+    while ((blocks + abreast - 1) / abreast * abreast * 8 > blocks * 9 && abreast > 1)
         abreast--;
     return (uint32_t)abreast;
 }

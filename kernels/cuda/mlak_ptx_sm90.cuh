@@ -43,15 +43,6 @@ __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *
                  : "memory");
 }
 
-/* The box is wanted soon. */
-__device__ static inline void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
-                                         int32_t page)
-{
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(element),
-                 "r"(row), "r"(chunk), "r"(page)
-                 : "memory");
-}
-
 /* The map is wanted soon. */
 __device__ static inline void map_expect(const struct mlak_cuda_map *map)
 {

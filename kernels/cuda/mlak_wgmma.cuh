@@ -4,8 +4,8 @@
  *   warpgroup   what it does with tile n of 64 keys                                   registers a thread
  *   values 0    O[64][0..255]   = O * shrink + P V, 8 products of 64 x 128 x 16       160 (O is 128 of them)
  *   values 1    O[64][256..511]                                                       160
- *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)           104
- *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       88
+ *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)            96
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       96
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
@@ -117,11 +117,6 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
 {
     uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
     bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
-    if (fetches && whole) { /* into the L2 cache, until there is room */
-#pragma unroll
-        for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
-            expect_box(&job->keys[piece != WGMMA_ROPE], 0, slot, (int32_t)wgmma_first(piece), page);
-    }
 #pragma unroll
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
         uint64_t *full = &shared->keys_full[stage][piece];
@@ -539,10 +534,10 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     await_kernel_before();
     let_next_kernel_start();
     if (group == WGMMA_LOADS) {
-        registers_give<88>();
+        registers_give<96>();
         wgmma_loads(shared, job);
     } else if (group == WGMMA_SCORES) {
-        registers_give<104>();
+        registers_give<96>();
         wgmma_scores<TYPES>(shared, job);
     } else {
         registers_take<160>();
