@@ -336,7 +336,7 @@ struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batc
     job.count = count;
     job.ticket = ++device->job.ticket;
     job.rows_per_item = mlak_cuda_rows(batch, device->most_shared, device->wgmma);
-    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item);
+    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, job.grid);
     if (job.rows_per_item == MLAK_CUDA_M)
         map_keys(device, &job);
     return job;

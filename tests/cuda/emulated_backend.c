@@ -113,7 +113,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .result = &device->result,
         .row_results = (void *)fences[RESULTS].data,
     };
-    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item);
+    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, GRID);
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
     run(split_kernel(batch, job.rows_per_item == 32, name), GRID, MLAK_CUDA_THREADS, device->shared, &job);
