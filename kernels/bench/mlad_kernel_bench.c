@@ -23,7 +23,7 @@ static const char usage[] =
     "rates of the vector instructions, on the same threads. KV is cold: copies of the batch are used in turn.\n"
     "  --device NAME       cpu (default), reference, or a GPU's UUID (GPU-...), which is timed by its own events over\n"
     "                      replays of a CUDA graph of all copies, and has no ceilings\n"
-    "  --variant NAME      generic, avx2, avx512 or amx; the best of this processor by default\n"
+    "  --variant NAME      generic, avx2, avx512 or amx; of a GPU mma or wgmma; the best of this device by default\n"
     "  --threads N         default: one for each processor\n"
     "  --dtype NAME        bf16, fp16, e4m3, bf16_e4m3 or bf16_656 (q and KV types); all by default\n"
     "  --q-len N           query tokens of a request, 1..64; default: 1, then 4\n"

@@ -22,9 +22,9 @@ from suite.tree import Tree  # noqa: E402
 
 # name -> module and most seconds, in the order of the run
 PARTS = {
-    "kernels": ("programs", 60), "grid": ("grid", 60), "verify": ("programs", 60), "replay": ("replay", 45),
+    "kernels": ("programs", 90), "grid": ("grid", 60), "verify": ("programs", 60), "replay": ("replay", 45),
     "python": ("frontends", 90), "hostile": ("hostile", 120), "kills": ("kills", 120), "uids": ("sharing", 60),
-    "fault": ("fault", 40), "two_gpus": ("sharing", 60), "bench": ("programs", 120), "sanitizer": ("programs", 75),
+    "fault": ("fault", 40), "two_gpus": ("sharing", 60), "bench": ("programs", 120), "sanitizer": ("programs", 120),
 }
 KILLS_WORKERS = {"kills"}       # the only part that may leave another worker behind
 

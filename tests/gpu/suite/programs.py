@@ -11,20 +11,24 @@ from pathlib import Path
 from .part import Part, Skip
 
 KERNEL_TESTS = ("test_decode", "test_edges", "test_same", "test_graph")
+PORTABLE = "mma"    # the variant of every GPU; some have another one for some types, and prefer it
 MODEL_DB = 49       # tests/data/README.md: what a correct bf16 decode reaches
 LAUNCHES = 60       # that racecheck looks at
 
 
 def kernels(part: Part):
-    """The kernel tests of tests/kernels, all at once, on the device's own memory."""
+    """The kernel tests of tests/kernels, all at once, on the device's own memory: with the kernels that it prefers, and
+    with the portable ones."""
     missing = [name for name in KERNEL_TESTS if not (part.tree.kernels / name).exists()]
     part.require(not missing, f"not built: {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         begin, running = time.monotonic(), {}
-        for name in KERNEL_TESTS:
+        for name in [test + variant for test in KERNEL_TESTS for variant in ("", f" {PORTABLE}")]:
+            test, _, variant = name.partition(" ")
+            words = [part.tree.kernels / test, part.device] + [variant] * bool(variant)
             with open(Path(folder) / name, "w") as output:
-                running[name] = subprocess.Popen([part.tree.kernels / name, part.device], stdin=subprocess.DEVNULL,
-                                                 stdout=output, stderr=output, env=part.tree.environment())
+                running[name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                                 env=part.tree.environment())
         for name, process in running.items():
             try:
                 process.wait(max(1, part.left))
@@ -100,18 +104,21 @@ def summary(output):
 
 
 def sanitizer(part: Part):
-    """memcheck over test_edges, then racecheck over the first launches of test_same."""
+    """memcheck over test_edges, then racecheck over the first launches of test_same; of both, the kernels that the
+    device prefers and the portable ones."""
     tool = sanitizer_path()
+    edges = ["--report-api-errors", "no", part.tree.kernels / "test_edges", part.device]
+    same = ["--launch-count", LAUNCHES, part.tree.kernels / "test_same", part.device]
     for name, words, share in (
-            ("memcheck", ["--report-api-errors", "no", part.tree.kernels / "test_edges"], 0.6),
-            ("racecheck", ["--launch-count", LAUNCHES, part.tree.kernels / "test_same"], 1.0)):
+            ("memcheck", [*edges], 0.4), ("memcheck portable", [*edges, PORTABLE], 0.5),
+            ("racecheck", [*same], 0.6), ("racecheck portable", [*same, PORTABLE], 1.0)):
         begin = time.monotonic()
-        status, output = part.command(tool, "--tool", name, *words, part.device, timeout=max(10, part.left * share))
+        status, output = part.command(tool, "--tool", name.split()[0], *words, timeout=max(10, part.left * share))
         part.figures[name] = {"summary": summary(output), "status": status,
                               "seconds": round(time.monotonic() - begin, 1)}
         part.check(status == 0 and summary(output) == 0,
                    f"{name} {'did not finish' if status is None else f'ended with {status}'}: {output[-1200:]}")
-    part.figures["racecheck"]["launches"] = f"the first {LAUNCHES}"
+    part.figures["racecheck_launches"] = f"the first {LAUNCHES}"
 
 
 # Speed.
@@ -135,35 +142,40 @@ def mean(ratios):
 
 
 def bench(part: Part):
-    """mlad-kernel-bench on a peer's shapes. Right means that all ran; how fast stands in the figures."""
+    """mlad-kernel-bench on a peer's shapes, by the kernels that the device prefers and by the portable ones. Right means
+    that all ran; how fast stands in the figures."""
     if not part.options.get("peer"):
         raise Skip("no --peer FILE")
     part.require(part.tree.bench.exists(), "mlad-kernel-bench is not built")
     shapes, rows = chosen(json.loads(Path(part.options["peer"]).read_text())), []
     part.require(bool(shapes), "the peer's file holds no shapes")
     name = part.options.get("device_name", "")
-    part.figures.update(shapes=rows, planned=len(shapes))
+    part.figures.update(shapes=rows, planned=len(shapes), ratio_is="the peer's time over ours")
     for shape in shapes:
+        keys = ("batch", "heads", "q_len", "kv_len")
         words = [part.tree.bench, "--device", part.device, "--json", "--seconds", "0.1",
                  "--dtype", shape.get("dtype", "bf16"), "--page-size", shape.get("page_size", 64)]
-        for key in ("batch", "heads", "q_len", "kv_len"):
+        for key in keys:
             words += [f"--{key.replace('_', '-')}", shape[key]]
         if not part.check(part.left > 3, f"no time for {len(shapes) - len(rows)} of {len(shapes)} shapes"):
             break
-        status, output = part.command(*words)
-        found = re.findall(r'^\{"type":"case".*$', output, re.M)
-        if part.check(status == 0 and len(found) == 1, f"{shape}: ended with {status}: {output[-300:]}"):
-            ours, theirs = json.loads(found[0]), peer_us(shape, name)
-            rows.append({**{key: shape[key] for key in ("batch", "heads", "q_len", "kv_len")},
-                         "us": ours["median_us"], "min_us": ours["min_us"], "kv_gbps": ours["kv_gbps"],
-                         "peer_us": theirs, "ratio": theirs / ours["median_us"] if theirs else None})
-    rated = [row for row in rows if row["ratio"]]
-    narrow = [row["ratio"] for row in rated if row["batch"] >= 64 and row["heads"] * row["q_len"] <= 32]
-    others = [row["ratio"] for row in rated if not (row["batch"] >= 64 and row["heads"] * row["q_len"] <= 32)]
-    part.figures.update(
-        ratio_is="the peer's time over ours", geometric_mean=mean([row["ratio"] for row in rated]),
-        geometric_mean_batch_64=mean([row["ratio"] for row in rated if row["batch"] >= 64]),
-        narrow={"shapes": len(narrow), "at_least_half": sum(r >= 1 / 2 for r in narrow),
-                "geometric_mean": mean(narrow)},
-        others={"shapes": len(others), "at_least_third": sum(r >= 1 / 3 for r in others),
-                "geometric_mean": mean(others)})
+        row = {**{key: shape[key] for key in keys}, "peer_us": peer_us(shape, name)}
+        for kind, variant in (("", []), ("portable_", ["--variant", PORTABLE])):
+            status, output = part.command(*words, *variant)
+            found = re.findall(r'^\{"type":"case".*$', output, re.M)
+            if part.check(status == 0 and len(found) == 1, f"{shape}: ended with {status}: {output[-300:]}"):
+                ours = json.loads(found[0])
+                row.update({f"{kind}us": ours["median_us"], f"{kind}min_us": ours["min_us"],
+                            f"{kind}kv_gbps": ours["kv_gbps"],
+                            f"{kind}ratio": row["peer_us"] / ours["median_us"] if row["peer_us"] else None})
+        rows.append(row)
+    for kind in ("", "portable_"):
+        rated = [row for row in rows if row.get(f"{kind}ratio")]
+        is_narrow = [row["batch"] >= 64 and row["heads"] * row["q_len"] <= 32 for row in rated]
+        ratios = [row[f"{kind}ratio"] for row in rated]
+        narrow = [ratio for ratio, it_is in zip(ratios, is_narrow) if it_is]
+        others = [ratio for ratio, it_is in zip(ratios, is_narrow) if not it_is]
+        part.figures[f"{kind}means"] = {
+            "all": mean(ratios),
+            "narrow": {"shapes": len(narrow), "at_least_half": sum(r >= 1 / 2 for r in narrow), "mean": mean(narrow)},
+            "others": {"shapes": len(others), "at_least_third": sum(r >= 1 / 3 for r in others), "mean": mean(others)}}
