@@ -20,9 +20,8 @@
  * written anew four items later, when its readers are long past it: an item has a tile at least, and the loads are two
  * tiles ahead of the values at most.
  *
- * The maximum that a row's weights refer to follows its scores for four tiles, and then only when they exceed it by more
- * than 2^8: seldom, and else O need not be touched. Weights up to 2^8 round as those up to 1 do, in bf16 and in fp16; but
- * the largest of a few is exact if it is 1. */
+ * The largest weight so far is 1, always: it is the one that must not be rounded. O is touched only where a row's
+ * maximum has grown, which it does less and less. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
 #include "mlak_types.cuh"
@@ -34,9 +33,7 @@ enum {
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
     WGMMA_ITEMS = 4,   /* slots of the ring */
-    WGMMA_LOADERS = 1, /* named barrier of the loads */
-    WGMMA_LAZY = 8,    /* log2 of the largest weight */
-    WGMMA_EXACT = 4    /* tiles of an item with weights up to 1 */
+    WGMMA_LOADERS = 1  /* named barrier of the loads */
 };
 enum { WGMMA_VALUES_0, WGMMA_VALUES_1, WGMMA_SCORES, WGMMA_LOADS }; /* warpgroups */
 
@@ -272,14 +269,15 @@ struct wgmma_rows {
     float scale;              /* to log2 */
 };
 
-/* S += Q K^T over the columns of a piece, as soon as its keys are there. */
+/* S += Q K^T over the columns of a piece, as soon as its keys are there. `copied`: not fetched by the copy engine. */
 template <enum mlak_cuda_types TYPES, uint32_t PIECE>
-__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, float s[32])
+__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, bool copied, float s[32])
 {
     uint32_t q = operand_here(operand_rows(shared->q[wgmma_first(PIECE)]));
     uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][wgmma_first(PIECE)]));
     barrier_wait(&shared->keys_full[count % WGMMA_STAGES][PIECE], count / WGMMA_STAGES % 2);
-    shared_to_products();
+    if (copied)
+        shared_to_products();
     products_begin();
 #pragma unroll
     for (uint32_t step = 0; step < wgmma_chunks(PIECE) * 4; step++) {
@@ -294,13 +292,14 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
 
 /* S of tile `count`. `last`: of the item, so that q is not needed any more. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
+__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool copied, bool last,
+                                               float s[32])
 {
-    wgmma_score_piece<TYPES, 0>(shared, count, s);
-    wgmma_score_piece<TYPES, 1>(shared, count, s);
-    wgmma_score_piece<TYPES, 2>(shared, count, s);
-    wgmma_score_piece<TYPES, 3>(shared, count, s);
-    wgmma_score_piece<TYPES, 4>(shared, count, s);
+    wgmma_score_piece<TYPES, 0>(shared, count, copied, s);
+    wgmma_score_piece<TYPES, 1>(shared, count, copied, s);
+    wgmma_score_piece<TYPES, 2>(shared, count, copied, s);
+    wgmma_score_piece<TYPES, 3>(shared, count, copied, s);
+    wgmma_score_piece<TYPES, 4>(shared, count, copied, s);
     products_commit();
     products_wait<0>();
     if (threadIdx.x % 32 == 0) {
@@ -355,9 +354,8 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             top = fmaxf(top, s[i / 2 * 4 + half * 2 + i % 2]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2)) * scale;
-        bool follow = top > before + (tile - item->tile < WGMMA_EXACT ? 0 : WGMMA_LAZY); /* also from -inf */
-        shrink[half] = follow ? power_of_two(before - top) : 1;
-        rows->maximum[half] = follow ? top : before;
+        shrink[half] = top > before ? power_of_two(before - top) : 1; /* also from -inf */
+        rows->maximum[half] = fmaxf(top, before);
         rows->sum[half] *= shrink[half];
         from[half] = rows->maximum[half] == -INFINITY ? 0 : rows->maximum[half]; /* nothing seen yet: weights are 0 */
     }
@@ -410,7 +408,7 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, job->rows[item->request].score_scale * ITEM_LOG2_E};
         for (uint32_t i = 0; i < tiles; i++, count++) {
             float s[32];
-            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
+            wgmma_score_tile<TYPES>(shared, count, !wgmma_fetches(job, item, tile + i), i + 1 == tiles, s);
             wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
         }
     }
@@ -497,6 +495,7 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
             if (lane == 0)
                 barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 0)]);
             products_wait<0>();
+            warp_meet(); /* all lanes have read what scores write next */
             if (lane == 0) {
                 barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 1)]);
                 barrier_arrive(&shared->p_empty);
