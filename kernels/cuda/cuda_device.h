@@ -35,7 +35,8 @@ struct mlak_device {
 /* Make the device's context current. MLAK_OK or MLAK_LOST, now or long ago. */
 enum mlak_code cuda_enter(struct mlak_device *device, struct mlak_fault *fault);
 
-/* MLAK_LOST from now on, for the thread that launches: `call`, a member of struct mlak_driver or other words, answered `result`. */
+/* MLAK_LOST from now on, for the thread that launches: `call`, a member of struct mlak_driver or other words, answered
+ * `result`. */
 enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
 
 /* Wait until nothing is left on the device's stream: what runs names memory that the caller may unmap. */

@@ -1,7 +1,7 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     warp       takes a piece of a folded row that was split at a time: all of its 512 columns, a half, a quarter or an
- *                eighth, as there are enough warps
+ *     warp       takes a piece of a folded row that was split at a time: all of its 512 columns, a half, a quarter or
+ *                an eighth, as there are enough warps
  *     lane       owns 4 or 2 neighbouring columns of each step of a warp; looks at one of 32 parts' maximum and sum
  *     row order  splits are merged in their order, never in that of their arrival: the same launch gives the same bits
  *     the end    the last block to finish writes each row's result, then the completion word
@@ -121,8 +121,8 @@ __device__ static inline void combine_row(const struct mlak_cuda_job *job, uint3
 #pragma unroll
                 for (uint32_t i = 0; i < AT_A_TIME; i++) {
                     uint32_t from = __shfl_sync(0xffffffff, slot, (int)(at + i));
-                    values[i] = at + i < count ? combine_load<WIDTH>(job->parts + (uint64_t)from * MLAK_CUDA_PART_FLOATS +
-                                                                     part_o(r, column + lane * WIDTH))
+                    const float *part = job->parts + (uint64_t)from * MLAK_CUDA_PART_FLOATS;
+                    values[i] = at + i < count ? combine_load<WIDTH>(part + part_o(r, column + lane * WIDTH))
                                                : combine_columns<WIDTH>{};
                 }
 #pragma unroll

@@ -129,7 +129,7 @@ __device__ static inline float bits_float(uint32_t bits)
     return __uint_as_float(bits);
 }
 
-/* Before the kernel looks at anything that the kernel before it in the stream wrote, or writes anything itself; at once,
+/* Before the kernel looks at anything that the kernel before it in the stream wrote, or writes anything itself; no wait
  * if it was not launched early. All threads. */
 __device__ static inline void await_kernel_before(void)
 {

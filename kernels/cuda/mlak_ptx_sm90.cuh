@@ -33,7 +33,7 @@ __device__ static inline void copy_async_to(uint32_t to, const void *from, bool 
 }
 
 /* A box of a tensor, by the copy engine: `map` is as the driver encodes it, and names the tensor's address and shape;
- * coordinates beyond it are zeros. Its bytes are told to `barrier`, in expectation of which one thread arrives there. */
+ * coordinates beyond it are zeros. Its bytes are told to `barrier`, where one thread arrives expecting them. */
 __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
                                        int32_t chunk, int32_t page, uint64_t *barrier)
 {
@@ -183,7 +183,7 @@ __device__ static inline uint32_t operand_here(uint32_t operand)
 }
 
 #define MLAK_8(c, i)                                                                                                   \
-    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),         \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),        \
         "+f"(c[i + 7])
 
 #define MLAK_REGISTERS_32 \

@@ -11,17 +11,18 @@
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> scores        q_empty
- *   keys     2 stages of 9 chunks   147456   keys_full   loads -> scores        keys_empty, of each stage and piece: the
- *   p        1 chunk                  8192                                      rope by scores, each half by its values
- *   the rest of wgmma_shared        ~ 1900   p_full      scores -> values       p_empty
+ *   keys     2 stages of 9 chunks   147456   keys_full   loads -> scores        keys_empty, of each stage and piece:
+ *   p        1 chunk                  8192                                      rope by scores, halves by their values
+ *   the rest of wgmma_shared        ~ 1500   p_full      scores -> values       p_empty; sums_empty, of a whole item's
  *
  * The loads run ahead by two tiles, into the next item as well: while the values write an item out, the next one's keys
  * and q are on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is
  * written anew four items later, when its readers are long past it: an item has a tile at least, and the loads are two
  * tiles ahead of the values at most.
  *
- * The largest weight so far is 1, always: it is the one that must not be rounded. O is touched only where a row's
- * maximum has grown, which it does less and less. */
+ * The maximum that a row's weights refer to is that of its scores, so that the largest weight is 1 and not rounded; but
+ * a larger one that would still be less than an eighth of all weights so far is let pass, as its rounding is lost among
+ * theirs. So O need be touched in an item's first tiles only, unless few keys have nearly all weight. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
 #include "mlak_types.cuh"
@@ -33,7 +34,9 @@ enum {
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
     WGMMA_ITEMS = 4,   /* slots of the ring */
-    WGMMA_LOADERS = 1  /* named barrier of the loads */
+    WGMMA_LOADERS = 1, /* named barrier of the loads */
+    WGMMA_SHARE = 8,   /* weights above 1 are less than 1 / 8 of their sum, */
+    WGMMA_MOST = 256   /* and no more than this: fp16 ends at 65504 */
 };
 enum { WGMMA_VALUES_0, WGMMA_VALUES_1, WGMMA_SCORES, WGMMA_LOADS }; /* warpgroups */
 
@@ -61,12 +64,12 @@ struct wgmma_item {
 
 struct wgmma_shared {
     unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK], p[WGMMA_CHUNK];
-    uint64_t q_full, q_empty, p_full, p_empty;
+    uint64_t q_full, q_empty, p_full, p_empty, sums_empty;
     uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
     struct wgmma_item items[WGMMA_ITEMS];
     float shrink[WGMMA_ROWS];                         /* of each row's O, before the tile's values are added */
     uint32_t shrinks[WGMMA_GROUP / 32];               /* whether any of a warp's 16 rows does */
-    float maximum[2][WGMMA_ROWS], sum[2][WGMMA_ROWS]; /* of a whole item; even and odd items */
+    float maximum[WGMMA_ROWS], sum[WGMMA_ROWS]; /* of a whole item, with its last p */
 };
 static_assert(sizeof(struct wgmma_shared) <= MLAK_CUDA_SPLIT_SHARED_WGMMA, "");
 
@@ -109,8 +112,8 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
 
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page. Lane i of the first
  * warp names the place of box i. All threads arrive, as they do when they copy. */
-__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job, int32_t page,
-                                               int32_t slot, uint32_t count)
+__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                               int32_t page, int32_t slot, uint32_t count)
 {
     uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
     bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
@@ -266,6 +269,7 @@ __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const str
 /* What a thread knows of its two rows, lane / 4 of its warp's 16 and the one 8 below. */
 struct wgmma_rows {
     float maximum[2], sum[2]; /* the sum of its own columns' weights */
+    float whole[2];           /* of all columns' */
     float scale;              /* to log2 */
 };
 
@@ -310,7 +314,8 @@ __device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint
 }
 
 /* -inf where a row does not see a key. */
-__device__ static inline void wgmma_mask(const struct item *item, const struct mlak_row *row, uint32_t tile, float s[32])
+__device__ static inline void wgmma_mask(const struct item *item, const struct mlak_row *row, uint32_t tile,
+                                         float s[32])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
     uint32_t visible[2] = {0, 0};
@@ -354,13 +359,17 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             top = fmaxf(top, s[i / 2 * 4 + half * 2 + i % 2]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2)) * scale;
-        shrink[half] = top > before ? power_of_two(before - top) : 1; /* also from -inf */
-        rows->maximum[half] = fmaxf(top, before);
+        float growth = power_of_two(top - before); /* infinite from -inf */
+        bool follow = top > before && (growth * WGMMA_SHARE > rows->whole[half] || growth > WGMMA_MOST);
+        shrink[half] = follow ? power_of_two(before - top) : 1;
+        rows->maximum[half] = follow ? top : before;
         rows->sum[half] *= shrink[half];
         from[half] = rows->maximum[half] == -INFINITY ? 0 : rows->maximum[half]; /* nothing seen yet: weights are 0 */
     }
     bool any = __any_sync(0xffffffff, shrink[0] != 1 || shrink[1] != 1);
     barrier_wait(&shared->p_empty, count % 2 ^ 1);
+    if (last)
+        barrier_wait(&shared->sums_empty, items % 2 ^ 1);
     if (lane % 4 == 0) {
         shared->shrink[r] = shrink[0];
         shared->shrink[r + 8] = shrink[1];
@@ -377,16 +386,15 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             uint32_t *to = (uint32_t *)(void *)(shared->p + wgmma_at(r + half * 8, n));
             to[lane % 4] = pack<TYPES>(low, high);
         }
-    if (last) {
 #pragma unroll
-        for (uint32_t half = 0; half < 2; half++) {
-            float sum = rows->sum[half];
-            sum += __shfl_xor_sync(0xffffffff, sum, 1);
-            sum += __shfl_xor_sync(0xffffffff, sum, 2);
-            if (lane % 4 == 0) {
-                shared->maximum[items % 2][r + half * 8] = rows->maximum[half];
-                shared->sum[items % 2][r + half * 8] = sum;
-            }
+    for (uint32_t half = 0; half < 2; half++) {
+        float sum = rows->sum[half];
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        rows->whole[half] = sum;
+        if (last && lane % 4 == 0) {
+            shared->maximum[r + half * 8] = rows->maximum[half];
+            shared->sum[r + half * 8] = sum;
         }
     }
     shared_to_products();
@@ -405,7 +413,8 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         uint32_t tiles = slot->tiles, tile = item->tile;
         if (tiles == 0)
             break;
-        struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, job->rows[item->request].score_scale * ITEM_LOG2_E};
+        float scale = job->rows[item->request].score_scale * ITEM_LOG2_E;
+        struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, scale};
         for (uint32_t i = 0; i < tiles; i++, count++) {
             float s[32];
             wgmma_score_tile<TYPES>(shared, count, !wgmma_fetches(job, item, tile + i), i + 1 == tiles, s);
@@ -420,8 +429,7 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
 
 /* The rows' outcome: to out and lse, or to their slot. */
 __device__ static inline void wgmma_finish(const struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                           const struct item *item, uint32_t items, uint32_t columns,
-                                           const float o[128])
+                                           const struct item *item, uint32_t columns, const float o[128])
 {
     const struct mlak_row *row = &job->rows[item->request];
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
@@ -431,7 +439,7 @@ __device__ static inline void wgmma_finish(const struct wgmma_shared *shared, co
         bool speaks = columns == 0 && lane % 4 == 0;
         if (r >= item->rows)
             continue;
-        float maximum = shared->maximum[items % 2][r], sum = shared->sum[items % 2][r];
+        float maximum = shared->maximum[r], sum = shared->sum[r];
         if (item->part == NULL) {
             struct item_end end = item_end(row, folded % row->heads, maximum, sum);
             uint32_t *to = item_out(row, folded, column);
@@ -501,10 +509,11 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
                 barrier_arrive(&shared->p_empty);
             }
         }
-        if (*(const volatile int *)&slot->stopped)
-            continue;
-        wgmma_finish(shared, job, &slot->item, items, own * 256, o);
-        if (own == 0 && threadIdx.x % WGMMA_GROUP == 0)
+        bool stopped = *(const volatile int *)&slot->stopped;
+        if (!stopped)
+            wgmma_finish(shared, job, &slot->item, own * 256, o);
+        barrier_arrive(&shared->sums_empty);
+        if (!stopped && own == 0 && threadIdx.x % WGMMA_GROUP == 0)
             item_done(job);
     }
 }
@@ -520,6 +529,7 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         barrier_new(&shared->q_empty, WGMMA_GROUP / 32);
         barrier_new(&shared->p_full, WGMMA_GROUP);
         barrier_new(&shared->p_empty, 2 * WGMMA_GROUP / 32);
+        barrier_new(&shared->sums_empty, 2 * WGMMA_GROUP);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++)
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_GROUP);
