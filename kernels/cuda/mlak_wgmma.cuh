@@ -273,15 +273,14 @@ struct wgmma_rows {
     float scale;              /* to log2 */
 };
 
-/* S += Q K^T over the columns of a piece, as soon as its keys are there. `copied`: not fetched by the copy engine. */
+/* S += Q K^T over the columns of a piece, as soon as its keys are there. */
 template <enum mlak_cuda_types TYPES, uint32_t PIECE>
-__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, bool copied, float s[32])
+__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, float s[32])
 {
     uint32_t q = operand_here(operand_rows(shared->q[wgmma_first(PIECE)]));
     uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][wgmma_first(PIECE)]));
     barrier_wait(&shared->keys_full[count % WGMMA_STAGES][PIECE], count / WGMMA_STAGES % 2);
-    if (copied)
-        shared_to_products();
+    shared_to_products(); /* what did not come by the copy engine */
     products_begin();
 #pragma unroll
     for (uint32_t step = 0; step < wgmma_chunks(PIECE) * 4; step++) {
@@ -296,14 +295,13 @@ __device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uin
 
 /* S of tile `count`. `last`: of the item, so that q is not needed any more. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool copied, bool last,
-                                               float s[32])
+__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
 {
-    wgmma_score_piece<TYPES, 0>(shared, count, copied, s);
-    wgmma_score_piece<TYPES, 1>(shared, count, copied, s);
-    wgmma_score_piece<TYPES, 2>(shared, count, copied, s);
-    wgmma_score_piece<TYPES, 3>(shared, count, copied, s);
-    wgmma_score_piece<TYPES, 4>(shared, count, copied, s);
+    wgmma_score_piece<TYPES, 0>(shared, count, s);
+    wgmma_score_piece<TYPES, 1>(shared, count, s);
+    wgmma_score_piece<TYPES, 2>(shared, count, s);
+    wgmma_score_piece<TYPES, 3>(shared, count, s);
+    wgmma_score_piece<TYPES, 4>(shared, count, s);
     products_commit();
     products_wait<0>();
     if (threadIdx.x % 32 == 0) {
@@ -417,7 +415,7 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, scale};
         for (uint32_t i = 0; i < tiles; i++, count++) {
             float s[32];
-            wgmma_score_tile<TYPES>(shared, count, !wgmma_fetches(job, item, tile + i), i + 1 == tiles, s);
+            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
             wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
         }
     }
@@ -503,11 +501,9 @@ __device__ static inline void wgmma_values(struct wgmma_shared *shared, const st
             if (lane == 0)
                 barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 0)]);
             products_wait<0>();
-            warp_meet(); /* all lanes have read what scores write next */
-            if (lane == 0) {
+            if (lane == 0)
                 barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 1)]);
-                barrier_arrive(&shared->p_empty);
-            }
+            barrier_arrive(&shared->p_empty);
         }
         bool stopped = *(const volatile int *)&slot->stopped;
         if (!stopped)
@@ -528,7 +524,7 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         barrier_new(&shared->q_full, WGMMA_GROUP + 1);
         barrier_new(&shared->q_empty, WGMMA_GROUP / 32);
         barrier_new(&shared->p_full, WGMMA_GROUP);
-        barrier_new(&shared->p_empty, 2 * WGMMA_GROUP / 32);
+        barrier_new(&shared->p_empty, 2 * WGMMA_GROUP);
         barrier_new(&shared->sums_empty, 2 * WGMMA_GROUP);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++)
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
