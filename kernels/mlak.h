@@ -248,7 +248,7 @@ struct mlak_backend {
      * graph_new: capture the launches of batches[0..count), checked and whole, into a graph that runs them in this
      *   order. It keeps the descriptors, with the pointers and scales by value; what the pointers name is read at each
      *   replay, and may be other lengths, tables, cu_q and contents each time. A batch has at most 1024 requests, a
-     *   deterministic one as many as fit the device's scratch, 32 at least. Nothing runs. NULL and `fault`: INVALID,
+     *   deterministic one as many as fit the device's scratch, 16 at least. Nothing runs. NULL and `fault`: INVALID,
      *   UNSUPPORTED (a batch is too large), MEMORY, LOST; the device is as before.
      * graph_replay: run it once, to its end; as launch_batch of its last batch, into rows[0..batch), zeros to begin
      *   with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work may come

@@ -440,7 +440,7 @@ static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak
     CUresult result = cuda_launch(device, &job, device->stream);
     if (result != CUDA_SUCCESS) {
         cancel(device, job.ticket);
-        return cuda_refused(device, "launch", result, fault);
+        return cuda_refused(device, "launch_as", result, fault);
     }
     enum mlak_code code = cuda_await(device, job.ticket, &rows[0].code, fault);
     return code == MLAK_OK ? cuda_outcome(device, batch, first, count, rows, fault) : code;

@@ -43,7 +43,7 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
     *call = "capture_begin";
     result = cu->capture_begin(stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
     if (result == CUDA_SUCCESS) {
-        *call = "launch";
+        *call = "launch_as";
         for (uint32_t i = 0; i < count && result == CUDA_SUCCESS; i++) {
             struct mlak_cuda_job job = cuda_job(device, &batches[i], 0, batches[i].batch);
             result = cuda_launch(device, &job, stream);

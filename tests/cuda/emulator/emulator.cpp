@@ -415,6 +415,11 @@ static void start_block(uint32_t index)
     }
 }
 
+bool mlak_emulates(const char *kernel)
+{
+    return find_kernel(kernel) != NULL;
+}
+
 bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t size, const void *job)
 {
     kernel_function *found = find_kernel(kernel);

@@ -20,6 +20,9 @@ extern "C" {
  * sentence on stderr, where a GPU would fault or hang. */
 bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared_bytes, const void *job);
 
+/* Whether there is such a kernel. */
+bool mlak_emulates(const char *kernel);
+
 #ifdef __cplusplus
 }
 #endif

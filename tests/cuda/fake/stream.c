@@ -11,6 +11,7 @@
 
 bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
     __attribute__((weak));
+bool mlak_emulates(const char *kernel) __attribute__((weak));
 
 enum op_kind { OP_COPY, OP_SET, OP_LAUNCH, OP_CALL, OP_EVENT };
 struct op {
@@ -303,6 +304,7 @@ API(cuModuleUnload, (CUmodule m), (m)) { return m ? FAKE_OK : FAKE_INVALID_HANDL
 API(cuModuleGetFunction, (CUfunction *out, CUmodule m, const char *name), (out, m, name))
 {
     if (!m || strncmp(name, "mlak_", 5) || strlen(name) >= 128) return FAKE_NOT_FOUND;
+    if (!strncmp(name, "mlak_cuda_", 10) && mlak_emulates && !mlak_emulates(name)) return FAKE_NOT_FOUND;
     CUfunction f = calloc(1, sizeof *f);
     if (!f) return FAKE_OUT_OF_MEMORY;
     strcpy(f->name, name);
