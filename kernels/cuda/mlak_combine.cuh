@@ -80,12 +80,13 @@ template <int WIDTH> struct combine_columns {
 };
 template <int WIDTH> __device__ static inline struct combine_columns<WIDTH> combine_load(const float *from)
 {
-    struct combine_columns<WIDTH> columns;
-    if (WIDTH == 4)
-        *(float4 *)(void *)columns.at = *(const float4 *)(const void *)from;
-    else
-        *(float2 *)(void *)columns.at = *(const float2 *)(const void *)from;
-    return columns;
+    if constexpr (WIDTH == 4) {
+        const float4 all = *(const float4 *)(const void *)from;
+        return {{all.x, all.y, all.z, all.w}};
+    } else {
+        const float2 all = *(const float2 *)(const void *)from;
+        return {{all.x, all.y}};
+    }
 }
 
 /* Columns [column, end) of folded row `folded` of a request. */

@@ -137,7 +137,8 @@ static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t s
 static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_t rows_per_item, uint32_t grid)
 {
     uint64_t blocks = (batch->q_rows * batch->heads / batch->batch + rows_per_item - 1) / rows_per_item;
-    uint64_t abreast = batch->deterministic ? 1 : grid < MLAK_CUDA_MOST_ABREAST ? grid : MLAK_CUDA_MOST_ABREAST;
+    const uint32_t most = MLAK_CUDA_MOST_ABREAST;
+    uint64_t abreast = batch->deterministic ? 1 : grid < most ? grid : most;
     while ((blocks + abreast - 1) / abreast * abreast * 8 > blocks * 9 && abreast > 1)
         abreast--;
     return (uint32_t)abreast;

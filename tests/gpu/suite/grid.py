@@ -88,3 +88,4 @@ def grid(part: Part):
     part.figures["axes"] = decks.dealt
     part.check(not decks.not_dealt(), f"values that never appeared: {', '.join(decks.not_dealt())}")
     part.figures["planned_cases"] = wanted
+    part.check(counts["cases"] >= wanted, f"the time ended after {counts['cases']} of {wanted} cases")
