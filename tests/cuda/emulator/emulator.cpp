@@ -136,7 +136,7 @@ static void run_block()
                     moved = again = true;
                 }
             }
-        if (!moved && done < gpu.threads && !hopper_land())
+        if (!moved && done < gpu.threads && !hopper_go_on())
             fault_deadlock();
     }
     hopper_end();
@@ -405,6 +405,7 @@ static void start_block(uint32_t index)
     gpu.block_index = index;
     memset(gpu.shared, 0xff, gpu.shared_size);
     gpu.block = new_meeting("the block", 0, gpu.threads);
+    gpu.late = new_meeting("the others", 0, gpu.threads);
     for (uint32_t i = 1; i < NAMED_BARRIERS; i++)
         gpu.named[i] = new_meeting("named barrier", i, 0);
     hopper_begin();

@@ -65,6 +65,7 @@ struct emulated_gpu {
     std::mutex one_at_a_time;
     fiber fibers[MAX_THREADS];
     meeting warps[MAX_THREADS / WARP], groups[MAX_THREADS / WARPGROUP], named[NAMED_BARRIERS], block;
+    meeting late; /* of those who go on when nobody else can */
     fiber scheduler;
     uint32_t current, threads, block_index, grid;
     unsigned char *shared;
@@ -97,7 +98,8 @@ void copy_land(const copy *copy);
 void hopper_begin();
 void hopper_end();
 
-/* Let what is on its way land, until a barrier has been passed. False: nothing is on its way. */
-bool hopper_land();
+/* Nobody can go on: let what is on its way land until a barrier has been passed; else, let go on who gave way. False:
+ * nothing is on its way, and nobody gave way. */
+bool hopper_go_on();
 
 #endif

@@ -2,8 +2,9 @@
  *
  * All that is asynchronous there is as late here as it can be: copies land when no thread can run without them, and
  * what they will overwrite is NaN from the moment they set off; products are computed when their warpgroup waits for
- * them, out of what is in shared memory then, and until then their accumulators are NaN. So whoever waits for too
- * little, or gives room back too early, computes NaN. */
+ * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other block a
+ * thread that has arrived at a barrier goes on when no other thread can. So whoever waits for too little, or gives room
+ * back too early, computes NaN. */
 #include "emulated_ptx_sm90.h"
 #include "emulator.h"
 #include "fibers.h"
@@ -94,6 +95,10 @@ void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
     at->bytes += bytes;
     barrier_count(at);
     barrier_pass(at);
+    if (gpu.block_index % 2) {
+        gpu.late.arrived++;
+        await_meeting(&gpu.late);
+    }
 }
 
 void barrier_arrive_after_copies(uint64_t *barrier)
@@ -171,7 +176,8 @@ void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int
     flights.push_back(std::move(flight));
 }
 
-bool hopper_land()
+/* What set off first, and what follows until a barrier has been passed. False: not one has. */
+static bool flights_land()
 {
     for (bool passed = false; !passed;) {
         if (flights.empty())
@@ -186,6 +192,15 @@ bool hopper_land()
         flights.pop_front();
     }
     return true;
+}
+
+bool hopper_go_on()
+{
+    if (flights_land())
+        return true;
+    bool late = gpu.late.arrived > 0;
+    leave(&gpu.late);
+    return late;
 }
 
 void hopper_begin()
