@@ -143,8 +143,8 @@ static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_
     return (uint32_t)abreast;
 }
 
-/* Keys of a box that the copy engine fetches: as many of a tile, halved and halved again, as divide a page. 0: less than
- * 8, which it is not used for. */
+/* Keys of a box that the copy engine fetches: as many of a tile, halved and halved again, as divide a page. 0: less
+ * than 8, which it is not used for. */
 static inline uint32_t mlak_cuda_box_rows(const struct mlak_batch *batch)
 {
     uint32_t rows = MLAK_CUDA_TILE;

@@ -1,6 +1,6 @@
 /* emulator.h - runs the kernels of kernels/cuda on a processor, so that their arithmetic, masks and bounds are tested
- * where there is no GPU. The sources are the same; only the instructions of mlak_ptx.cuh and mlak_ptx_sm90.cuh are replaced
- * (emulated_ptx.h, emulated_ptx_sm90.h).
+ * where there is no GPU. The sources are the same; only the instructions of mlak_ptx.cuh and mlak_ptx_sm90.cuh are
+ * replaced (emulated_ptx.h, emulated_ptx_sm90.h).
  *
  * What it shows: results, and every address that a kernel uses (accesses outside dynamic shared memory abort; client
  * memory is as protected as its owner made it; copies land only when they are waited for, and a warpgroup's products
