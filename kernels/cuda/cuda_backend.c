@@ -305,10 +305,8 @@ enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresu
 static void map_keys(const struct mlak_device *device, struct mlak_cuda_job *job)
 {
     const struct mlak_batch *batch = &job->batch;
-    uint32_t rows = MLAK_CUDA_TILE;
-    while (batch->page_size % rows)
-        rows /= 2;
-    if (rows < 8)
+    uint32_t rows = mlak_cuda_box_rows(batch);
+    if (rows == 0)
         return;
     const CUtensorMapDataType type =
         batch->kv_format == MLAK_KV_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

@@ -144,6 +144,16 @@ static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_
     return (uint32_t)abreast;
 }
 
+/* Keys of a box that the copy engine fetches: as many of a tile, halved and halved again, as divide a page. 0: less
+ * than 8, which it is not used for. */
+static inline uint32_t mlak_cuda_box_rows(const struct mlak_batch *batch)
+{
+    uint32_t rows = MLAK_CUDA_TILE;
+    while (batch->page_size % rows)
+        rows /= 2;
+    return rows < 8 ? 0 : rows;
+}
+
 /* "mlak_cuda_split_", "mlak_cuda_split_wide_" or "mlak_cuda_split_wgmma_" (the first two only) and one of these */
 #define MLAK_CUDA_TYPE_NAMES {"bf16", "fp16", "fp8", "bf16_fp8", "bf16_656"}
 

@@ -13,6 +13,10 @@
 #include "mlak_cuda.h"
 #include "mlak_ptx.cuh"
 
+#ifdef MLAK_EMULATE
+#include "emulated_ptx_sm90.h"
+#else
+
 /* ---- barriers ---- */
 
 __device__ static inline void barrier_new(uint64_t *barrier, uint32_t arrivals)
@@ -224,4 +228,5 @@ MLAK_SCORES(product_64x64_fp16, "f16")
 MLAK_VALUES(product_64x128_bf16, "bf16")
 MLAK_VALUES(product_64x128_fp16, "f16")
 
+#endif
 #endif

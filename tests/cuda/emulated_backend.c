@@ -16,7 +16,8 @@
 enum { GRID = 7 };
 
 struct mlak_device {
-    size_t shared; /* of the split kernel: one stage, two, or two and 32 rows */
+    size_t shared; /* that a block may have: of one stage, two, two and 32 rows, or Hopper's 64 */
+    bool wgmma;
     uint64_t ticket;
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
     struct mlak_cuda_result result;
@@ -25,14 +26,16 @@ struct mlak_device {
 static struct mlak_device *emulated_open(const struct mlak_options *options, struct mlak_fault *fault)
 {
     static struct mlak_device device;
-    static const size_t shared[] = {MLAK_CUDA_SPLIT_SHARED_1, MLAK_CUDA_SPLIT_SHARED_2, MLAK_CUDA_SPLIT_SHARED_WIDE};
+    static const size_t shared[] = {MLAK_CUDA_SPLIT_SHARED_1, MLAK_CUDA_SPLIT_SHARED_2, MLAK_CUDA_SPLIT_SHARED_WIDE,
+                                    MLAK_CUDA_SPLIT_SHARED_WGMMA};
     int kind = options->variant ? options->variant[0] - '1' : 1;
-    if (kind < 0 || kind > 2 || (options->variant && options->variant[1])) {
-        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1, 2 or 3", options->variant);
+    if (kind < 0 || kind > 3 || (options->variant && options->variant[1])) {
+        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1 to 4", options->variant);
         return NULL;
     }
     device.shared = shared[kind];
-    mlak_cuda_capabilities(device.capabilities, false);
+    device.wgmma = kind == 3;
+    mlak_cuda_capabilities(device.capabilities, device.wgmma);
     return &device;
 }
 
@@ -47,10 +50,11 @@ static const struct mlak_capability *emulated_capabilities(const struct mlak_dev
     return device->capabilities;
 }
 
-static const char *split_kernel(const struct mlak_batch *batch, bool wide, char name[64])
+static const char *split_kernel(const struct mlak_cuda_job *job, char name[64])
 {
     static const char *const types[MLAK_CUDA_TYPES] = MLAK_CUDA_TYPE_NAMES;
-    snprintf(name, 64, "mlak_cuda_split_%s%s", wide ? "wide_" : "", types[mlak_cuda_types_of(batch)]);
+    const char *rows = job->rows_per_item == MLAK_CUDA_M ? "wgmma_" : job->rows_per_item == 32 ? "wide_" : "";
+    snprintf(name, 64, "mlak_cuda_split_%s%s", rows, types[mlak_cuda_types_of(&job->batch)]);
     return name;
 }
 
@@ -100,7 +104,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .batch = *batch,
         .first = first,
         .count = count,
-        .rows_per_item = mlak_cuda_rows(batch, device->shared, false),
+        .rows_per_item = mlak_cuda_rows(batch, device->shared, device->wgmma),
         .grid = GRID,
         .max_slots = slots,
         .ticket = ++device->ticket,
@@ -114,9 +118,14 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .row_results = (void *)fences[RESULTS].data,
     };
     job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, GRID);
+    bool wgmma = job.rows_per_item == MLAK_CUDA_M;
+    if (wgmma)
+        job.box_rows = mlak_cuda_box_rows(batch);
+    for (uint32_t chunks = 1; chunks <= 2 && job.box_rows > 0; chunks++)
+        emulated_map(&job.keys[chunks - 1], batch, job.box_rows, chunks);
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
-    run(split_kernel(batch, job.rows_per_item == 32, name), GRID, MLAK_CUDA_THREADS, device->shared, &job);
+    run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, device->shared, &job);
     run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &job);
 
     enum mlak_code code = (enum mlak_code)device->result.batch_code;

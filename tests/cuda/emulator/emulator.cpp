@@ -1,60 +1,17 @@
 /* emulator.cpp - see emulator.h. Each thread of a block is a fiber with a stack of its own; they take turns on the
  * calling thread. A fiber runs until it needs others: its warp for an instruction of the whole warp, its block at a
  * barrier. The last one to arrive does the work for all, and the others find their results when their turn comes. */
-#include "emulated_ptx.h"
 #include "emulator.h"
-#include "mlak_cuda.h"
+#include "fibers.h"
 #include "mlak_convert.h"
 
-#include <mutex>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <ucontext.h>
-#include <vector>
 
-enum { MAX_THREADS = 1024, WARP = 32, STACK_BYTES = 128 << 10 };
+emulated_gpu gpu;
 
-typedef void kernel_function(const struct mlak_cuda_job job);
-
-/* Those that must all arrive before any goes on. */
-struct meeting {
-    uint32_t size, arrived;
-    uint64_t held;
-    void *arguments[WARP];
-};
-
-struct copy {
-    void *to;
-    const void *from;
-    bool valid;
-    uint32_t group;
-};
-
-struct fiber {
-    void *stack_pointer;
-    ucontext_t context; /* where the switch is not written in assembly */
-    unsigned char *stack;
-    struct meeting *waits; /* NULL: it can run */
-    uint64_t waits_for;    /* until waits->held passes it */
-    bool done;
-    std::vector<copy> copies;
-    uint32_t groups; /* of copies, committed */
-};
-
-static struct {
-    std::mutex one_at_a_time;
-    fiber fibers[MAX_THREADS];
-    meeting warps[MAX_THREADS / WARP], block;
-    fiber scheduler;
-    uint32_t current, threads, block_index, grid;
-    unsigned char *shared;
-    size_t shared_size;
-    kernel_function *kernel;
-    const struct mlak_cuda_job *job;
-} gpu;
-
-[[noreturn]] static void fault(const char *what)
+void fault(const char *what)
 {
     fprintf(stderr, "emulator: block %u, thread %u: %s\n", gpu.block_index, gpu.current, what);
     abort();
@@ -117,6 +74,10 @@ static void fiber_prepare(fiber *fiber)
     fiber->done = false;
     fiber->copies.clear();
     fiber->groups = 0;
+    fiber->begun = false;
+    fiber->products.clear();
+    fiber->at_work.clear();
+    fiber->product_groups = 0;
 #if defined(__x86_64__)
     void **top =
         (void **)(fiber->stack + STACK_BYTES - 64); /* as after a call: 16-byte aligned but for the return address */
@@ -136,6 +97,23 @@ static void fiber_prepare(fiber *fiber)
 static bool fiber_can_run(const fiber *fiber)
 {
     return !fiber->done && (!fiber->waits || fiber->waits->held > fiber->waits_for);
+}
+
+/* What everybody waits for, neighbours who wait for the same in one line. */
+[[noreturn]] static void fault_deadlock()
+{
+    for (uint32_t first = 0, next; first < gpu.threads; first = next) {
+        const meeting *waits = gpu.fibers[first].waits;
+        for (next = first + 1; next < gpu.threads && gpu.fibers[next].waits == waits; next++)
+            ;
+        if (gpu.fibers[first].done)
+            fprintf(stderr, "threads %u to %u: at their end\n", first, next - 1);
+        else
+            fprintf(stderr, "threads %u to %u: wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n",
+                    first, next - 1, waits->name, waits->number, (unsigned long long)waits->held, waits->arrived,
+                    waits->size, (long long)waits->bytes);
+    }
+    fault("every thread waits for another one: a barrier that some do not reach");
 }
 
 /* All threads of a block to their end; a warp goes on as long as it can by itself. */
@@ -158,36 +136,41 @@ static void run_block()
                     moved = again = true;
                 }
             }
-        if (!moved && done < gpu.threads)
-            fault("every thread waits for another one: a barrier that some do not reach");
+        if (!moved && done < gpu.threads && !hopper_go_on())
+            fault_deadlock();
     }
+    hopper_end();
 }
 
-/* Arrive; true for the last one, who must do the work and then call leave. */
-static bool meet(meeting *meeting, uint32_t place, void *argument)
+void await_meeting(meeting *meeting)
 {
     fiber *self = &gpu.fibers[gpu.current];
+    self->waits = meeting;
+    self->waits_for = meeting->held;
+    switch_to(self, &gpu.scheduler);
+}
+
+bool meet(meeting *meeting, uint32_t place, void *argument)
+{
     if (argument)
         meeting->arguments[place] = argument;
     if (++meeting->arrived == meeting->size)
         return true;
-    self->waits = meeting;
-    self->waits_for = meeting->held;
-    switch_to(self, &gpu.scheduler);
+    await_meeting(meeting);
     return false;
 }
 
-static void leave(meeting *meeting)
+void leave(meeting *meeting)
 {
     meeting->arrived = 0;
     meeting->held++;
 }
 
-static meeting *warp()
+meeting *warp()
 {
     return &gpu.warps[gpu.current / WARP];
 }
-static uint32_t lane()
+uint32_t lane()
 {
     return gpu.current % WARP;
 }
@@ -239,6 +222,14 @@ void copy_async(void *to, const void *from, bool valid)
     self->copies.push_back({to, from, valid, self->groups});
 }
 
+void copy_land(const copy *copy)
+{
+    if (copy->valid)
+        memcpy(copy->to, copy->from, 16);
+    else
+        memset(copy->to, 0, 16);
+}
+
 void copy_commit()
 {
     gpu.fibers[gpu.current].groups++;
@@ -253,10 +244,7 @@ void emulated_copy_wait(int pending)
             self->copies[left++] = copy;
             continue;
         }
-        if (copy.valid)
-            memcpy(copy.to, copy.from, 16);
-        else
-            memset(copy.to, 0, 16);
+        copy_land(&copy);
     }
     self->copies.resize(left);
 }
@@ -389,7 +377,8 @@ uint32_t pack_fp16(float low, float high)
 
 #define KERNELS(K)                                                                                                     \
     K(prepare) K(split_bf16) K(split_fp16) K(split_fp8) K(split_bf16_fp8) K(split_bf16_656) K(split_wide_bf16)         \
-    K(split_wide_fp16) K(split_wide_fp8) K(split_wide_bf16_fp8) K(split_wide_bf16_656) K(combine)
+    K(split_wide_fp16) K(split_wide_fp8) K(split_wide_bf16_fp8) K(split_wide_bf16_656)                   \
+    K(split_wgmma_bf16) K(split_wgmma_fp16) K(combine)
 #define DECLARE(name) extern "C" kernel_function mlak_cuda_##name;
 KERNELS(DECLARE)
 
@@ -402,15 +391,27 @@ static kernel_function *find_kernel(const char *name)
     return NULL;
 }
 
+static meeting new_meeting(const char *name, uint32_t number, uint32_t size)
+{
+    meeting made = {};
+    made.size = size;
+    made.name = name;
+    made.number = number;
+    return made;
+}
+
 static void start_block(uint32_t index)
 {
     gpu.block_index = index;
     memset(gpu.shared, 0xff, gpu.shared_size);
-    gpu.block = {};
-    gpu.block.size = gpu.threads;
+    gpu.block = new_meeting("the block", 0, gpu.threads);
+    gpu.late = new_meeting("the others", 0, gpu.threads);
+    for (uint32_t i = 1; i < NAMED_BARRIERS; i++)
+        gpu.named[i] = new_meeting("named barrier", i, 0);
+    hopper_begin();
     for (uint32_t i = 0; i < gpu.threads; i++) {
-        gpu.warps[i / WARP] = {};
-        gpu.warps[i / WARP].size = WARP;
+        gpu.warps[i / WARP] = new_meeting("warp", i / WARP, WARP);
+        gpu.groups[i / WARPGROUP] = new_meeting("warpgroup", i / WARPGROUP, WARPGROUP);
         fiber_prepare(&gpu.fibers[i]);
     }
 }
@@ -433,7 +434,7 @@ bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t size
     gpu.grid = grid;
     gpu.threads = block;
     gpu.shared_size = size;
-    gpu.shared = (unsigned char *)aligned_alloc(128, (size + 127) / 128 * 128);
+    gpu.shared = (unsigned char *)aligned_alloc(1024, (size + 1023) / 1024 * 1024);
     if (!gpu.shared)
         fault("no memory for shared memory");
     for (unsigned i = 0; i < grid; i++) {

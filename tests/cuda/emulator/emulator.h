@@ -1,15 +1,25 @@
 /* emulator.h - runs the kernels of kernels/cuda on a processor, so that their arithmetic, masks and bounds are tested
- * where there is no GPU. The sources are the same; only mlak_ptx.cuh's instructions are replaced (emulated_ptx.h).
+ * where there is no GPU. The sources are the same; only the instructions of mlak_ptx.cuh and mlak_ptx_sm90.cuh are
+ * replaced (emulated_ptx.h, emulated_ptx_sm90.h).
  *
  * What it shows: results, and every address that a kernel uses (accesses outside dynamic shared memory abort; client
- * memory is as protected as its owner made it; cp.async copies land only when they are waited for; shared memory of a
- * new block holds NaN). What it cannot show: speed, data races between warps, and the assembler's view of the
- * instructions. */
+ * memory is as protected as its owner made it; copies land only when they are waited for, and a warpgroup's products
+ * are computed then; shared memory of a new block holds NaN); and who waits for whom, where all wait. What it cannot
+ * show: speed, most data races between warps, missing fences, and the assembler's view of the instructions. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
+
+struct mlak_batch;
+struct mlak_cuda_map;
+
+/* What a tensor map holds here, in its first words: a batch's keys as struct mlak_cuda_job says. Strides in bytes. */
+struct emulated_map {
+    uint64_t kv, row_stride, page_stride, page_size, pages, box_rows, box_chunks;
+};
 
 #ifdef __cplusplus
 extern "C" {
@@ -22,6 +32,9 @@ bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shar
 
 /* Whether there is such a kernel. */
 bool mlak_emulates(const char *kernel);
+
+/* The map of a batch's keys, for boxes of `rows` rows of `chunks` chunks. */
+void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks);
 
 #ifdef __cplusplus
 }

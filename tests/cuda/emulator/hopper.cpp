@@ -1,0 +1,398 @@
+/* hopper.cpp - the instructions of mlak_ptx_sm90.cuh.
+ *
+ * All that is asynchronous there is as late here as it can be: copies land when no thread can run without them, and
+ * what they will overwrite is NaN from the moment they set off; products are computed when their warpgroup waits for
+ * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other block a
+ * thread that has arrived at a barrier goes on when no other thread can. So whoever waits for too little, or gives room
+ * back too early, computes NaN. */
+#include "emulated_ptx_sm90.h"
+#include "emulator.h"
+#include "fibers.h"
+#include "mlak_convert.h"
+
+#include <deque>
+#include <map>
+
+/* Where shared memory begins: its first KB is the driver's. */
+enum { SHARED_BASE = 1024, ROW_BYTES = 128, CHUNK_COLUMNS = 64 };
+
+/* Copies that land together, and what they tell their barrier then. */
+struct flight {
+    std::vector<copy> copies;
+    meeting *barrier;
+    uint32_t arrivals;
+    int64_t bytes;
+};
+
+static std::map<uint32_t, meeting> barriers; /* by address */
+static std::deque<flight> flights;
+
+/* `bytes` of shared memory from an address on. */
+static unsigned char *at_address(uint32_t address, uint32_t bytes)
+{
+    if (address < SHARED_BASE || (uint64_t)address + bytes > SHARED_BASE + gpu.shared_size)
+        fault("an address outside shared memory");
+    return gpu.shared + (address - SHARED_BASE);
+}
+
+/* Within 8 rows of 128 bytes, from a multiple of 1,024 on, 16-byte piece j of row r is at j ^ r. */
+static uint32_t swizzled(uint32_t address)
+{
+    return address ^ (address / ROW_BYTES % 8) * 16;
+}
+
+uint32_t shared_address(const void *pointer)
+{
+    return (uint32_t)((const unsigned char *)pointer - gpu.shared) + SHARED_BASE;
+}
+
+/* ---- barriers ---- */
+
+static meeting *barrier_at(const uint64_t *barrier)
+{
+    auto found = barriers.find(shared_address(barrier));
+    if (found == barriers.end())
+        fault("a barrier that is not there yet");
+    return &found->second;
+}
+
+static bool barrier_pass(meeting *barrier)
+{
+    bool passed = barrier->arrived == barrier->size && barrier->bytes == 0;
+    if (passed)
+        leave(barrier);
+    return passed;
+}
+
+static void barrier_count(meeting *barrier)
+{
+    if (barrier->arrived == barrier->size)
+        fault("an arrival too many at a barrier");
+    barrier->arrived++;
+}
+
+void barrier_new(uint64_t *barrier, uint32_t arrivals)
+{
+    uint32_t address = shared_address(barrier);
+    at_address(address, sizeof *barrier);
+    if (address % sizeof *barrier || arrivals == 0)
+        fault("a barrier that is not aligned, or of nobody");
+    meeting *made = &barriers[address];
+    *made = {};
+    made->size = arrivals;
+    made->name = "barrier";
+    made->number = address - SHARED_BASE;
+}
+
+void barrier_arrive(uint64_t *barrier)
+{
+    barrier_arrive_expecting(barrier, 0);
+}
+
+void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
+{
+    meeting *at = barrier_at(barrier);
+    at->bytes += bytes;
+    barrier_count(at);
+    barrier_pass(at);
+    if (gpu.block_index % 2) {
+        gpu.late.arrived++;
+        await_meeting(&gpu.late);
+    }
+}
+
+void barrier_arrive_after_copies(uint64_t *barrier)
+{
+    fiber *self = &gpu.fibers[gpu.current];
+    flights.push_back({std::move(self->copies), barrier_at(barrier), 1, 0});
+    self->copies.clear();
+}
+
+void barrier_wait(uint64_t *barrier, uint32_t parity)
+{
+    meeting *at = barrier_at(barrier);
+    uint64_t phase = at->held;
+    if (parity > 1)
+        fault("a parity is 0 or 1");
+    if (phase % 2 != parity)
+        return;
+    await_meeting(at);
+    if (at->held != phase + 1)
+        fault("a barrier ended another phase before a thread saw the end of the one that it waited for");
+}
+
+void barrier_meet(uint32_t id, uint32_t threads)
+{
+    if (id == 0 || id >= NAMED_BARRIERS || threads == 0 || threads % WARP)
+        fault("named barriers are 1 to 15, of whole warps");
+    meeting *named = &gpu.named[id];
+    if (named->arrived == 0)
+        named->size = threads;
+    if (named->size != threads)
+        fault("threads differ about the size of a named barrier");
+    if (meet(named, 0, NULL))
+        leave(named);
+}
+
+/* ---- copies ---- */
+
+void copy_async_to(uint32_t to, const void *from, bool valid)
+{
+    copy_async(at_address(to, 16), from, valid);
+}
+
+void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks)
+{
+    const struct emulated_map own = {(uint64_t)(uintptr_t)batch->kv, batch->row_stride, batch->page_stride,
+                                     batch->page_size, batch->pages, rows, chunks};
+    static_assert(sizeof own <= sizeof *map, "fits");
+    memset(map, 0, sizeof *map);
+    memcpy(map, &own, sizeof own);
+}
+
+void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+              uint64_t *barrier)
+{
+    struct emulated_map own;
+    memcpy(&own, map, sizeof own);
+    if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
+        fault("a box or its map is not as the copy engine takes it");
+    flight flight = {{}, barrier_at(barrier), 0, (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES)};
+    for (int64_t c = 0; c < (int64_t)own.box_chunks; c++)
+        for (int64_t r = 0; r < (int64_t)own.box_rows; r++)
+            for (int64_t piece = 0; piece < ROW_BYTES / 16; piece++) {
+                bool there = page >= 0 && (uint64_t)page < own.pages && row + r >= 0 &&
+                             (uint64_t)(row + r) < own.page_size && chunk + c >= 0 &&
+                             chunk + c < MLAK_D / CHUNK_COLUMNS;
+                uint64_t from = there ? own.kv + (uint64_t)page * own.page_stride +
+                                            (uint64_t)(row + r) * own.row_stride +
+                                            (uint64_t)(chunk + c) * ROW_BYTES + (uint64_t)piece * 16
+                                      : 0;
+                uint32_t at = to + (uint32_t)((c * (int64_t)own.box_rows + r) * ROW_BYTES + piece * 16);
+                unsigned char *landing = at_address(swizzled(at), 16);
+                memset(landing, 0xff, 16);
+                flight.copies.push_back({landing, (const void *)(uintptr_t)from, there, 0});
+            }
+    flights.push_back(std::move(flight));
+}
+
+/* What set off first, and what follows until a barrier has been passed. False: not one has. */
+static bool flights_land()
+{
+    for (bool passed = false; !passed;) {
+        if (flights.empty())
+            return false;
+        const flight &flight = flights.front();
+        for (const copy &copy : flight.copies)
+            copy_land(&copy);
+        flight.barrier->bytes -= flight.bytes;
+        if (flight.arrivals)
+            barrier_count(flight.barrier);
+        passed = barrier_pass(flight.barrier);
+        flights.pop_front();
+    }
+    return true;
+}
+
+bool hopper_go_on()
+{
+    if (flights_land())
+        return true;
+    bool late = gpu.late.arrived > 0;
+    leave(&gpu.late);
+    return late;
+}
+
+void hopper_begin()
+{
+    barriers.clear();
+    flights.clear();
+}
+
+void hopper_end()
+{
+    if (!flights.empty())
+        fault("the block has ended, and copies are on their way into its shared memory");
+}
+
+/* ---- warps ---- */
+
+void warp_meet()
+{
+    if (meet(warp(), 0, NULL))
+        leave(warp());
+}
+
+int64_t shuffle(int64_t value, uint32_t lane)
+{
+    uint32_t low = __shfl_sync(0xffffffff, (uint32_t)value, (int)lane);
+    uint32_t high = __shfl_sync(0xffffffff, (uint32_t)((uint64_t)value >> 32), (int)lane);
+    return (int64_t)((uint64_t)high << 32 | low);
+}
+
+bool __any_sync(uint32_t mask, bool value)
+{
+    struct question {
+        bool value, any;
+    } own = {value, false};
+    if (mask != 0xffffffff)
+        fault("only whole warps ask here");
+    if (meet(warp(), lane(), &own)) {
+        question **all = (question **)warp()->arguments;
+        bool any = false;
+        for (uint32_t i = 0; i < WARP; i++)
+            any |= all[i]->value;
+        for (uint32_t i = 0; i < WARP; i++)
+            all[i]->any = any;
+        leave(warp());
+    }
+    return own.any;
+}
+
+/* ---- products ---- */
+
+static accumulators *accumulators_of(fiber *fiber, float *c)
+{
+    for (accumulators &known : fiber->at_work)
+        if (known.c == c)
+            return &known;
+    return NULL;
+}
+
+static void product_issue(float *c, uint32_t a, uint32_t b, uint32_t columns, bool add, bool fp16)
+{
+    fiber *self = &gpu.fibers[gpu.current];
+    uint32_t count = columns / 2;
+    if (!self->begun)
+        fault("a product without products_begin before it");
+    if (!accumulators_of(self, c)) {
+        self->at_work.push_back({c, count, {}});
+        memcpy(self->at_work.back().values, c, count * sizeof *c);
+        memset(c, 0xff, count * sizeof *c);
+    }
+    self->products.push_back({a, b, columns, add, fp16, c, self->product_groups});
+}
+
+/* An operand's values. Row r of a K-major one is 128 r bytes on; of an MN-major one, what is summed over is, and 64
+ * columns lie in each chunk. */
+static float operand_value(uint32_t operand, uint32_t down, uint32_t along, bool fp16)
+{
+    uint32_t start = (operand & 0x3fff) << 4, chunk_bytes = operand >> 16 << 4;
+    uint32_t address = start + along / CHUNK_COLUMNS * chunk_bytes + down * ROW_BYTES + along % CHUNK_COLUMNS * 2;
+    uint16_t code;
+    memcpy(&code, at_address(swizzled(address), sizeof code), sizeof code);
+    return fp16 ? mlak_fp16_to_float(code) : mlak_bf16_to_float(code);
+}
+
+/* Where thread t of the warpgroup has its i-th accumulator. */
+static uint32_t row_of(uint32_t t, uint32_t i)
+{
+    return t / WARP * 16 + t % WARP / 4 + i % 4 / 2 * 8;
+}
+static uint32_t column_of(uint32_t t, uint32_t i)
+{
+    return i / 4 * 8 + t % 4 * 2 + i % 2;
+}
+
+/* The n-th product of all threads of the warpgroup; 16 summed over. */
+static void product_compute(fiber *group, size_t n)
+{
+    static float a[64][16], b[16][128], c[64][128];
+    const group_product *product = &group->products[n];
+    for (uint32_t k = 0; k < 16; k++) {
+        for (uint32_t row = 0; row < 64; row++)
+            a[row][k] = operand_value(product->a, row, k, product->fp16);
+        for (uint32_t column = 0; column < product->columns; column++)
+            b[k][column] = product->columns == 64 ? operand_value(product->b, column, k, product->fp16)
+                                                  : operand_value(product->b, k, column, product->fp16);
+    }
+    for (uint32_t t = 0; t < WARPGROUP; t++) {
+        const accumulators *own = accumulators_of(&group[t], group[t].products[n].c);
+        for (uint32_t i = 0; i < own->count; i++)
+            c[row_of(t, i)][column_of(t, i)] = product->add ? own->values[i] : 0;
+    }
+    for (uint32_t row = 0; row < 64; row++)
+        for (uint32_t k = 0; k < 16; k++)
+            for (uint32_t column = 0; column < 128; column++)
+                c[row][column] += a[row][k] * b[k][column];
+    for (uint32_t t = 0; t < WARPGROUP; t++) {
+        accumulators *own = accumulators_of(&group[t], group[t].products[n].c);
+        for (uint32_t i = 0; i < own->count; i++)
+            own->values[i] = c[row_of(t, i)][column_of(t, i)];
+    }
+}
+
+/* The thread's first `computed` products are over: the accumulators that no other one is at work on are its own. */
+static void products_return(fiber *fiber, size_t computed)
+{
+    size_t left = 0;
+    fiber->products.erase(fiber->products.begin(), fiber->products.begin() + (ptrdiff_t)computed);
+    for (const accumulators &own : fiber->at_work) {
+        bool more = false;
+        for (const group_product &product : fiber->products)
+            more |= product.c == own.c;
+        if (more)
+            fiber->at_work[left++] = own;
+        else
+            memcpy(own.c, own.values, own.count * sizeof *own.c);
+    }
+    fiber->at_work.resize(left);
+}
+
+static bool products_alike(const fiber *one, const fiber *other)
+{
+    bool alike = one->products.size() == other->products.size() && one->product_groups == other->product_groups;
+    for (size_t n = 0; alike && n < one->products.size(); n++) {
+        const group_product *a = &one->products[n], *b = &other->products[n];
+        alike = a->a == b->a && a->b == b->b && a->columns == b->columns && a->add == b->add && a->fp16 == b->fp16 &&
+                a->group == b->group;
+    }
+    return alike;
+}
+
+void products_begin()
+{
+    gpu.fibers[gpu.current].begun = true;
+}
+
+void products_commit()
+{
+    gpu.fibers[gpu.current].product_groups++;
+}
+
+void emulated_products_wait(uint32_t pending)
+{
+    uint32_t number = gpu.current / WARPGROUP;
+    meeting *meeting = &gpu.groups[number];
+    fiber *group = &gpu.fibers[(size_t)number * WARPGROUP];
+    gpu.fibers[gpu.current].begun = false;
+    if (!meet(meeting, 0, NULL))
+        return;
+    size_t computed = 0;
+    for (uint32_t t = 1; t < WARPGROUP; t++)
+        if (!products_alike(group, &group[t]))
+            fault("threads of a warpgroup differ about its products");
+    for (; computed < group->products.size() && group->products[computed].group + pending < group->product_groups;
+         computed++)
+        product_compute(group, computed);
+    for (uint32_t t = 0; t < WARPGROUP; t++)
+        products_return(&group[t], computed);
+    leave(meeting);
+}
+
+void product_64x64_bf16(float c[32], uint32_t a, uint32_t b, bool add)
+{
+    product_issue(c, a, b, 64, add, false);
+}
+void product_64x64_fp16(float c[32], uint32_t a, uint32_t b, bool add)
+{
+    product_issue(c, a, b, 64, add, true);
+}
+void product_64x128_bf16(float *c, uint32_t a, uint32_t b, bool add)
+{
+    product_issue(c, a, b, 128, add, false);
+}
+void product_64x128_fp16(float *c, uint32_t a, uint32_t b, bool add)
+{
+    product_issue(c, a, b, 128, add, true);
+}
