@@ -80,21 +80,6 @@ __device__ static inline void barrier_wait(uint64_t *barrier, uint32_t parity)
                  : "memory");
 }
 
-/* Whether it has, now; the same for a whole warp. */
-__device__ static inline bool barrier_passed(uint64_t *barrier, uint32_t parity)
-{
-    uint32_t passed;
-    asm volatile("{\n"
-                 ".reg .pred passed;\n"
-                 "mbarrier.test_wait.parity.shared.b64 passed, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, passed;\n"
-                 "}"
-                 : "=r"(passed)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-    return __all_sync(0xffffffff, passed);
-}
-
 /* Named barrier `id`, 1..15, of `threads` threads, whole warps: none goes on before all have arrived. */
 __device__ static inline void barrier_meet(uint32_t id, uint32_t threads)
 {
