@@ -121,8 +121,8 @@ CUresult fake_enter(const char *function)
     }
     bool pure = !strncmp(function, "cuGet", 5) || !strncmp(function, "cuDevice", 8) ||
                 !strncmp(function, "cuInit", 6) || !strncmp(function, "cuDriver", 8) ||
-                !strcmp(function, "cuGraphDestroy") ||
-                !strcmp(function, "cuGraphExecDestroy"); /* graphs lie in the host's memory */
+                !strcmp(function, "cuGraphDestroy") || !strcmp(function, "cuGraphExecDestroy") ||
+                !strcmp(function, "cuEventDestroy_v2"); /* they lie in the host's memory */
     if (!result && !pure) result = control.sticky;
     pthread_mutex_unlock(&control.lock);
     return !result && unsafe_in_capture(function) && fake_capturing() ? FAKE_CAPTURE_UNSUPPORTED : result;
