@@ -249,36 +249,27 @@ void emulated_copy_wait(int pending)
     self->copies.resize(left);
 }
 
-struct shuffle {
+struct shuffled {
     float value, result;
-    int lanes;
+    uint32_t from;
 };
-float __shfl_xor_sync(uint32_t mask, float value, int lanes)
+float __shfl_sync(uint32_t mask, float value, int from)
 {
-    shuffle own = {value, 0, lanes};
+    shuffled own = {value, 0, (uint32_t)from % WARP};
     if (mask != 0xffffffff)
         fault("only whole warps shuffle here");
     if (meet(warp(), lane(), &own)) {
-        shuffle **all = (shuffle **)warp()->arguments;
+        shuffled **all = (shuffled **)warp()->arguments;
         for (uint32_t i = 0; i < WARP; i++)
-            all[i]->result = all[i ^ (uint32_t)lanes]->value;
+            all[i]->result = all[all[i]->from]->value;
         leave(warp());
     }
     return own.result;
 }
 
-float __shfl_sync(uint32_t mask, float value, int from)
+float __shfl_xor_sync(uint32_t mask, float value, int lanes)
 {
-    shuffle own = {value, 0, from};
-    if (mask != 0xffffffff)
-        fault("only whole warps shuffle here");
-    if (meet(warp(), lane(), &own)) {
-        shuffle **all = (shuffle **)warp()->arguments;
-        for (uint32_t i = 0; i < WARP; i++)
-            all[i]->result = all[(uint32_t)all[i]->lanes % WARP]->value;
-        leave(warp());
-    }
-    return own.result;
+    return __shfl_sync(mask, value, (int)lane() ^ lanes);
 }
 
 /* ---- matrices ---- */
