@@ -22,7 +22,7 @@ enum {
     MLAK_CUDA_M = 64,              /* folded rows of an item at most: 16, 32 or 64, see mlak_cuda_rows */
     MLAK_CUDA_TILE = 64,           /* keys of a tile */
     MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
-    MLAK_CUDA_WGMMA_THREADS = 512, /* of each block of the split kernels for Hopper */
+    MLAK_CUDA_WGMMA_THREADS = 384, /* of each block of the split kernels for Hopper */
     MLAK_CUDA_MOST_ABREAST = 8,
     MLAK_CUDA_PREPARE_THREADS = 1024,
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */

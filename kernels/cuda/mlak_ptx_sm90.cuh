@@ -93,6 +93,14 @@ __device__ static inline void shared_to_products(void)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* As load_matrices of mlak_ptx.cuh, the other way: lane 8 m + r names where row r of matrix m goes. */
+__device__ static inline void store_matrices(void *row, const uint32_t r[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 /* A value that is the same for a whole warp, and that the compiler takes for it. */
 __device__ static inline uint32_t warp_uniform(uint32_t value)
 {
@@ -178,12 +186,6 @@ __device__ static inline uint32_t operand_here(uint32_t operand)
 #define MLAK_REGISTERS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MLAK_REGISTERS_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-    "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
-    "%59, %60, %61, %62, %63"
-
 /* c = a b, or c += a b: 64 rows x 64 columns, 16 summed over; both operands' rows are summed over. */
 #define MLAK_SCORES(name, type)                                                                                        \
     __device__ static inline void name(float c[32], uint32_t a, uint32_t b, bool add)                                  \
@@ -198,20 +200,41 @@ __device__ static inline uint32_t operand_here(uint32_t operand)
 MLAK_SCORES(product_64x64_bf16, "bf16")
 MLAK_SCORES(product_64x64_fp16, "f16")
 
-/* The same, 64 rows x 128 columns, and the sum runs down b's columns. */
+#define MLAK_REGISTERS_128 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, " \
+    "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
+    "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, " \
+    "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
+    "%123, %124, %125, %126, %127"
+#define MLAK_64(c, i)                                                                                                  \
+    MLAK_8(c, i), MLAK_8(c, i + 8), MLAK_8(c, i + 16), MLAK_8(c, i + 24), MLAK_8(c, i + 32), MLAK_8(c, i + 40),        \
+        MLAK_8(c, i + 48), MLAK_8(c, i + 56)
+
+/* The same, 64 rows x 256 columns, and the sum runs down b's columns. With `own`, a is a thread's four registers of it:
+ * of its warp's 16 rows x 16, as those of mma.m16n8k16. */
 #define MLAK_VALUES(name, type)                                                                                        \
-    __device__ static inline void name(float *c, uint32_t a, uint32_t b, bool add)                                     \
+    __device__ static inline void name(float c[128], uint32_t a, uint32_t b, bool add)                                 \
     {                                                                                                                  \
-        asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\n"                                 \
-                     MLAK_OPERAND("a", "%64") MLAK_OPERAND("b", "%65")                                                 \
-                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MLAK_REGISTERS_64               \
+        asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %130, 0;\n"                               \
+                     MLAK_OPERAND("a", "%128") MLAK_OPERAND("b", "%129")                                               \
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" MLAK_REGISTERS_128              \
                      "}, a, b, add, 1, 1, 0, 1;\n}"                                                                    \
-                     : MLAK_8(c, 0), MLAK_8(c, 8), MLAK_8(c, 16), MLAK_8(c, 24), MLAK_8(c, 32), MLAK_8(c, 40),         \
-                       MLAK_8(c, 48), MLAK_8(c, 56)                                                                    \
+                     : MLAK_64(c, 0), MLAK_64(c, 64)                                                                   \
                      : "r"(a), "r"(b), "r"((int)add));                                                                 \
+    }                                                                                                                  \
+    __device__ static inline void name##_own(float c[128], const uint32_t a[4], uint32_t b, bool add)                  \
+    {                                                                                                                  \
+        asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %133, 0;\n"                                  \
+                     MLAK_OPERAND("b", "%132")                                                                         \
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" MLAK_REGISTERS_128              \
+                     "}, {%128, %129, %130, %131}, b, add, 1, 1, 1;\n}"                                                \
+                     : MLAK_64(c, 0), MLAK_64(c, 64)                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"((int)add));                             \
     }
-MLAK_VALUES(product_64x128_bf16, "bf16")
-MLAK_VALUES(product_64x128_fp16, "f16")
+MLAK_VALUES(product_64x256_bf16, "bf16")
+MLAK_VALUES(product_64x256_fp16, "f16")
 
 #endif
 #endif

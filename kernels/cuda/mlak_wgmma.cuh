@@ -1,28 +1,31 @@
 /* mlak_wgmma.cuh - kernel 2 of a launch on Hopper (sm_90a), of bf16 and fp16: attention of 64 folded rows over a range
- * of key tiles, by four warpgroups that hand tiles to each other and are seldom at the same one.
+ * of key tiles. Three warpgroups: two compute, each owner of every other tile's scores and of half of O's columns, and
+ * one loads.
  *
- *   warpgroup   what it does with tile n of 64 keys                                   registers a thread
- *   values 0    O[64][0..255]   = O * shrink + P V, 8 products of 64 x 128 x 16       160 (O is 128 of them)
- *   values 1    O[64][256..511]                                                       160
- *   scores      S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)            96
- *   loads       page ids, keys, q: tiles that are seen whole by the copy engine       96
+ *   warpgroup   what it does                                                          registers a thread
+ *   0, 1        own tiles: S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)  208
+ *               every tile: O[64][own 256 columns] += P V, 4 products of 64 x 256 x 16  (O is 128 of them, S 32)
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine         88
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
+ * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). For tile t
+ * the owner does, and the other one does for t + 1 at the same time:
+ *
+ *     scores of t set off | products of P(t - 1), which the other made, with own columns | weights of t | of P(t)
+ *
  *   shared memory, bytes                     barriers: full, and empty again
- *   q        9 chunks of 64 x 64     73728   q_full      loads -> scores        q_empty
- *   keys     2 stages of 9 chunks   147456   keys_full   loads -> scores        keys_empty, of each stage and piece:
- *   p        1 chunk                  8192                                      rope by scores, halves by their values
- *   the rest of wgmma_shared        ~ 1500   p_full      scores -> values       p_empty; sums_empty, of a whole item's
+ *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
+ *   keys     2 stages of 9 chunks   147456   keys_full   loads -> owner         keys_empty, of each stage and piece
+ *   the rest of wgmma_shared        ~ 2700   p_full      owner -> the other one
  *
- * The loads run ahead by two tiles, into the next item as well: while the values write an item out, the next one's keys
- * and q are on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is
- * written anew four items later, when its readers are long past it: an item has a tile at least, and the loads are two
- * tiles ahead of the values at most.
+ * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
+ * given back in this order: the owner's half, whose products are the first; the other half; the rope.
  *
- * The maximum that a row's weights refer to is that of its scores, so that the largest weight is 1 and not rounded; but
- * a larger one that would still be less than an eighth of all weights so far is let pass, as its rounding is lost among
- * theirs. So O need be touched in an item's first tiles only, unless few keys have nearly all weight. */
+ * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are on
+ * their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
+ * four items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles ahead of
+ * either of the others at most. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
 #include "mlak_types.cuh"
@@ -33,23 +36,18 @@ enum {
     WGMMA_CHUNKS = MLAK_D / 64,
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
-    WGMMA_ITEMS = 4,   /* slots of the ring */
-    WGMMA_LOADERS = 1, /* named barrier of the loads */
-    WGMMA_SHARE = 8,   /* weights above 1 are less than 1 / 8 of their sum, */
-    WGMMA_MOST = 256   /* and no more than this: fp16 ends at 65504 */
+    WGMMA_ITEMS = 4, /* slots of the ring */
+    WGMMA_COMPUTE_REGISTERS = 200,
+    WGMMA_LOAD_REGISTERS = 104 /* a thread; 168 at entry, three times that all together */
 };
-enum { WGMMA_VALUES_0, WGMMA_VALUES_1, WGMMA_SCORES, WGMMA_LOADS }; /* warpgroups */
+enum { WGMMA_LOADS = 2 };                                      /* warpgroups: the two that compute are 0 and 1 */
+enum { WGMMA_LOADERS = 1, WGMMA_ENDS };                        /* named barriers: of the loads; of those that compute */
+enum { WGMMA_ROPE = 4, WGMMA_PIECES = 5, WGMMA_ROPE_CHUNK = 8 }; /* of a tile */
 
-/* A tile's keys in the order of their loading, which is that in which the room for them is given back: the rope, by
- * scores; columns 0..127 and 256..383, by values 0 and 1; and the rest of their halves. */
-enum { WGMMA_ROPE, WGMMA_VALUES, WGMMA_PIECES = WGMMA_VALUES + 4 };
-__device__ static constexpr uint32_t wgmma_piece(uint32_t values, uint32_t part)
+/* Piece 0, 1: the owner's half; 2, 3: the other half. The first of its chunks, and how many they are. */
+__device__ static constexpr uint32_t wgmma_first(uint32_t piece, uint32_t owner)
 {
-    return WGMMA_VALUES + part * 2 + values;
-}
-__device__ static constexpr uint32_t wgmma_first(uint32_t piece) /* of its chunks */
-{
-    return piece == WGMMA_ROPE ? 8 : (piece - WGMMA_VALUES) % 2 * 4 + (piece - WGMMA_VALUES) / 2 * 2;
+    return piece == WGMMA_ROPE ? WGMMA_ROPE_CHUNK : (piece / 2 ^ owner) * 4 + piece % 2 * 2;
 }
 __device__ static constexpr uint32_t wgmma_chunks(uint32_t piece)
 {
@@ -59,17 +57,17 @@ __device__ static constexpr uint32_t wgmma_chunks(uint32_t piece)
 struct wgmma_item {
     struct item item;
     uint32_t tiles; /* none: there is no item any more */
+    float scale;    /* of scores, to log2 */
     int stopped;    /* a bad page, or the launch is cancelled: nothing is written */
 };
 
 struct wgmma_shared {
-    unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK], p[WGMMA_CHUNK];
-    uint64_t q_full, q_empty, p_full, p_empty, sums_empty;
+    unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK];
+    uint64_t q_full, q_empty, p_full[WGMMA_STAGES];
     uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
     struct wgmma_item items[WGMMA_ITEMS];
-    float shrink[WGMMA_ROWS];                         /* of each row's O, before the tile's values are added */
-    uint32_t shrinks[WGMMA_GROUP / 32];               /* whether any of a warp's 16 rows does */
-    float maximum[WGMMA_ROWS], sum[WGMMA_ROWS]; /* of a whole item, with its last p */
+    float maximum[WGMMA_STAGES][WGMMA_ROWS]; /* that the tile's weights refer to */
+    float sums[2][2][WGMMA_ROWS];            /* of weights, each warpgroup's own; of this item and the one before */
 };
 static_assert(sizeof(struct wgmma_shared) <= MLAK_CUDA_SPLIT_SHARED_WGMMA, "");
 
@@ -84,7 +82,7 @@ __device__ static inline uint32_t wgmma_at(uint32_t row, uint32_t lane)
 /* Set off the copies of tile `count`, each piece as soon as there is room for it: a warp has 16 keys, and eight lanes
  * each chunk of a key. `address`: of key lane % 16 of the warp, or ITEM_NOBODY. */
 __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const uint8_t *kv, int64_t address,
-                                              uint32_t count)
+                                              uint32_t owner, uint32_t count)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, stage = count % WGMMA_STAGES;
     uint32_t to[2]; /* of even and odd fours of keys: what is left is known at compile time */
@@ -101,11 +99,13 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
 #pragma unroll
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
         barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
+        uint32_t first = wgmma_first(piece, owner);
 #pragma unroll
-        for (uint32_t chunk = wgmma_first(piece); chunk < wgmma_first(piece) + wgmma_chunks(piece); chunk++)
+        for (uint32_t chunk = 0; chunk < wgmma_chunks(piece); chunk++)
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++)
-                copy_async_to(to[i % 2] + chunk * WGMMA_CHUNK + i / 2 * 1024, from[i] + chunk * 128, seen[i]);
+                copy_async_to(to[i % 2] + (first + chunk) * WGMMA_CHUNK + i / 2 * 1024,
+                              from[i] + (first + chunk) * 128, seen[i]);
         barrier_arrive_after_copies(&shared->keys_full[stage][piece]);
     }
 }
@@ -113,7 +113,7 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page. Lane i of the first
  * warp names the place of box i. All threads arrive, as they do when they copy. */
 __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                               int32_t page, int32_t slot, uint32_t count)
+                                               int32_t page, int32_t slot, uint32_t owner, uint32_t count)
 {
     uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
     bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
@@ -127,7 +127,7 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
             barrier_arrive_expecting(full, wgmma_chunks(piece) * WGMMA_CHUNK);
         if (thread < 32)
             warp_meet();
-        uint32_t chunk = wgmma_first(piece), to = shared_address(shared->keys[stage][chunk]) + thread * rows * 128;
+        uint32_t chunk = wgmma_first(piece, owner), to = shared_address(shared->keys[stage][chunk]) + thread * rows * 128;
         bool two = wgmma_chunks(piece) == 2;
         if (fetches)
             copy_box(to, &job->keys[two && whole], 0, slot, (int32_t)chunk, page, full);
@@ -194,9 +194,9 @@ __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const
     if (tile + 1 < item->end_tile)
         *asked = wgmma_ask(job, item, row, tile + 1);
     if (wgmma_fetches(job, item, tile))
-        wgmma_fetch_keys(shared, job, page, key, count);
+        wgmma_fetch_keys(shared, job, page, key, i % 2, count);
     else
-        wgmma_copy_keys(shared, row->kv, address, count);
+        wgmma_copy_keys(shared, row->kv, address, i % 2, count);
 }
 
 /* The schedule's next item that is to be computed, into a slot. One thread. */
@@ -213,6 +213,7 @@ __device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct
         item_look(&item, row, WGMMA_ROWS);
         slot->item = item;
         slot->tiles = item.end_tile - item.tile;
+        slot->scale = row->score_scale * ITEM_LOG2_E;
         break;
     }
 }
@@ -268,112 +269,115 @@ __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const str
 
 /* What a thread knows of its two rows, lane / 4 of its warp's 16 and the one 8 below. */
 struct wgmma_rows {
-    float maximum[2], sum[2]; /* the sum of its own columns' weights */
-    float whole[2];           /* of all columns' */
-    float scale;              /* to log2 */
+    float maximum[2]; /* that O and the sums refer to: of the tiles so far */
+    float sum[2];     /* of the weights in its own columns of its own tiles */
 };
 
-/* S += Q K^T over the columns of a piece, as soon as its keys are there. */
-template <enum mlak_cuda_types TYPES, uint32_t PIECE>
-__device__ static inline void wgmma_score_piece(struct wgmma_shared *shared, uint32_t count, float s[32])
-{
-    uint32_t q = operand_here(operand_rows(shared->q[wgmma_first(PIECE)]));
-    uint32_t keys = operand_here(operand_rows(shared->keys[count % WGMMA_STAGES][wgmma_first(PIECE)]));
-    barrier_wait(&shared->keys_full[count % WGMMA_STAGES][PIECE], count / WGMMA_STAGES % 2);
-    shared_to_products(); /* what did not come by the copy engine */
-    products_begin();
-#pragma unroll
-    for (uint32_t step = 0; step < wgmma_chunks(PIECE) * 4; step++) {
-        uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
-        bool add = PIECE != WGMMA_ROPE || step > 0;
-        if (TYPES == MLAK_CUDA_FP16)
-            product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
-        else
-            product_64x64_bf16(s, operand_move(q, at), operand_move(keys, at), add);
-    }
-}
-
-/* S of tile `count`. `last`: of the item, so that q is not needed any more. */
+/* S = Q K^T sets off, each piece as soon as its keys are there. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_score_tile(struct wgmma_shared *shared, uint32_t count, bool last, float s[32])
+__device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
 {
-    wgmma_score_piece<TYPES, 0>(shared, count, s);
-    wgmma_score_piece<TYPES, 1>(shared, count, s);
-    wgmma_score_piece<TYPES, 2>(shared, count, s);
-    wgmma_score_piece<TYPES, 3>(shared, count, s);
-    wgmma_score_piece<TYPES, 4>(shared, count, s);
-    products_commit();
-    products_wait<0>();
-    if (threadIdx.x % 32 == 0) {
-        barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][WGMMA_ROPE]);
-        if (last)
-            barrier_arrive(&shared->q_empty);
+    uint32_t stage = count % WGMMA_STAGES;
+#pragma unroll
+    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
+        uint32_t first = wgmma_first(piece, owner);
+        uint32_t q = operand_here(operand_rows(shared->q[first]));
+        uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
+        barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
+        shared_to_products(); /* what did not come by the copy engine */
+        products_begin();
+#pragma unroll
+        for (uint32_t step = 0; step < wgmma_chunks(piece) * 4; step++) {
+            uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
+            bool add = piece > 0 || step > 0;
+            if (TYPES == MLAK_CUDA_FP16)
+                product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
+            else
+                product_64x64_bf16(s, operand_move(q, at), operand_move(keys, at), add);
+        }
     }
+    products_commit();
 }
 
-/* -inf where a row does not see a key. */
-__device__ static inline void wgmma_mask(const struct item *item, const struct mlak_row *row, uint32_t tile,
-                                         float s[32])
+/* Which keys of a tile a thread's rows see: bit i for its i-th of either row's 16. */
+struct wgmma_sight {
+    uint32_t of[2];
+};
+__device__ static inline struct wgmma_sight wgmma_look(const struct mlak_cuda_job *job, const struct item *item,
+                                                       uint32_t tile)
 {
+    struct wgmma_sight sight = {{0xffff, 0xffff}};
+    if ((int64_t)tile * MLAK_CUDA_TILE >= item->all_lo && ((int64_t)tile + 1) * MLAK_CUDA_TILE <= item->all_end)
+        return sight;
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
-    uint32_t visible[2] = {0, 0};
+    const struct mlak_row *row = &job->rows[item->request];
+#pragma unroll 1
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t token = item_token(item, row, warp * 16 + lane / 4 + half * 8);
+        uint32_t token = item_token(item, row, warp * 16 + lane / 4 + half * 8), bits = 0;
         const struct mlak_visible sees = row_visible(row, token);
-        uint64_t bits = row->tree_mask[token];
+        uint64_t tree = row->tree_mask[token];
 #pragma unroll 1
         for (uint32_t i = 0; i < 16; i++) {
             int64_t c = (int64_t)tile * MLAK_CUDA_TILE + i / 2 * 8 + lane % 4 * 2 + i % 2;
-            bool sees_it = c >= sees.lo && c < sees.hi && (c < sees.base || row_tree_sees(row, bits, c));
-            visible[half] |= (uint32_t)sees_it << i;
+            bool sees_it = c >= sees.lo && c < sees.hi && (c < sees.base || row_tree_sees(row, tree, c));
+            bits |= (uint32_t)sees_it << i;
         }
+        sight.of[0] = half == 0 ? bits : sight.of[0];
+        sight.of[1] = half == 1 ? bits : sight.of[1];
     }
-#pragma unroll
-    for (uint32_t i = 0; i < 32; i++)
-        s[i] = visible[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1 ? s[i] : -INFINITY;
+    return sight;
 }
 
-/* S becomes P, in shared memory. `last`: of the item, whose sums and maxima follow. */
+/* 2^(from - to), of maxima that may be -inf. */
+__device__ static inline float wgmma_shrink(float from, float to)
+{
+    return from == to ? 1 : power_of_two(from - to);
+}
+
+__device__ static inline void wgmma_shrink_o(float o[128], const float by[2])
+{
+    if (!__any_sync(0xffffffff, by[0] != 1 || by[1] != 1))
+        return;
+#pragma unroll
+    for (uint32_t n = 0; n < 128; n++)
+        o[n] *= by[n / 2 % 2];
+}
+
+/* S becomes P, in registers and, for the other warpgroup, in shared memory. `shrink`: of what O holds so far. */
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                          const struct item *item, struct wgmma_rows *rows, uint32_t tile,
-                                          uint32_t count, uint32_t items, bool last, float s[32])
+__device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float scale, const struct wgmma_sight *sight,
+                                          struct wgmma_rows *rows, uint32_t stage, float s[32], uint32_t p[16],
+                                          float shrink[2])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
-    float shrink[2], from[2], scale = rows->scale;
+    float from[2];
     if (!(scale > 0)) { /* else it goes into the exponent, and the greatest score stays the greatest */
 #pragma unroll
         for (uint32_t i = 0; i < 32; i++)
             s[i] *= scale;
         scale = 1;
     }
-    if ((int64_t)tile * MLAK_CUDA_TILE < item->all_lo || ((int64_t)tile + 1) * MLAK_CUDA_TILE > item->all_end)
-        wgmma_mask(item, &job->rows[item->request], tile, s);
+    if (sight->of[0] != 0xffff || sight->of[1] != 0xffff) {
+#pragma unroll
+        for (uint32_t i = 0; i < 32; i++)
+            s[i] = sight->of[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1 ? s[i] : -INFINITY;
+    }
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        float top = -INFINITY, before = rows->maximum[half];
+        float top = -INFINITY;
 #pragma unroll
         for (uint32_t i = 0; i < 16; i++)
             top = fmaxf(top, s[i / 2 * 4 + half * 2 + i % 2]);
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2)) * scale;
-        float growth = power_of_two(top - before); /* infinite from -inf */
-        bool follow = top > before && (growth * WGMMA_SHARE > rows->whole[half] || growth > WGMMA_MOST);
-        shrink[half] = follow ? power_of_two(before - top) : 1;
-        rows->maximum[half] = follow ? top : before;
+        top = fmaxf(top, rows->maximum[half]);
+        shrink[half] = wgmma_shrink(rows->maximum[half], top);
+        rows->maximum[half] = top;
         rows->sum[half] *= shrink[half];
-        from[half] = rows->maximum[half] == -INFINITY ? 0 : rows->maximum[half]; /* nothing seen yet: weights are 0 */
+        from[half] = top == -INFINITY ? 0 : top; /* nothing seen yet: weights are 0 */
+        if (lane % 4 == 0)
+            shared->maximum[stage][r + half * 8] = top;
     }
-    bool any = __any_sync(0xffffffff, shrink[0] != 1 || shrink[1] != 1);
-    barrier_wait(&shared->p_empty, count % 2 ^ 1);
-    if (last)
-        barrier_wait(&shared->sums_empty, items % 2 ^ 1);
-    if (lane % 4 == 0) {
-        shared->shrink[r] = shrink[0];
-        shared->shrink[r + 8] = shrink[1];
-    }
-    if (lane == 0)
-        shared->shrinks[warp] = any;
 #pragma unroll
     for (uint32_t n = 0; n < 8; n++)
 #pragma unroll
@@ -381,134 +385,235 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, const str
             float low = power_of_two(fmaf(s[n * 4 + half * 2], scale, -from[half]));
             float high = power_of_two(fmaf(s[n * 4 + half * 2 + 1], scale, -from[half]));
             rows->sum[half] += low + high;
-            uint32_t *to = (uint32_t *)(void *)(shared->p + wgmma_at(r + half * 8, n));
-            to[lane % 4] = pack<TYPES>(low, high);
+            p[n * 2 + half] = pack<TYPES>(low, high);
         }
+    /* matrix m of each four: rows m % 2 * 8.., columns m / 2 * 8.. of 16 */
 #pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        float sum = rows->sum[half];
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
-        rows->whole[half] = sum;
-        if (last && lane % 4 == 0) {
-            shared->maximum[r + half * 8] = rows->maximum[half];
-            shared->sum[r + half * 8] = sum;
-        }
-    }
+    for (uint32_t step = 0; step < 4; step++)
+        store_matrices(shared->keys[stage][WGMMA_ROPE_CHUNK] + wgmma_at(warp * 16 + lane % 16, step * 2 + lane / 16),
+                       p + step * 4);
     shared_to_products();
-    barrier_arrive(&shared->p_full);
-}
-
-template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_scores(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
-{
-    uint32_t count = 0;
-    for (uint32_t items = 0;; items++) {
-        const struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
-        const struct item *item = &slot->item;
-        barrier_wait(&shared->q_full, items % 2);
-        shared_to_products();
-        uint32_t tiles = slot->tiles, tile = item->tile;
-        if (tiles == 0)
-            break;
-        float scale = job->rows[item->request].score_scale * ITEM_LOG2_E;
-        struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, scale};
-        for (uint32_t i = 0; i < tiles; i++, count++) {
-            float s[32];
-            wgmma_score_tile<TYPES>(shared, count, i + 1 == tiles, s);
-            wgmma_weigh<TYPES>(shared, job, item, &rows, tile + i, count, items, i + 1 == tiles, s);
-        }
-    }
-    barrier_wait(&shared->p_empty, count % 2 ^ 1);
-    barrier_arrive(&shared->p_full); /* the last word goes on */
+    barrier_arrive(&shared->p_full[stage]);
 }
 
 /* ---- values ---- */
 
-/* The rows' outcome: to out and lse, or to their slot. */
-__device__ static inline void wgmma_finish(const struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                           const struct item *item, uint32_t columns, const float o[128])
+/* The other warpgroup's tile `count` is weighed: rows and O follow its maxima. */
+__device__ static inline void wgmma_follow(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t count,
+                                           bool first, float o[128])
 {
-    const struct mlak_row *row = &job->rows[item->request];
-    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
+    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
+    uint32_t stage = count % WGMMA_STAGES;
+    float shrink[2];
+    barrier_wait(&shared->p_full[stage], count / WGMMA_STAGES % 2);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t r = warp * 16 + lane / 4 + half * 8, folded = item->first_row + r, column = columns + lane % 4 * 2;
-        bool speaks = columns == 0 && lane % 4 == 0;
-        if (r >= item->rows)
-            continue;
-        float maximum = shared->maximum[r], sum = shared->sum[r];
-        if (item->part == NULL) {
-            struct item_end end = item_end(row, folded % row->heads, maximum, sum);
-            uint32_t *to = item_out(row, folded, column);
+        float top = shared->maximum[stage][r + half * 8];
+        shrink[half] = wgmma_shrink(rows->maximum[half], top);
+        rows->maximum[half] = top;
+        rows->sum[half] *= shrink[half];
+    }
+    if (!first)
+        wgmma_shrink_o(o, shrink);
+}
+
+/* O += P V of tile `count` sets off, in own columns: P of shared memory. `first`: of the item. */
+template <enum mlak_cuda_types TYPES>
+__device__ static inline void wgmma_add_shared(struct wgmma_shared *shared, uint32_t own, uint32_t count, bool first,
+                                               float o[128])
+{
+    uint32_t stage = count % WGMMA_STAGES;
+    uint32_t p = operand_here(operand_rows(shared->keys[stage][WGMMA_ROPE_CHUNK]));
+    uint32_t values = operand_here(operand_columns(shared->keys[stage][own * 4], WGMMA_CHUNK));
+    products_begin();
 #pragma unroll
-            for (uint32_t n = 0; n < 32; n++)
-                to[n * 4] = item_pack(row, o[n * 4 + half * 2], o[n * 4 + half * 2 + 1], end.factor);
+    for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
+        uint32_t a = operand_move(p, step * 32), b = operand_move(values, step * 2048);
+        bool add = !first || step > 0;
+        if (TYPES == MLAK_CUDA_FP16)
+            product_64x256_fp16(o, a, b, add);
+        else
+            product_64x256_bf16(o, a, b, add);
+    }
+    products_commit();
+}
+
+/* The same of an own tile: P of registers. */
+template <enum mlak_cuda_types TYPES>
+__device__ static inline void wgmma_add_own(struct wgmma_shared *shared, const uint32_t p[16], uint32_t own,
+                                            uint32_t count, bool first, float o[128])
+{
+    uint32_t values = operand_here(operand_columns(shared->keys[count % WGMMA_STAGES][own * 4], WGMMA_CHUNK));
+    products_begin();
+#pragma unroll
+    for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
+        uint32_t b = operand_move(values, step * 2048);
+        bool add = !first || step > 0;
+        if (TYPES == MLAK_CUDA_FP16)
+            product_64x256_fp16_own(o, p + step * 4, b, add);
+        else
+            product_64x256_bf16_own(o, p + step * 4, b, add);
+    }
+    products_commit();
+}
+
+/* Room for others: pieces [first, end) of tile `count`. */
+__device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t count, uint32_t first, uint32_t end)
+{
+    if (threadIdx.x % 32 == 0)
+        for (uint32_t piece = first; piece < end; piece++)
+            barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][piece]);
+}
+
+/* The other one's tile, where there is none of one's own to go with it. */
+template <enum mlak_cuda_types TYPES>
+__device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t own,
+                                          uint32_t count, bool first, float o[128])
+{
+    wgmma_follow(shared, rows, count, first, o);
+    wgmma_add_shared<TYPES>(shared, own, count, first, o);
+    products_wait<0>();
+    wgmma_give(shared, count, 2, WGMMA_PIECES);
+}
+
+/* Own tile i of the item, of `count` of all; and, unless it is the FIRST, the other one's before it. */
+template <enum mlak_cuda_types TYPES, bool FIRST>
+__device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                        const struct wgmma_item *slot, struct wgmma_rows *rows, uint32_t own, uint32_t i,
+                                        uint32_t count, float o[128])
+{
+    float s[32], shrink[2];
+    uint32_t p[16];
+    wgmma_score<TYPES>(shared, own, count, s);
+    struct wgmma_sight sight = wgmma_look(job, &slot->item, slot->item.tile + i);
+    float scale = slot->scale;
+    bool last = i + 2 >= slot->tiles; /* q is not needed any more */
+    if (!FIRST) {
+        wgmma_follow(shared, rows, count - 1, i == 1, o);
+        wgmma_add_shared<TYPES>(shared, own, count - 1, i == 1, o);
+        products_wait<1>();
+    } else {
+        products_wait<0>();
+    }
+    if (last && threadIdx.x % 32 == 0)
+        barrier_arrive(&shared->q_empty);
+    wgmma_weigh<TYPES>(shared, scale, &sight, rows, count % WGMMA_STAGES, s, p, shrink);
+    if (!FIRST) {
+        products_wait<0>();
+        wgmma_give(shared, count - 1, 2, WGMMA_PIECES);
+        wgmma_shrink_o(o, shrink);
+    }
+    wgmma_add_own<TYPES>(shared, p, own, count, FIRST, o);
+    products_wait<0>();
+    wgmma_give(shared, count, 0, 2);
+}
+
+/* Four lanes' values i are lane i's four. */
+__device__ static inline void wgmma_transpose(uint32_t v[4])
+{
+    uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i += 2) {
+        uint32_t got = __shfl_xor_sync(0xffffffff, lane & 1 ? v[i] : v[i + 1], 1);
+        v[i] = lane & 1 ? got : v[i];
+        v[i + 1] = lane & 1 ? v[i + 1] : got;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t got = __shfl_xor_sync(0xffffffff, lane & 2 ? v[i] : v[i + 2], 2);
+        v[i] = lane & 2 ? got : v[i];
+        v[i + 2] = lane & 2 ? v[i + 2] : got;
+    }
+}
+
+/* The rows' outcome: to out and lse, or to their slot. */
+__device__ static inline void wgmma_finish(const struct mlak_cuda_job *job, const struct item *item, uint32_t own,
+                                           const float maximum[2], const float sum[2], const float o[128])
+{
+    const struct mlak_row *row = &job->rows[item->request];
+    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, columns = own * 256;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t r = warp * 16 + lane / 4 + half * 8, folded = item->first_row + r;
+        bool there = r < item->rows, speaks = there && own == 0 && lane % 4 == 0;
+        if (item->part == NULL) {
+            struct item_end end = item_end(row, folded % row->heads, maximum[half], sum[half]);
+            uint4 *to = (uint4 *)(void *)item_out(row, folded, columns + lane % 4 * 8);
+#pragma unroll
+            for (uint32_t n = 0; n < 32; n += 4) { /* a lane has 2 of 8 columns; then it has all of another 8 */
+                uint32_t v[4];
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++)
+                    v[i] = item_pack(row, o[(n + i) * 4 + half * 2], o[(n + i) * 4 + half * 2 + 1], end.factor);
+                wgmma_transpose(v);
+                if (there)
+                    to[n] = make_uint4(v[0], v[1], v[2], v[3]);
+            }
             if (speaks && row->lse != NULL)
                 row->lse[folded] = end.lse;
             continue;
         }
-        float2 *to = (float2 *)(void *)(item->part + part_o(r, column));
+        if (!there)
+            continue;
+        float2 *to = (float2 *)(void *)(item->part + part_o(r, columns + lane % 4 * 2));
 #pragma unroll
         for (uint32_t n = 0; n < 32; n++)
             to[n * 4] = make_float2(o[n * 4 + half * 2], o[n * 4 + half * 2 + 1]);
         if (speaks) {
-            item->part[part_maximum(r)] = maximum;
-            item->part[part_sum(r)] = sum;
+            item->part[part_maximum(r)] = maximum[half];
+            item->part[part_sum(r)] = sum[half];
         }
     }
 }
 
-/* O of half `own` of the columns. */
-template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_values(struct wgmma_shared *shared, const struct mlak_cuda_job *job, uint32_t own)
+/* Sums of both warpgroups' weights: all that is left to know of a row. */
+__device__ static inline void wgmma_sums(struct wgmma_shared *shared, const struct wgmma_rows *rows, uint32_t own,
+                                         uint32_t items, float sum[2])
 {
-    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4, count = 0;
-    const uint32_t p = operand_rows(shared->p);
+    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        sum[half] = rows->sum[half];
+        sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 1);
+        sum[half] += __shfl_xor_sync(0xffffffff, sum[half], 2);
+        if (lane % 4 == 0)
+            shared->sums[items % 2][own][r + half * 8] = sum[half];
+    }
+    barrier_meet(WGMMA_ENDS, 2 * WGMMA_GROUP);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++)
+        sum[half] = shared->sums[items % 2][0][r + half * 8] + shared->sums[items % 2][1][r + half * 8];
+}
+
+template <enum mlak_cuda_types TYPES>
+__device__ static inline void wgmma_compute(struct wgmma_shared *shared, const struct mlak_cuda_job *job, uint32_t own)
+{
     float o[128];
-    for (uint32_t items = 0;; items++) {
+    for (uint32_t items = 0, begun = 0;; items++) { /* tiles of the items before */
         const struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
-        barrier_wait(&shared->p_full, count % 2);
-        uint32_t tiles = slot->tiles;
+        barrier_wait(&shared->q_full, items % 2);
+        shared_to_products();
+        uint32_t tiles = slot->tiles, i = own;
         if (tiles == 0)
-            break;
-        for (uint32_t i = 0; i < tiles; i++, count++) {
-            uint32_t stage = count % WGMMA_STAGES;
-            uint32_t values = operand_columns(shared->keys[stage][own * 4], WGMMA_CHUNK);
-            if (i > 0)
-                barrier_wait(&shared->p_full, count % 2);
-            if (i > 0 && shared->shrinks[warp]) {
-                float upper = shared->shrink[r], lower = shared->shrink[r + 8];
-#pragma unroll
-                for (uint32_t n = 0; n < 128; n++)
-                    o[n] *= n % 4 < 2 ? upper : lower;
-            }
-            products_begin();
-#pragma unroll
-            for (uint32_t part = 0; part < 2; part++) {
-#pragma unroll
-                for (uint32_t step = 0; step < MLAK_CUDA_TILE / 16; step++) {
-                    uint32_t a = operand_move(p, step * 32);
-                    uint32_t b = operand_move(values, part * 2 * WGMMA_CHUNK + step * 2048);
-                    if (TYPES == MLAK_CUDA_FP16)
-                        product_64x128_fp16(o + part * 64, a, b, i > 0 || step > 0);
-                    else
-                        product_64x128_bf16(o + part * 64, a, b, i > 0 || step > 0);
-                }
-                products_commit();
-            }
-            products_wait<1>();
-            if (lane == 0)
-                barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 0)]);
-            products_wait<0>();
-            if (lane == 0)
-                barrier_arrive(&shared->keys_empty[stage][wgmma_piece(own, 1)]);
-            barrier_arrive(&shared->p_empty);
+            return;
+        struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+        if (own == 0) {
+            wgmma_own<TYPES, true>(shared, job, slot, &rows, own, 0, begun, o);
+            i += 2;
         }
+#pragma unroll 1
+        for (; i < tiles; i += 2)
+            wgmma_own<TYPES, false>(shared, job, slot, &rows, own, i, begun + i, o);
+        if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
+            barrier_arrive(&shared->q_empty);
+        if (i == tiles) /* the last one is not own */
+            wgmma_other<TYPES>(shared, &rows, own, begun + tiles - 1, tiles == 1, o);
+        begun += tiles;
+        float sum[2];
+        wgmma_sums(shared, &rows, own, items, sum);
         bool stopped = *(const volatile int *)&slot->stopped;
         if (!stopped)
-            wgmma_finish(shared, job, &slot->item, own * 256, o);
-        barrier_arrive(&shared->sums_empty);
+            wgmma_finish(job, &slot->item, own, rows.maximum, sum, o);
         if (!stopped && own == 0 && threadIdx.x % WGMMA_GROUP == 0)
             item_done(job);
     }
@@ -522,15 +627,14 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     uint32_t group = warp_uniform(threadIdx.x / WGMMA_GROUP);
     if (threadIdx.x == 0) {
         barrier_new(&shared->q_full, WGMMA_GROUP + 1);
-        barrier_new(&shared->q_empty, WGMMA_GROUP / 32);
-        barrier_new(&shared->p_full, WGMMA_GROUP);
-        barrier_new(&shared->p_empty, 2 * WGMMA_GROUP);
-        barrier_new(&shared->sums_empty, 2 * WGMMA_GROUP);
-        for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++)
+        barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
+        for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
+            barrier_new(&shared->p_full[stage], WGMMA_GROUP);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_GROUP);
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32);
             }
+        }
     }
     if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->box_rows > 0)
         for (uint32_t i = 0; i < 2; i++)
@@ -539,14 +643,11 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     await_kernel_before();
     let_next_kernel_start();
     if (group == WGMMA_LOADS) {
-        registers_give<96>();
+        registers_give<WGMMA_LOAD_REGISTERS>();
         wgmma_loads(shared, job);
-    } else if (group == WGMMA_SCORES) {
-        registers_give<96>();
-        wgmma_scores<TYPES>(shared, job);
     } else {
-        registers_take<160>();
-        wgmma_values<TYPES>(shared, job, group);
+        registers_take<WGMMA_COMPUTE_REGISTERS>();
+        wgmma_compute<TYPES>(shared, job, group);
     }
 }
 

@@ -101,6 +101,10 @@ static inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector
         picked |= (uint32_t)(all >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return picked;
 }
+static inline uint32_t __shfl_xor_sync(uint32_t mask, uint32_t value, int lanes)
+{
+    return float_bits(__shfl_xor_sync(mask, bits_float(value), lanes));
+}
 static inline uint32_t __shfl_sync(uint32_t mask, uint32_t value, int from)
 {
     return float_bits(__shfl_sync(mask, bits_float(value), from));

@@ -25,8 +25,11 @@ void products_commit();
 void emulated_products_wait(uint32_t pending);
 void product_64x64_bf16(float c[32], uint32_t a, uint32_t b, bool add);
 void product_64x64_fp16(float c[32], uint32_t a, uint32_t b, bool add);
-void product_64x128_bf16(float *c, uint32_t a, uint32_t b, bool add);
-void product_64x128_fp16(float *c, uint32_t a, uint32_t b, bool add);
+void product_64x256_bf16(float c[128], uint32_t a, uint32_t b, bool add);
+void product_64x256_fp16(float c[128], uint32_t a, uint32_t b, bool add);
+void product_64x256_bf16_own(float c[128], const uint32_t a[4], uint32_t b, bool add);
+void product_64x256_fp16_own(float c[128], const uint32_t a[4], uint32_t b, bool add);
+void store_matrices(void *row, const uint32_t r[4]);
 
 template <int PENDING> static inline void products_wait()
 {

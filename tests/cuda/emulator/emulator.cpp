@@ -204,7 +204,7 @@ void __syncthreads()
         leave(&gpu.block);
 }
 
-static const unsigned char *in_shared(const void *pointer)
+const unsigned char *in_shared(const void *pointer)
 {
     const unsigned char *at = (const unsigned char *)pointer;
     if (at < gpu.shared || at + 16 > gpu.shared + gpu.shared_size || (uintptr_t)at % 16)

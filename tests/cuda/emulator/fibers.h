@@ -36,6 +36,8 @@ struct group_product {
     uint32_t a, b, columns;
     bool add, fp16;
     float *c;
+    const uint32_t *own; /* a's registers; NULL: a lies in shared memory */
+    uint32_t registers[4]; /* what they held when the product set off */
     uint32_t group;
 };
 
@@ -43,7 +45,7 @@ struct group_product {
 struct accumulators {
     float *c;
     uint32_t count;
-    float values[64];
+    float values[128];
 };
 
 struct fiber {
@@ -88,6 +90,9 @@ void await_meeting(meeting *meeting);
 /* Arrive; true for the last one, who must do the work and then call leave. */
 bool meet(meeting *meeting, uint32_t place, void *argument);
 void leave(meeting *meeting);
+
+/* The same address, which has to be that of 16 bytes of shared memory, aligned. */
+const unsigned char *in_shared(const void *pointer);
 
 /* What a copy does once it lands. */
 void copy_land(const copy *copy);

@@ -259,7 +259,8 @@ static accumulators *accumulators_of(fiber *fiber, float *c)
     return NULL;
 }
 
-static void product_issue(float *c, uint32_t a, uint32_t b, uint32_t columns, bool add, bool fp16)
+static void product_issue(float *c, uint32_t a, const uint32_t *registers, uint32_t b, uint32_t columns, bool add,
+                          bool fp16)
 {
     fiber *self = &gpu.fibers[gpu.current];
     uint32_t count = columns / 2;
@@ -270,7 +271,10 @@ static void product_issue(float *c, uint32_t a, uint32_t b, uint32_t columns, bo
         memcpy(self->at_work.back().values, c, count * sizeof *c);
         memset(c, 0xff, count * sizeof *c);
     }
-    self->products.push_back({a, b, columns, add, fp16, c, self->product_groups});
+    group_product product = {a, b, columns, add, fp16, c, registers, {}, self->product_groups};
+    if (registers)
+        memcpy(product.registers, registers, sizeof product.registers);
+    self->products.push_back(product);
 }
 
 /* An operand's values. Row r of a K-major one is 128 r bytes on; of an MN-major one, what is summed over is, and 64
@@ -294,18 +298,35 @@ static uint32_t column_of(uint32_t t, uint32_t i)
     return i / 4 * 8 + t % 4 * 2 + i % 2;
 }
 
+/* a of the warpgroup's registers, each warp's 16 rows as those of mma.m16n8k16. They must not change meanwhile. */
+static void operand_of_registers(fiber *group, size_t n, float a[64][16])
+{
+    for (uint32_t t = 0; t < WARPGROUP; t++) {
+        const group_product *product = &group[t].products[n];
+        if (memcmp(product->own, product->registers, sizeof product->registers) != 0)
+            fault("registers of a product changed before it was over");
+        for (uint32_t i = 0; i < 8; i++) {
+            uint16_t code = (uint16_t)(product->registers[i / 2] >> i % 2 * 16);
+            uint32_t row = t / WARP * 16 + t % WARP / 4 + i / 2 % 2 * 8, column = t % 4 * 2 + i / 4 * 8 + i % 2;
+            a[row][column] = product->fp16 ? mlak_fp16_to_float(code) : mlak_bf16_to_float(code);
+        }
+    }
+}
+
 /* The n-th product of all threads of the warpgroup; 16 summed over. */
 static void product_compute(fiber *group, size_t n)
 {
-    static float a[64][16], b[16][128], c[64][128];
+    static float a[64][16], b[16][256], c[64][256];
     const group_product *product = &group->products[n];
     for (uint32_t k = 0; k < 16; k++) {
-        for (uint32_t row = 0; row < 64; row++)
+        for (uint32_t row = 0; row < 64 && !product->own; row++)
             a[row][k] = operand_value(product->a, row, k, product->fp16);
         for (uint32_t column = 0; column < product->columns; column++)
             b[k][column] = product->columns == 64 ? operand_value(product->b, column, k, product->fp16)
                                                   : operand_value(product->b, k, column, product->fp16);
     }
+    if (product->own)
+        operand_of_registers(group, n, a);
     for (uint32_t t = 0; t < WARPGROUP; t++) {
         const accumulators *own = accumulators_of(&group[t], group[t].products[n].c);
         for (uint32_t i = 0; i < own->count; i++)
@@ -313,7 +334,7 @@ static void product_compute(fiber *group, size_t n)
     }
     for (uint32_t row = 0; row < 64; row++)
         for (uint32_t k = 0; k < 16; k++)
-            for (uint32_t column = 0; column < 128; column++)
+            for (uint32_t column = 0; column < product->columns; column++)
                 c[row][column] += a[row][k] * b[k][column];
     for (uint32_t t = 0; t < WARPGROUP; t++) {
         accumulators *own = accumulators_of(&group[t], group[t].products[n].c);
@@ -345,7 +366,7 @@ static bool products_alike(const fiber *one, const fiber *other)
     for (size_t n = 0; alike && n < one->products.size(); n++) {
         const group_product *a = &one->products[n], *b = &other->products[n];
         alike = a->a == b->a && a->b == b->b && a->columns == b->columns && a->add == b->add && a->fp16 == b->fp16 &&
-                a->group == b->group;
+                !a->own == !b->own && a->group == b->group;
     }
     return alike;
 }
@@ -382,17 +403,40 @@ void emulated_products_wait(uint32_t pending)
 
 void product_64x64_bf16(float c[32], uint32_t a, uint32_t b, bool add)
 {
-    product_issue(c, a, b, 64, add, false);
+    product_issue(c, a, NULL, b, 64, add, false);
 }
 void product_64x64_fp16(float c[32], uint32_t a, uint32_t b, bool add)
 {
-    product_issue(c, a, b, 64, add, true);
+    product_issue(c, a, NULL, b, 64, add, true);
 }
-void product_64x128_bf16(float *c, uint32_t a, uint32_t b, bool add)
+void product_64x256_bf16(float c[128], uint32_t a, uint32_t b, bool add)
 {
-    product_issue(c, a, b, 128, add, false);
+    product_issue(c, a, NULL, b, 256, add, false);
 }
-void product_64x128_fp16(float *c, uint32_t a, uint32_t b, bool add)
+void product_64x256_fp16(float c[128], uint32_t a, uint32_t b, bool add)
 {
-    product_issue(c, a, b, 128, add, true);
+    product_issue(c, a, NULL, b, 256, add, true);
+}
+void product_64x256_bf16_own(float c[128], const uint32_t a[4], uint32_t b, bool add)
+{
+    product_issue(c, 0, a, b, 256, add, false);
+}
+void product_64x256_fp16_own(float c[128], const uint32_t a[4], uint32_t b, bool add)
+{
+    product_issue(c, 0, a, b, 256, add, true);
+}
+
+void store_matrices(void *row, const uint32_t r[4])
+{
+    struct store {
+        unsigned char *row;
+        const uint32_t *r;
+    } own = {(unsigned char *)in_shared(row), r};
+    if (!meet(warp(), lane(), &own))
+        return;
+    store **all = (store **)warp()->arguments;
+    for (uint32_t l = 0; l < WARP; l++)
+        for (uint32_t m = 0; m < 4; m++)
+            memcpy(all[m * 8 + l / 4]->row + l % 4 * 4, &all[l]->r[m], 4);
+    leave(warp());
 }
