@@ -29,6 +29,11 @@ __device__ static inline void barrier_arrive(uint64_t *barrier)
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+__device__ static inline void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
 /* As copy_async, of mlak_ptx.cuh, to a shared address. */
 __device__ static inline void copy_async_to(uint32_t to, const void *from, bool valid)
 {
@@ -59,10 +64,10 @@ __device__ static inline void barrier_arrive_expecting(uint64_t *barrier, uint32
                  : "memory");
 }
 
-/* This thread's arrival, once all its copies so far have landed. */
-__device__ static inline void barrier_arrive_after_copies(uint64_t *barrier)
+/* One arrival more than the barrier's own number, once all copies of this thread so far have landed. */
+__device__ static inline void barrier_join_after_copies(uint64_t *barrier)
 {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 /* Until the barrier's phase of this parity has ended: 0 is that of the first, and 1 of the one before it, which has. */

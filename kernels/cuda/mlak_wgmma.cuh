@@ -9,10 +9,12 @@
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
- * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). For tile t
- * the owner does, and the other one does for t + 1 at the same time:
+ * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner of
+ * tile t does this, and the other one of t + 1 the same a half turn later:
  *
- *     scores of t set off | products of P(t - 1), which the other made, with own columns | weights of t | of P(t)
+ *     half of t's scores | P(t - 1), which the other made, times own columns | the other half | weights | P(t) times own
+ *
+ * So no product waits for keys that come late while there is another to do, and room is given back as early as can be.
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
@@ -24,8 +26,8 @@
  *
  * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are on
  * their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
- * four items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles ahead of
- * either of the others at most. */
+ * eight items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles, and
+ * one more item that they look up, ahead of either of the others at most. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
 #include "mlak_types.cuh"
@@ -36,28 +38,35 @@ enum {
     WGMMA_CHUNKS = MLAK_D / 64,
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
-    WGMMA_ITEMS = 4, /* slots of the ring */
-    WGMMA_COMPUTE_REGISTERS = 200,
-    WGMMA_LOAD_REGISTERS = 104 /* a thread; 168 at entry, three times that all together */
+    WGMMA_ITEMS = 8, /* slots of the ring */
+    WGMMA_COMPUTE_REGISTERS = 208,
+    WGMMA_LOAD_REGISTERS = 88 /* a thread; 168 at entry, three times that all together */
 };
 enum { WGMMA_LOADS = 2 };                                      /* warpgroups: the two that compute are 0 and 1 */
 enum { WGMMA_LOADERS = 1, WGMMA_ENDS };                        /* named barriers: of the loads; of those that compute */
-enum { WGMMA_ROPE = 4, WGMMA_PIECES = 5, WGMMA_ROPE_CHUNK = 8 }; /* of a tile */
+enum { WGMMA_ROPE = 4, WGMMA_PIECES = 5, WGMMA_ROPE_CHUNK = 8 }; /* of a tile: 0, 1 and 2, 3 are halves */
 
-/* Piece 0, 1: the owner's half; 2, 3: the other half. The first of its chunks, and how many they are. */
-__device__ static constexpr uint32_t wgmma_first(uint32_t piece, uint32_t owner)
+/* The n-th piece in the order of loading: the owner's half, the other half, the rope. */
+__device__ static constexpr uint32_t wgmma_piece(uint32_t n, uint32_t owner)
 {
-    return piece == WGMMA_ROPE ? WGMMA_ROPE_CHUNK : (piece / 2 ^ owner) * 4 + piece % 2 * 2;
+    return n == WGMMA_ROPE ? n : n ^ owner * 2;
+}
+/* The first of its chunks, and how many they are. */
+__device__ static constexpr uint32_t wgmma_first(uint32_t piece)
+{
+    return piece * 2;
 }
 __device__ static constexpr uint32_t wgmma_chunks(uint32_t piece)
 {
-    return piece == WGMMA_ROPE ? 1 : 2;
+    return piece == (uint32_t)WGMMA_ROPE ? 1 : 2;
 }
 
 struct wgmma_item {
     struct item item;
-    uint32_t tiles; /* none: there is no item any more */
-    float scale;    /* of scores, to log2 */
+    struct mlak_row row; /* its request's */
+    uint32_t tiles;      /* none: there is no item any more */
+    uint32_t fetch, fetch_end; /* of them, those that the copy engine fetches */
+    float scale; /* of scores, to log2 */
     int stopped;    /* a bad page, or the launch is cancelled: nothing is written */
 };
 
@@ -73,81 +82,52 @@ static_assert(sizeof(struct wgmma_shared) <= MLAK_CUDA_SPLIT_SHARED_WGMMA, "");
 
 /* ---- loads ---- */
 
+/* The warps of the loads have each an arrival at keys_full, and all but one at q_full. Copies by cp.async, of a thread of any of them,
+ * add one more, which comes when they have landed. */
+enum { WGMMA_LOAD_WARPS = WGMMA_GROUP / 32, WGMMA_FETCHER = 0, WGMMA_SEEKER = WGMMA_LOAD_WARPS - 1 };
+
 /* Where piece `lane % 8`, 16 bytes, of row `row` of a chunk lies. */
 __device__ static inline uint32_t wgmma_at(uint32_t row, uint32_t lane)
 {
     return row * 128 + (lane % 8 ^ row % 8) * 16;
 }
 
-/* Set off the copies of tile `count`, each piece as soon as there is room for it: a warp has 16 keys, and eight lanes
- * each chunk of a key. `address`: of key lane % 16 of the warp, or ITEM_NOBODY. */
+/* All of a warp's copies so far are told to the barrier, and that there are no more. */
+__device__ static inline void wgmma_told(uint64_t *full)
+{
+    barrier_join_after_copies(full);
+    warp_meet();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(full);
+}
+
+/* Set off the copies of 16 of tile i's keys by each warp, eight lanes each chunk of a key, each piece as soon as there
+ * is room for it. `address`: of the warp's key lane % 16, or ITEM_NOBODY. */
 __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const uint8_t *kv, int64_t address,
-                                              uint32_t owner, uint32_t count)
+                                              uint32_t i, uint32_t count)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, stage = count % WGMMA_STAGES;
     uint32_t to[2]; /* of even and odd fours of keys: what is left is known at compile time */
     const uint8_t *from[4];
     bool seen[4];
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        int64_t at = shuffle(address, i * 4 + lane / 8);
-        seen[i] = at != ITEM_NOBODY;
-        from[i] = kv + (seen[i] ? at : 0) + lane % 8 * 16;
-        if (i < 2)
-            to[i] = shared_address(shared->keys[stage][0]) + wgmma_at(warp * 16 + i * 4 + lane / 8, lane);
+    for (uint32_t four = 0; four < 4; four++) {
+        int64_t at = shuffle(address, four * 4 + lane / 8);
+        seen[four] = at != ITEM_NOBODY;
+        from[four] = kv + (seen[four] ? at : 0) + lane % 8 * 16;
+        if (four < 2)
+            to[four] = shared_address(shared->keys[stage][0]) + wgmma_at(warp * 16 + four * 4 + lane / 8, lane);
     }
-#pragma unroll
-    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
+#pragma unroll 1
+    for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
+        uint32_t piece = wgmma_piece(n, i % 2), first = wgmma_first(piece);
         barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
-        uint32_t first = wgmma_first(piece, owner);
+        for (uint32_t chunk = first; chunk < first + wgmma_chunks(n); chunk++)
 #pragma unroll
-        for (uint32_t chunk = 0; chunk < wgmma_chunks(piece); chunk++)
-#pragma unroll
-            for (uint32_t i = 0; i < 4; i++)
-                copy_async_to(to[i % 2] + (first + chunk) * WGMMA_CHUNK + i / 2 * 1024,
-                              from[i] + (first + chunk) * 128, seen[i]);
-        barrier_arrive_after_copies(&shared->keys_full[stage][piece]);
-    }
-}
-
-/* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page. Lane i of the first
- * warp names the place of box i. All threads arrive, as they do when they copy. */
-__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                               int32_t page, int32_t slot, uint32_t owner, uint32_t count)
-{
-    uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
-    bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
-#pragma unroll
-    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
-        uint64_t *full = &shared->keys_full[stage][piece];
-        barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
-        if (thread > 0)
-            barrier_arrive(full);
-        else
-            barrier_arrive_expecting(full, wgmma_chunks(piece) * WGMMA_CHUNK);
-        if (thread < 32)
-            warp_meet();
-        uint32_t chunk = wgmma_first(piece, owner), to = shared_address(shared->keys[stage][chunk]) + thread * rows * 128;
-        bool two = wgmma_chunks(piece) == 2;
-        if (fetches)
-            copy_box(to, &job->keys[two && whole], 0, slot, (int32_t)chunk, page, full);
-        if (fetches && two && !whole)
-            copy_box(to + WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)chunk + 1, page, full);
-    }
-}
-
-/* Rows beyond the item's are zeros. */
-__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct item *item, const uint8_t *q)
-{
-    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        uint32_t r = warp * 16 + i * 4 + lane / 8, to = shared_address(shared->q[0]) + wgmma_at(r, lane);
-        bool there = r < item->rows;
-        const uint8_t *from = q + (uint64_t)(item->first_row + (there ? r : 0)) * (MLAK_D * 2) + lane % 8 * 16;
-#pragma unroll
-        for (uint32_t chunk = 0; chunk < WGMMA_CHUNKS; chunk++)
-            copy_async_to(to + chunk * WGMMA_CHUNK, from + chunk * 128, there);
+            for (uint32_t four = 0; four < 4; four++)
+                copy_async_to(to[four % 2] + chunk * WGMMA_CHUNK + four / 2 * 1024, from[four] + chunk * 128,
+                              seen[four]);
+        wgmma_told(&shared->keys_full[stage][piece]);
     }
 }
 
@@ -158,110 +138,178 @@ __device__ static inline void wgmma_stop(struct wgmma_item *slot)
     __threadfence_block();
 }
 
-/* Whether the copy engine can fetch a tile: it fetches what it finds, so all keys must be some row's. */
-__device__ static inline bool wgmma_fetches(const struct mlak_cuda_job *job, const struct item *item, uint32_t tile)
+__device__ static inline bool wgmma_stopped(const struct wgmma_item *slot)
 {
-    int64_t c = (int64_t)tile * MLAK_CUDA_TILE;
-    return job->box_rows > 0 && c >= item->any.lo && c + MLAK_CUDA_TILE <= item->any.base;
+    return *(const volatile int *)&slot->stopped;
 }
 
-/* The page of the key whose place in the pool a thread has to know. */
-__device__ static inline struct item_key wgmma_ask(const struct mlak_cuda_job *job, const struct item *item,
-                                                   const struct mlak_row *row, uint32_t tile)
+/* Tiles [i, end) of an item by cp.async, 16 keys of each by this warp. Whose page is asked for a tile ahead. */
+__device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                               struct wgmma_item *slot, uint32_t i, uint32_t end, uint32_t begun)
 {
-    uint32_t thread = threadIdx.x % WGMMA_GROUP, key = thread / 32 * 16 + thread % 16;
-    if (wgmma_fetches(job, item, tile))
-        key = row_least(thread * job->box_rows, MLAK_CUDA_TILE); /* from 64 on: nobody's */
-    return item_ask(item, row, tile, key);
-}
-
-/* Tile i of the item, `count` of all, whose pages have been asked for; then asks for those of the next one. `item` and
- * `row` are copies, in registers. */
-__device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                              const struct item *item, const struct mlak_row *row,
-                                              struct wgmma_item *slot, struct item_key *asked, uint32_t i,
-                                              uint32_t count)
-{
-    enum { LOOK_UP = 32 }; /* tiles between two looks at whether anybody still wants the result */
-    uint32_t tile = item->tile + i;
-    int failed = 0;
-    int64_t address = item_settle(row, &job->rows[item->request], asked, &failed);
-    if (failed || (threadIdx.x % WGMMA_GROUP == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job)))
-        wgmma_stop(slot);
-    if (*(volatile int *)&slot->stopped)
-        address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
-    int32_t page = address == ITEM_NOBODY ? (int32_t)row->pages : asked->page, key = (int32_t)asked->slot;
-    if (tile + 1 < item->end_tile)
-        *asked = wgmma_ask(job, item, row, tile + 1);
-    if (wgmma_fetches(job, item, tile))
-        wgmma_fetch_keys(shared, job, page, key, i % 2, count);
-    else
-        wgmma_copy_keys(shared, row->kv, address, i % 2, count);
-}
-
-/* The schedule's next item that is to be computed, into a slot. One thread. */
-__device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct schedule_walk *walk,
-                                         struct wgmma_item *slot)
-{
-    struct item item;
-    slot->tiles = 0;
-    slot->stopped = 0;
-    while (schedule_next(job, walk, &item)) {
-        const struct mlak_row *row = &job->rows[item.request];
-        if (read_once(&row->code) != MLAK_ROW_OK || item_cancelled(job))
-            continue;
-        item_look(&item, row, WGMMA_ROWS);
-        slot->item = item;
-        slot->tiles = item.end_tile - item.tile;
-        slot->scale = row->score_scale * ITEM_LOG2_E;
-        break;
+    uint32_t key = threadIdx.x % WGMMA_GROUP / 32 * 16 + threadIdx.x % 16;
+    const struct item *item = &slot->item;
+    const struct mlak_row *row = &slot->row;
+    struct item_key asked;
+    if (i < end)
+        asked = item_ask(item, row, item->tile + i, key);
+#pragma unroll 1
+    for (; i < end; i++) {
+        int failed = 0;
+        int64_t address = item_settle(row, &job->rows[item->request], &asked, &failed);
+        if (failed)
+            wgmma_stop(slot);
+        if (wgmma_stopped(slot))
+            address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
+        if (i + 1 < end)
+            asked = item_ask(item, row, item->tile + i + 1, key);
+        wgmma_copy_keys(shared, row->kv, address, i, begun + i);
     }
 }
 
-/* All tiles of all items. The first thread looks for the next item when two tiles are on their way, since that takes as
- * long as several look-ups of memory, one after the other. */
+/* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
+ * place of box i. One warp. */
+__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                               uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
+{
+    uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
+#pragma unroll
+    for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
+        uint32_t piece = wgmma_piece(n, i % 2), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
+        uint64_t *full = &shared->keys_full[stage][piece];
+        barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
+        uint32_t to = shared_address(shared->keys[stage][chunk]) + lane * box;
+        if (lane == 0) {
+            barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
+            barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
+        }
+        if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
+            if (lane == 0)
+                copy_box(to, &job->keys[chunks - 1], 0, slot, (int32_t)chunk, page, full);
+            continue;
+        }
+        warp_meet();
+        for (uint32_t c = 0; c < chunks && lane < boxes; c++)
+            copy_box(to + c * WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)(chunk + c), page, full);
+    }
+}
+
+/* Tiles [i, end) of an item by the copy engine. One warp: a lane knows the page of one box of several tiles, and asks
+ * for that of a later one. */
+__device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+                                                struct wgmma_item *slot, uint32_t i, uint32_t end, uint32_t begun)
+{
+    uint32_t lane = threadIdx.x % 32, boxes = MLAK_CUDA_TILE / job->box_rows, tiles = 32 / boxes; /* at a time */
+    const struct item *item = &slot->item;
+    const struct mlak_row *row = &slot->row;
+    uint32_t key = lane % boxes * job->box_rows;
+    struct item_key asked = {};
+    if (i + lane / boxes < end)
+        asked = item_ask(item, row, item->tile + i + lane / boxes, key);
+#pragma unroll 1
+    while (i < end) {
+        struct item_key known = asked;
+        asked.seen = false;
+        if (i + tiles + lane / boxes < end)
+            asked = item_ask(item, row, item->tile + i + tiles + lane / boxes, key);
+        int failed = 0;
+        item_settle(row, &job->rows[item->request], &known, &failed);
+        if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job))))
+            wgmma_stop(slot);
+        uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
+#pragma unroll 1
+        for (uint32_t n = 0; n < tiles && i < end; n++, i++)
+            wgmma_fetch_keys(shared, job, boxes,
+                             (int32_t)__shfl_sync(0xffffffff, page, (int)(n * boxes + lane % boxes)),
+                             (int32_t)__shfl_sync(0xffffffff, known.slot, (int)(n * boxes + lane % boxes)), i,
+                             begun + i);
+    }
+}
+
+/* Four rows at a time, by all warps but the one that fetches keys. Rows beyond the item's are zeros. */
+__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct item *item, const uint8_t *q)
+{
+    uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
+#pragma unroll 2
+    for (uint32_t r = (warp - 1) * 4 + lane / 8; r < WGMMA_ROWS; r += (WGMMA_LOAD_WARPS - 1) * 4) {
+        uint32_t to = shared_address(shared->q[0]) + wgmma_at(r, lane);
+        bool there = r < item->rows;
+        const uint8_t *from = q + (uint64_t)(item->first_row + (there ? r : 0)) * (MLAK_D * 2) + lane % 8 * 16;
+#pragma unroll
+        for (uint32_t chunk = 0; chunk < WGMMA_CHUNKS; chunk++)
+            copy_async_to(to + chunk * WGMMA_CHUNK, from + chunk * 128, there);
+    }
+}
+
+/* The schedule's next item that is to be computed, into a slot. One warp. */
+__device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct schedule_walk *walk,
+                                         struct wgmma_item *slot)
+{
+    struct item item;
+    uint32_t lane = threadIdx.x % 32, tiles = 0;
+    const struct mlak_row *row = NULL;
+    while (tiles == 0 && schedule_next(job, walk, &item)) {
+        row = &job->rows[item.request];
+        bool wanted = read_once(&row->code) == MLAK_ROW_OK && !item_cancelled(job);
+        tiles = __any_sync(0xffffffff, !wanted) ? 0 : item.end_tile - item.tile;
+    }
+    if (tiles > 0) {
+        static_assert(sizeof *row % 8 == 0, "copied in words");
+        for (uint32_t i = lane; i < sizeof *row / 8; i += 32)
+            ((uint64_t *)(void *)&slot->row)[i] = ((const uint64_t *)(const void *)row)[i];
+        warp_meet();
+        item_look(&item, &slot->row, WGMMA_ROWS);
+    }
+    if (lane > 0)
+        return;
+    slot->tiles = tiles;
+    slot->stopped = 0;
+    if (tiles == 0)
+        return;
+    slot->item = item;
+    slot->scale = slot->row.score_scale * ITEM_LOG2_E;
+    /* What the copy engine finds it fetches: so all keys must be some row's. */
+    int64_t from = row_most((item.any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item.tile, 0);
+    int64_t to = row_least(item.any.base / MLAK_CUDA_TILE - item.tile, tiles);
+    bool fetched = job->box_rows > 0 && from < to;
+    slot->fetch = fetched ? (uint32_t)from : 1; /* else the first one is copied before q, and the others after it */
+    slot->fetch_end = fetched ? (uint32_t)to : 1;
+}
+
+/* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's ends.
+ * Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups of
+ * memory, one after the other. */
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
-    enum { AHEAD = 2 };
-    struct schedule_walk walk = schedule_begin(job);
-    bool first = threadIdx.x % WGMMA_GROUP == 0;
-    struct wgmma_item *slot = NULL, *next = &shared->items[0];
-    uint32_t tiles = 0, count = 0;
-    for (uint32_t items = 0;; items++) { /* this many items are on their way, and the one in `slot` is being loaded */
-        struct item_key asked;
-        struct item item = {};
-        struct mlak_row row = {};
-        if (tiles > 0) {
-            item = slot->item;
-            row = job->rows[item.request];
-            asked = wgmma_ask(job, &item, &row, item.tile);
-        }
-#pragma unroll 1
-        for (uint32_t i = 0;; i++, count++) {
-            if (first && i == (uint32_t)row_least(tiles, AHEAD))
-                wgmma_next(job, &walk, next);
-            if (i == tiles)
-                break;
-            wgmma_load_tile(shared, job, &item, &row, slot, &asked, i, count);
-            if (i > 0)
-                continue;
-            barrier_wait(&shared->q_empty, items % 2); /* of items - 1 */
-            wgmma_load_q(shared, &item, row.q);
-            barrier_arrive_after_copies(&shared->q_full);
-            if (first)
-                barrier_arrive(&shared->q_full); /* and with it, the slot is the others' */
-        }
-        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the next item is there */
-        slot = next;
-        next = &shared->items[(items + 1) % WGMMA_ITEMS];
-        tiles = slot->tiles;
+    uint32_t warp = warp_uniform(threadIdx.x % WGMMA_GROUP / 32), begun = 0;
+    struct schedule_walk walk;
+    if (warp == WGMMA_SEEKER) {
+        walk = schedule_begin(job);
+        wgmma_seek(job, &walk, &shared->items[0]);
+    }
+    for (uint32_t items = 0;; items++) {
+        struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
+        barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the item is there */
+        uint32_t tiles = slot->tiles, fetch = slot->fetch, fetch_end = slot->fetch_end;
         if (tiles > 0)
-            continue;
-        barrier_wait(&shared->q_empty, items % 2 ^ 1); /* the last word */
-        barrier_arrive(&shared->q_full);
-        if (first)
-            barrier_arrive(&shared->q_full);
-        return;
+            wgmma_copy_tiles(shared, job, slot, 0, fetch, begun);
+        if (warp != WGMMA_FETCHER) {
+            barrier_wait(&shared->q_empty, items % 2 ^ 1);
+            if (tiles > 0)
+                wgmma_load_q(shared, &slot->item, slot->row.q);
+            wgmma_told(&shared->q_full); /* and with it, the slot is the others'; without tiles, the last word */
+        }
+        if (tiles == 0)
+            return;
+        if (warp == WGMMA_SEEKER)
+            wgmma_seek(job, &walk, &shared->items[(items + 1) % WGMMA_ITEMS]);
+        if (warp == WGMMA_FETCHER && fetch < fetch_end)
+            wgmma_fetch_tiles(shared, job, slot, fetch, fetch_end, begun);
+        if (fetch_end < tiles) {
+            barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* parities tell two phases apart, and no more */
+            wgmma_copy_tiles(shared, job, slot, fetch_end, tiles, begun);
+        }
+        begun += tiles;
     }
 }
 
@@ -273,23 +321,23 @@ struct wgmma_rows {
     float sum[2];     /* of the weights in its own columns of its own tiles */
 };
 
-/* S = Q K^T sets off, each piece as soon as its keys are there. */
-template <enum mlak_cuda_types TYPES>
+/* S += Q K^T sets off over pieces [FROM, TO) in the order of their loading, each as soon as its keys are there. */
+template <enum mlak_cuda_types TYPES, uint32_t FROM, uint32_t TO>
 __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
 {
     uint32_t stage = count % WGMMA_STAGES;
 #pragma unroll
-    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
-        uint32_t first = wgmma_first(piece, owner);
+    for (uint32_t n = FROM; n < TO; n++) {
+        uint32_t piece = wgmma_piece(n, owner), first = wgmma_first(piece);
         uint32_t q = operand_here(operand_rows(shared->q[first]));
         uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
         barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
         shared_to_products(); /* what did not come by the copy engine */
         products_begin();
 #pragma unroll
-        for (uint32_t step = 0; step < wgmma_chunks(piece) * 4; step++) {
+        for (uint32_t step = 0; step < wgmma_chunks(n) * 4; step++) {
             uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
-            bool add = piece > 0 || step > 0;
+            bool add = n > 0 || step > 0;
             if (TYPES == MLAK_CUDA_FP16)
                 product_64x64_fp16(s, operand_move(q, at), operand_move(keys, at), add);
             else
@@ -303,14 +351,14 @@ __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t 
 struct wgmma_sight {
     uint32_t of[2];
 };
-__device__ static inline struct wgmma_sight wgmma_look(const struct mlak_cuda_job *job, const struct item *item,
-                                                       uint32_t tile)
+__device__ static inline struct wgmma_sight wgmma_look(const struct wgmma_item *slot, uint32_t tile)
 {
+    const struct item *item = &slot->item;
     struct wgmma_sight sight = {{0xffff, 0xffff}};
     if ((int64_t)tile * MLAK_CUDA_TILE >= item->all_lo && ((int64_t)tile + 1) * MLAK_CUDA_TILE <= item->all_end)
         return sight;
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
-    const struct mlak_row *row = &job->rows[item->request];
+    const struct mlak_row *row = &slot->row;
 #pragma unroll 1
     for (uint32_t half = 0; half < 2; half++) {
         uint32_t token = item_token(item, row, warp * 16 + lane / 4 + half * 8), bits = 0;
@@ -457,15 +505,19 @@ __device__ static inline void wgmma_add_own(struct wgmma_shared *shared, const u
     products_commit();
 }
 
-/* Room for others: pieces [first, end) of tile `count`. */
-__device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t count, uint32_t first, uint32_t end)
+/* Room for others: own half of tile `count`; and, of another's, where its P was. */
+__device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t own, uint32_t count, bool others)
 {
-    if (threadIdx.x % 32 == 0)
-        for (uint32_t piece = first; piece < end; piece++)
-            barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][piece]);
+    uint64_t *empty = shared->keys_empty[count % WGMMA_STAGES];
+    if (threadIdx.x % 32 > 0)
+        return;
+    barrier_arrive(&empty[own * 2]);
+    barrier_arrive(&empty[own * 2 + 1]);
+    if (others)
+        barrier_arrive(&empty[WGMMA_ROPE]);
 }
 
-/* The other one's tile, where there is none of one's own to go with it. */
+/* The other one's tile, with all that has set off before. */
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t own,
                                           uint32_t count, bool first, float o[128])
@@ -473,39 +525,33 @@ __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wg
     wgmma_follow(shared, rows, count, first, o);
     wgmma_add_shared<TYPES>(shared, own, count, first, o);
     products_wait<0>();
-    wgmma_give(shared, count, 2, WGMMA_PIECES);
+    wgmma_give(shared, own, count, true);
 }
 
 /* Own tile i of the item, of `count` of all; and, unless it is the FIRST, the other one's before it. */
 template <enum mlak_cuda_types TYPES, bool FIRST>
-__device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                        const struct wgmma_item *slot, struct wgmma_rows *rows, uint32_t own, uint32_t i,
-                                        uint32_t count, float o[128])
+__device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct wgmma_item *slot,
+                                        struct wgmma_rows *rows, uint32_t own, uint32_t i, uint32_t count,
+                                        float o[128])
 {
     float s[32], shrink[2];
     uint32_t p[16];
-    wgmma_score<TYPES>(shared, own, count, s);
-    struct wgmma_sight sight = wgmma_look(job, &slot->item, slot->item.tile + i);
+    wgmma_score<TYPES, 0, 2>(shared, own, count, s);
+    if (!FIRST)
+        wgmma_other<TYPES>(shared, rows, own, count - 1, i == 1, o);
+    wgmma_score<TYPES, 2, WGMMA_PIECES>(shared, own, count, s);
+    struct wgmma_sight sight = wgmma_look(slot, slot->item.tile + i);
     float scale = slot->scale;
     bool last = i + 2 >= slot->tiles; /* q is not needed any more */
-    if (!FIRST) {
-        wgmma_follow(shared, rows, count - 1, i == 1, o);
-        wgmma_add_shared<TYPES>(shared, own, count - 1, i == 1, o);
-        products_wait<1>();
-    } else {
-        products_wait<0>();
-    }
+    products_wait<0>();
     if (last && threadIdx.x % 32 == 0)
         barrier_arrive(&shared->q_empty);
     wgmma_weigh<TYPES>(shared, scale, &sight, rows, count % WGMMA_STAGES, s, p, shrink);
-    if (!FIRST) {
-        products_wait<0>();
-        wgmma_give(shared, count - 1, 2, WGMMA_PIECES);
+    if (!FIRST)
         wgmma_shrink_o(o, shrink);
-    }
     wgmma_add_own<TYPES>(shared, p, own, count, FIRST, o);
     products_wait<0>();
-    wgmma_give(shared, count, 0, 2);
+    wgmma_give(shared, own, count, false);
 }
 
 /* Four lanes' values i are lane i's four. */
@@ -527,10 +573,11 @@ __device__ static inline void wgmma_transpose(uint32_t v[4])
 }
 
 /* The rows' outcome: to out and lse, or to their slot. */
-__device__ static inline void wgmma_finish(const struct mlak_cuda_job *job, const struct item *item, uint32_t own,
-                                           const float maximum[2], const float sum[2], const float o[128])
+__device__ static inline void wgmma_finish(const struct wgmma_item *slot, uint32_t own, const float maximum[2],
+                                           const float sum[2], const float o[128])
 {
-    const struct mlak_row *row = &job->rows[item->request];
+    const struct item *item = &slot->item;
+    const struct mlak_row *row = &slot->row;
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, columns = own * 256;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -598,12 +645,12 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, const s
             return;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
         if (own == 0) {
-            wgmma_own<TYPES, true>(shared, job, slot, &rows, own, 0, begun, o);
+            wgmma_own<TYPES, true>(shared, slot, &rows, own, 0, begun, o);
             i += 2;
         }
 #pragma unroll 1
         for (; i < tiles; i += 2)
-            wgmma_own<TYPES, false>(shared, job, slot, &rows, own, i, begun + i, o);
+            wgmma_own<TYPES, false>(shared, slot, &rows, own, i, begun + i, o);
         if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
             barrier_arrive(&shared->q_empty);
         if (i == tiles) /* the last one is not own */
@@ -611,9 +658,9 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, const s
         begun += tiles;
         float sum[2];
         wgmma_sums(shared, &rows, own, items, sum);
-        bool stopped = *(const volatile int *)&slot->stopped;
+        bool stopped = wgmma_stopped(slot);
         if (!stopped)
-            wgmma_finish(job, &slot->item, own, rows.maximum, sum, o);
+            wgmma_finish(slot, own, rows.maximum, sum, o);
         if (!stopped && own == 0 && threadIdx.x % WGMMA_GROUP == 0)
             item_done(job);
     }
@@ -626,12 +673,12 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     struct wgmma_shared *shared = (struct wgmma_shared *)(void *)mlak_shared;
     uint32_t group = warp_uniform(threadIdx.x / WGMMA_GROUP);
     if (threadIdx.x == 0) {
-        barrier_new(&shared->q_full, WGMMA_GROUP + 1);
+        barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
             barrier_new(&shared->p_full[stage], WGMMA_GROUP);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
-                barrier_new(&shared->keys_full[stage][piece], WGMMA_GROUP);
+                barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32);
             }
         }

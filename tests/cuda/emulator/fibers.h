@@ -20,6 +20,7 @@ struct meeting {
     uint64_t held;
     void *arguments[WARP];
     int64_t bytes;    /* of an mbarrier: expected and not yet there */
+    uint32_t joined;  /* of an mbarrier: arrivals beyond its size that are still to come */
     const char *name; /* for whoever reads of a deadlock: what it is, and which; of an mbarrier, its address */
     uint32_t number;
 };

@@ -20,7 +20,7 @@ enum { SHARED_BASE = 1024, ROW_BYTES = 128, CHUNK_COLUMNS = 64 };
 struct flight {
     std::vector<copy> copies;
     meeting *barrier;
-    uint32_t arrivals;
+    uint32_t joined;
     int64_t bytes;
 };
 
@@ -58,7 +58,7 @@ static meeting *barrier_at(const uint64_t *barrier)
 
 static bool barrier_pass(meeting *barrier)
 {
-    bool passed = barrier->arrived == barrier->size && barrier->bytes == 0;
+    bool passed = barrier->arrived == barrier->size && barrier->bytes == 0 && barrier->joined == 0;
     if (passed)
         leave(barrier);
     return passed;
@@ -101,9 +101,16 @@ void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
     }
 }
 
-void barrier_arrive_after_copies(uint64_t *barrier)
+void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
+{
+    while (arrivals--)
+        barrier_arrive(barrier);
+}
+
+void barrier_join_after_copies(uint64_t *barrier)
 {
     fiber *self = &gpu.fibers[gpu.current];
+    barrier_at(barrier)->joined++;
     flights.push_back({std::move(self->copies), barrier_at(barrier), 1, 0});
     self->copies.clear();
 }
@@ -186,8 +193,7 @@ static bool flights_land()
         for (const copy &copy : flight.copies)
             copy_land(&copy);
         flight.barrier->bytes -= flight.bytes;
-        if (flight.arrivals)
-            barrier_count(flight.barrier);
+        flight.barrier->joined -= flight.joined;
         passed = barrier_pass(flight.barrier);
         flights.pop_front();
     }
