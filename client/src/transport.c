@@ -22,7 +22,7 @@
 #include <unistd.h>
 
 enum { FIRST_DELAY_MS = 1, LAST_DELAY_MS = 500, GREETING_MS = 1000, HELLO_SEQUENCE = 1, STATUS_SEQUENCE = 2,
-       LINGER_NS = 100000, RING_LOOKS = 32 };
+       LINGER_NS = 100000, RING_LOOKS = 8 };
 
 static void forget_socket(struct mla_client *client)
 {

@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { BEAT_MS = 100, BEATS_A_CHECK = 10, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3, LOOK_NS = 5000 };
+enum { BEAT_MS = 100, BEATS_A_CHECK = 10, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3, LOOK_NS = 2000 };
 
 static struct {
     const struct mlad_worker_options *options;

@@ -1,13 +1,14 @@
 /* peer.h - a daemon's place on a socket, taken by a thread of the test: for faults that a real daemon has no reason to
  * commit.
  *
- * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. The
- * test owns the peer; peer_free joins the thread and removes the socket. */
+ * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. With
+ * rings it takes what it is knocked for; to the script an entry is a SUBMIT like any other. The test owns the peer; peer_free joins the thread and removes the socket. */
 #ifndef PEER_H
 #define PEER_H
 
 #include "mla.h"
 #include "mlap.h"
+#include "mlap_ring.h"
 
 #include <stdatomic.h>
 
@@ -39,6 +40,9 @@ struct peer {
     atomic_int connection;
     atomic_bool stopping;
     unsigned long thread;
+    bool offers_rings;                  /* to clients that ask; $MLA_TEST_RINGS is the default */
+    void *mapping;                      /* of the present connection's rings, or NULL */
+    struct mlap_ring submission, completion;
 };
 
 struct peer *peer_new(peer_script *script, void *of_test);
