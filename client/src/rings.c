@@ -16,6 +16,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum { KNOCKS = 3 };
+
 struct mlac_rings {
     struct mlap_ring submission, completion;
     size_t bytes;
@@ -74,12 +76,15 @@ void mlac_rings_retire(struct mla_client *client)
 
 /* ---- submissions ---- */
 
+/* The wake-up that we took is ours to give. Nothing of ours waits in the socket, so it takes a KNOCK unless the peer has
+ * gone or the kernel lacks memory; then the session ends, which whoever leads sees, and the next one is asked again. */
 static void knock(struct mla_client *client)
 {
-    /* A full socket has woken the daemon already. */
-    if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) != 0 &&
-        (errno == EPIPE || errno == ECONNRESET))
-        client->broken = true;
+    for (int i = 0; i < KNOCKS; i++)
+        if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) == 0)
+            return;
+    client->broken = true;
+    shutdown(client->socket, SHUT_WR);
 }
 
 bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call)
