@@ -10,6 +10,7 @@
 #include "mlac.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -30,7 +31,9 @@ bool mlac_rings_open(struct mla_client *client, int fd, uint32_t entries)
     struct stat status;
     struct mlac_rings *rings = calloc(1, sizeof *rings);
     void *mapping = MAP_FAILED;
-    if (rings && bytes && fstat(fd, &status) == 0 && status.st_size >= (off_t)bytes)
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (rings && bytes && seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &status) == 0 &&
+        status.st_size >= (off_t)bytes)
         mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (mapping == MAP_FAILED) {
         free(rings);

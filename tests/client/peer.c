@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <cmocka.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -73,8 +74,8 @@ static void open_rings(struct peer *peer, int socket)
 {
     const size_t bytes = mlap_rings_bytes(RING_ENTRIES);
     struct mlap_ring_memory memory = {.entries = RING_ENTRIES};
-    int fd = memfd_create("rings", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0)
+    int fd = memfd_create("rings", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK) != 0)
         abort();
     peer->mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     mlap_rings_init(peer->mapping, RING_ENTRIES);
