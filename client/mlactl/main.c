@@ -47,7 +47,7 @@ static const struct ctl_command commands[] = {
       {"--batch", "N", "requests of a decode; default: 8, on a GPU 64", 0},
       {"--kv-len", "N", "keys of a request; default 4096", 0},
       {"--seconds", "N", "measure for about so long; default 10", 0},
-      {"--transport", "WAY", "rings or socket, for all that goes through the daemon; default: rings if it has them", 0}}},
+      {"--transport", "WAY", "rings or socket, for what goes through the daemon; default: rings if it has them", 0}}},
     {"drain", "DEVICE", 1, 1, 60, ctl_drain, "Let a device finish what it has and take nothing new (admin users)",
      "Returns once nothing is in flight. New decodes are refused until `drain DEVICE --resume`.",
      {{"--resume", NULL, "end the drain", 0}}},

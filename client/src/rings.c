@@ -79,8 +79,9 @@ void mlac_rings_retire(struct mla_client *client)
 
 /* ---- submissions ---- */
 
-/* The wake-up that we took is ours to give. Nothing of ours waits in the socket, so it takes a KNOCK unless the peer has
- * gone or the kernel lacks memory; then the session ends, which whoever leads sees, and the next one is asked again. */
+/* The wake-up that we took is ours to give. Nothing of ours waits in the socket, so it takes a KNOCK unless the peer
+ * has gone or the kernel lacks memory; then the session ends, which whoever leads sees, and the next one is asked
+ * again. */
 static void knock(struct mla_client *client)
 {
     for (int i = 0; i < KNOCKS; i++)

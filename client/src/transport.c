@@ -367,7 +367,7 @@ static void completions(struct mla_client *client, int taken)
         malformed(client, MLA_MALFORMED, "the completion ring is said to hold more entries than it can");
     for (int i = 0; i < taken && client->rings; i++) {
         if (!mlac_rings_completed(client, &client->taken[i]))
-            malformed(client, MLA_MALFORMED, "a completion of nothing that was submitted, or one with unknown contents");
+            malformed(client, MLA_MALFORMED, "a completion of nothing that was submitted, or of unknown contents");
     }
 }
 

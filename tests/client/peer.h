@@ -2,7 +2,8 @@
  * commit.
  *
  * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. With
- * rings it takes what it is knocked for; to the script an entry is a SUBMIT like any other. The test owns the peer; peer_free joins the thread and removes the socket. */
+ * rings it takes what it is knocked for; to the script an entry is a SUBMIT like any other. The test owns the peer;
+ * peer_free joins the thread and removes the socket. */
 #ifndef PEER_H
 #define PEER_H
 
