@@ -92,8 +92,13 @@ static bool complete(struct peer *peer, const struct arrival *a)
 {
     union mlap_entry entry = {.completion = {.sequence = a->header.sequence, .receive_ns = 1, .queue_ns = 2,
                                              .kernel_ns = 3, .kv_tokens = 4}};
-    if (!peer->mapping || mlap_ring_push(&peer->completion, &entry) != 0)
+    if (!peer->mapping)
         return false;
+    atomic_fetch_add(&peer->completed, 1); /* before the client can see it */
+    if (mlap_ring_push(&peer->completion, &entry) != 0) {
+        atomic_fetch_sub(&peer->completed, 1);
+        return false;
+    }
     if (mlap_ring_take_wakeup(&peer->completion))
         peer_send(a->socket, MLAP_NEWS, 0, &(struct mlap_news){0});
     return true;
@@ -119,9 +124,16 @@ static void answer(struct peer *peer, const struct arrival *a)
 
 static void note(struct peer *peer, char letter)
 {
-    unsigned at = atomic_fetch_add(&peer->arrivals, 1);
+    unsigned at = atomic_load(&peer->arrivals);
     if (at < sizeof peer->types - 1)
         peer->types[at] = letter;
+    atomic_store(&peer->arrivals, at + 1);
+}
+
+const char *peer_types(struct peer *peer)
+{
+    atomic_load(&peer->arrivals);
+    return peer->types;
 }
 
 /* False: hang up. */
@@ -142,6 +154,7 @@ static bool serve_ring(struct peer *peer, struct arrival *a, union mlap_body *bo
         union mlap_entry entry;
         if (mlap_ring_pop(&peer->submission, &entry) != 0)
             abort();
+        atomic_fetch_add(&peer->taken, 1);
         a->header = (struct mlap_header){.version = 1, .type = MLAP_SUBMIT, .sequence = entry.submission.sequence};
         body->submit_.plan = entry.submission.plan;
         if (!handle(peer, a))

@@ -36,7 +36,7 @@ struct peer {
     atomic_uint connections, arrivals;
     atomic_uint count[128];             /* messages of each type, over all connections */
     atomic_bool deaf;                   /* stop reading, until cleared */
-    char types[1024];                   /* the first letter of each message's type, in order; '|' a new connection */
+    char types[1024];                   /* the first letter of each message's type, in order; '|' a new connection; see peer_types */
     int listener;
     atomic_int connection;
     atomic_bool stopping;
@@ -44,10 +44,14 @@ struct peer {
     bool offers_rings;                  /* to clients that ask; $MLA_TEST_RINGS is the default */
     void *mapping;                      /* of the present connection's rings, or NULL */
     struct mlap_ring submission, completion;
+    atomic_uint taken, completed;       /* entries of the rings, over all connections */
 };
 
 struct peer *peer_new(peer_script *script, void *of_test);
 void peer_free(struct peer *peer);
+
+/* `types`, as far as it is written. */
+const char *peer_types(struct peer *peer);
 
 /* Send from a script, or (with the current connection) from the test. */
 void peer_send(int socket, enum mlap_type type, uint32_t sequence, const void *body);

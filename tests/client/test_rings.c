@@ -34,12 +34,12 @@ static void rings_are_used_where_they_are_offered(void **state)
     for (uint32_t i = 1; i <= MANY; i++) {
         assert_ok(mla_decode(rig.client, rig.plan, 5000, &result, e));
         assert_true(result.receive_ns == 1 && result.queue_ns == 2 && result.kernel_ns == 3 && result.kv_tokens == 4);
-        assert_int_equal(peer->submission.mine, i);
-        assert_int_equal(peer->completion.mine, i);
+        assert_int_equal(peer->taken, i);
+        assert_int_equal(peer->completed, i);
     }
     assert_ok(mla_decode_batch(rig.client, &rig.batch, 5000, &result, e));
-    assert_int_equal(peer->submission.mine, MANY); /* its descriptor takes a datagram; its completion does not */
-    assert_int_equal(peer->completion.mine, MANY + 1);
+    assert_int_equal(peer->taken, MANY); /* its descriptor takes a datagram; its completion does not */
+    assert_int_equal(peer->completed, MANY + 1);
     rig_free(&rig);
     peer_free(peer);
 }
@@ -121,7 +121,7 @@ static void more_than_the_ring_holds_keep_their_order(void **state)
             assert_ok(mla_wait(rig.client, tickets[i], 5000, NULL, e));
         assert_int_equal(peer->count[MLAP_SUBMIT] + peer->count[MLAP_DECODE], (round + 1) * MANY);
     }
-    assert_in_range(peer->submission.mine, 3, 3 * MANY);
+    assert_in_range(peer->taken, 3, 3 * MANY);
     rig_free(&rig);
     peer_free(peer);
 }
@@ -142,7 +142,7 @@ static void the_descriptor_speaks_for_the_ring(void **state)
             assert_ok(mla_poll(rig.client, ticket, &done, NULL, e));
         }
     }
-    assert_int_equal(peer->completion.mine, MANY);
+    assert_int_equal(peer->completed, MANY);
     assert_int_equal(poll(&item, 1, 0), 0);
     rig_free(&rig);
     peer_free(peer);
@@ -215,7 +215,7 @@ static void lies_end_the_client(void **state)
         if (which == HEAD_AHEAD) { /* the next one simply goes over the socket */
             assert_ok(mla_decode(rig.client, rig.plan, 5000, NULL, e));
             assert_ok(mla_decode(rig.client, rig.plan, 5000, NULL, e));
-            assert_int_equal(peer->submission.mine, 1);
+            assert_int_equal(peer->taken, 1);
         } else {
             mla_ticket ticket;
             assert_ok(mla_submit(rig.client, rig.plan, &ticket, e));
