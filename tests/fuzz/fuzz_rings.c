@@ -1,5 +1,5 @@
-/* Rings: whatever a client writes into their memory, and when, goes through the worker's session code; beside it another
- * client's decodes stay right, and when it has gone nothing of it is left.
+/* Rings: whatever a client writes into their memory, and when, goes through the worker's session code; beside it
+ * another client's decodes stay right, and when it has gone nothing of it is left.
  *
  * An input is a row of steps, each a byte that chooses it and the bytes that it takes. */
 #include "fuzz.h"
@@ -83,11 +83,12 @@ static void ask(struct side *side, enum mlap_type type, const void *what, int fd
 
 static void attach(struct side *side, uint64_t number)
 {
-    static struct mlap_attach message = {.uid = 1, .pid = 1, .hello_seq = 1, .hello = {.client = "fuzz"}};
+    static struct mlap_attach message = {.pid = 1, .hello_seq = 1, .hello = {.client = "fuzz"}};
     const size_t bytes = mlap_rings_bytes(MLAD_RING_ENTRIES);
     int ends[2], fd = -1;
     require(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) == 0);
     message.session = number;
+    message.uid = number == 1; /* a quota of its own for the neighbour */
     message.hello.features = MLAP_FEATURE_RINGS;
     mlap_set(&message.hello, hello, features);
     mlad_session_open(&sessions, &message, ends[1]);
@@ -108,8 +109,9 @@ static void attach(struct side *side, uint64_t number)
     close(fd);
     ask(side, MLAP_PLAN, &(struct mlap_plan){.plan = 1, .batch = {
         .batch = 1, .heads = 1, .q_rows = 1, .pages = 1, .page_size = 1, .max_pages = 1, .softmax_scale = 1,
-        .q = {.buffer = 1, .offset = Q}, .kv = {.buffer = 1, .offset = KV}, .block_table = {.buffer = 1, .offset = TABLE},
-        .seqlens = {.buffer = 1, .offset = LENGTHS}, .out = {.buffer = 1, .offset = OUT}}}, -1);
+        .q = {.buffer = 1, .offset = Q}, .kv = {.buffer = 1, .offset = KV},
+        .block_table = {.buffer = 1, .offset = TABLE}, .seqlens = {.buffer = 1, .offset = LENGTHS},
+        .out = {.buffer = 1, .offset = OUT}}}, -1);
 }
 
 static void detach(struct side *side)
@@ -134,7 +136,7 @@ static void start(void)
     size_t count;
     stats.life = &life;
     quota.limits = (struct mlad_limits){4, 16, 16, 4, 1 << 20};
-    scheduler.queue_limit = 8;
+    scheduler.queue_limit = 64;
     require(device && uv_loop_init(&loop) == 0 &&
             mlad_scheduler_start(&scheduler, &loop, backend, device, &stats, on_idle, on_lost));
     sessions = (struct mlad_sessions){.loop = &loop, .device = "cpu", .scheduler = &scheduler, .quota = &quota,
@@ -213,6 +215,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     detach(&side);
     for (int i = 0; i < PATIENCE && !alone(); i++)
         turn();
-    require(alone() && quota.users->sessions == 1 && quota.users->in_flight == 0 && quota.users->buffers == 1);
+    const struct mlad_user *user = quota.users;
+    require(alone() && !user->next && user->sessions == 1 && user->in_flight == 0 && user->buffers == 1);
     return 0;
 }
