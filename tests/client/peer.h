@@ -36,7 +36,7 @@ struct peer {
     atomic_uint connections, arrivals;
     atomic_uint count[128];             /* messages of each type, over all connections */
     atomic_bool deaf;                   /* stop reading, until cleared */
-    char types[1024];                   /* the first letter of each message's type, in order; '|' a new connection; see peer_types */
+    char types[1024];                   /* see peer_types */
     int listener;
     atomic_int connection;
     atomic_bool stopping;
@@ -50,7 +50,7 @@ struct peer {
 struct peer *peer_new(peer_script *script, void *of_test);
 void peer_free(struct peer *peer);
 
-/* `types`, as far as it is written. */
+/* The first letter of each message's type, in order; '|' a new connection. */
 const char *peer_types(struct peer *peer);
 
 /* Send from a script, or (with the current connection) from the test. */
