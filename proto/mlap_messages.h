@@ -23,6 +23,7 @@
 #define MLAP_VERSION 1u            /* the protocol version in each header */
 #define MLAP_MAX_MESSAGE 65536u    /* bytes in one datagram, header included */
 #define MLAP_MAX_FDS 252u          /* file descriptors in one datagram: Linux carries one more, so that more is told */
+#define MLAP_FEATURE_RINGS 1u      /* in HELLO's and WELCOME's features */
 #define MLAP_MAX_DEVICES 16
 #define MLAP_MAX_CAPABILITIES 64
 #define MLAP_MAX_SESSIONS_LISTED 64
@@ -231,7 +232,8 @@
     F(M, U32, plans, _, 0, MLAP_U32_MAX, REQ, "plans") \
     F(M, U32, in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes queued or running") \
     F(M, U64, decodes, _, 0, UINT64_MAX, REQ, "decodes completed") \
-    F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes")
+    F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes") \
+    F(M, BOOL, rings, _, 0, 0, REQ, "it has rings; false: all goes over the socket")
 
 /* ---- messages of the public protocol ---- */
 
@@ -239,7 +241,7 @@
     F(M, STR, client, _, 1, 63, REQ, "name of the connecting program, for status and logs") \
     F(M, STR, device, _, 1, 63, OPT, \
       "device to work on; absent: a session with the supervisor, for status and administration") \
-    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; version 1 defines none")
+    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; 1: rings")
 
 #define MLAP_FIELDS_welcome(F, M) \
     F(M, STR, daemon, _, 1, 63, REQ, "name and version of the daemon") \
@@ -253,6 +255,13 @@
     F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running on this device")
 
 #define MLAP_FIELDS_ok(F, M)
+
+#define MLAP_FIELDS_ring_memory(F, M) \
+    F(M, U32, entries, _, 1, 4096, REQ, "entries in each ring, a power of two; the memfd's size follows from it")
+
+#define MLAP_FIELDS_knock(F, M)
+
+#define MLAP_FIELDS_news(F, M)
 
 #define MLAP_FIELDS_error(F, M) \
     F(M, ENUM, code, code, 0, 0, REQ, "what kind of error; stable") \
@@ -421,6 +430,9 @@
     X(IMPORT, import, 22, 0, CLIENT, "Map a buffer in GPU memory, on a GPU's device. Answer: OK.") \
     X(IMPORT_VMM, import_vmm, 23, MLAP_MAX_FDS, CLIENT, \
       "Map a buffer in GPU memory from cuMemCreate, by descriptors from cuMemExportToShareableHandle. Answer: OK.") \
+    X(RING_MEMORY, ring_memory, 24, 1, DAEMON, "Unasked, before a WELCOME that grants rings: their memfd.") \
+    X(KNOCK, knock, 25, 0, CLIENT, "Look at the submission ring. Sequence 0 and no answer.") \
+    X(NEWS, news, 26, 0, DAEMON, "Unasked: look at the completion ring.") \
     X(CONFIGURE, configure, 64, 0, INTERNAL, "Limits, at start and after a reload.") \
     X(ATTACH, attach, 65, 1, INTERNAL, "An accepted connection for this worker.") \
     X(READY, ready, 66, 0, INTERNAL, "The worker serves; its capability table.") \

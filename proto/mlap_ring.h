@@ -1,7 +1,6 @@
 /* mlap_ring.h - a submission ring and a completion ring in one memfd: the layout, and how to push and pop.
  *
- * Layout only: protocol version 1 negotiates no feature for it and mlad maps no such memfd. PROTOCOL.md, "Rings", has
- * the picture.
+ * PROTOCOL.md, "Rings", has the picture, and says which messages make the memfd and wake a sleeper.
  *
  * Each ring has one producer and one consumer, in different processes that do not trust each other. A side owns one
  * index and keeps the true value in its private `struct mlap_ring`; the other side's index is read, validated and never
@@ -24,7 +23,7 @@
 /* One ring's indices: a cache line for each side, since each is written by one side only. */
 struct mlap_ring_indices {
     uint32_t head;                     /* consumer: entries taken so far */
-    uint32_t flags;                    /* consumer: MLAP_RING_NEED_WAKEUP */
+    uint32_t flags;                    /* MLAP_RING_NEED_WAKEUP: set by the consumer, cleared by whoever wakes it */
     uint32_t consumer_zero[14];
     uint32_t tail;                     /* producer: entries written so far */
     uint32_t producer_zero[15];
@@ -42,7 +41,8 @@ struct mlap_submission {
 enum mlap_operation { MLAP_OPERATION_SUBMIT = 1 };
 _Static_assert(sizeof(struct mlap_submission) == 64, "one entry");
 
-/* What came of it: the figures of DONE, without the names of failed requests. */
+/* What came of it: the figures of DONE. A decode that failed, wholly or in part, is answered over the socket, where
+ * there is room to say why: `code` and `failed` are 0. */
 struct mlap_completion {
     uint32_t sequence;
     uint32_t code;                     /* enum mlap_code */
@@ -122,17 +122,33 @@ static inline int mlap_ring_pop(struct mlap_ring *ring, union mlap_entry *entry)
     return 0;
 }
 
-/* Consumer, before it sleeps: ask for a wake-up, pop once more, and sleep only if that finds nothing; afterwards take
- * the asking back. Producer, after pushing: is a wake-up asked for? Flag and tail are sequentially consistent on both
- * sides: either the consumer's pop sees the entry, or the producer sees the flag. */
+/* Between two looks at a ring that was empty. */
+static inline void mlap_ring_pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Consumer: is there anything to pop, be it only an error? Cheaper than popping. */
+static inline bool mlap_ring_has_news(const struct mlap_ring *ring)
+{
+    return __atomic_load_n(&ring->shared->tail, __ATOMIC_SEQ_CST) != ring->mine;
+}
+
+/* Consumer, before it sleeps: ask for a wake-up, look once more, and sleep only if that finds nothing; afterwards take
+ * the asking back. Producer, after pushing: is a wake-up asked for? Then it is the producer's to give, once, and is not
+ * asked for any more. Flag and tail are sequentially consistent on both sides: either the consumer sees the entry, or
+ * the producer sees the flag. */
 static inline void mlap_ring_set_wakeup(struct mlap_ring *ring, bool asked)
 {
     __atomic_store_n(&ring->shared->flags, asked ? MLAP_RING_NEED_WAKEUP : 0u, __ATOMIC_SEQ_CST);
 }
 
-static inline bool mlap_ring_wants_wakeup(const struct mlap_ring *ring)
+static inline bool mlap_ring_take_wakeup(const struct mlap_ring *ring)
 {
-    return (__atomic_load_n(&ring->shared->flags, __ATOMIC_SEQ_CST) & MLAP_RING_NEED_WAKEUP) != 0;
+    return (__atomic_load_n(&ring->shared->flags, __ATOMIC_SEQ_CST) & MLAP_RING_NEED_WAKEUP) != 0 &&
+           (__atomic_exchange_n(&ring->shared->flags, 0u, __ATOMIC_SEQ_CST) & MLAP_RING_NEED_WAKEUP) != 0;
 }
 
 #endif

@@ -95,6 +95,15 @@ MLA_API const char *mla_version(void);              /* "0.1.0", of the library t
 /* ---- connection ---- */
 
 typedef struct mla_client mla_client;
+
+/* How plans are submitted and completions come: by rings in memory shared with the daemon, which costs no system call
+ * while both sides are busy, or as messages on the socket. */
+typedef enum mla_transport {
+    MLA_TRANSPORT_AUTO = 0,     /* $MLAD_TRANSPORT (rings or socket), else as MLA_TRANSPORT_RINGS */
+    MLA_TRANSPORT_SOCKET = 1,
+    MLA_TRANSPORT_RINGS = 2     /* rings, or the socket where the daemon, or memory here, has none to offer */
+} mla_transport;
+
 typedef struct mla_options {
     size_t struct_size;         /* set by mla_options_init */
     const char *socket;         /* NULL: $MLAD_SOCKET, else /run/mlad/mlad.sock */
@@ -102,6 +111,7 @@ typedef struct mla_options {
     const char *name;           /* shown by mlactl status; NULL: the program's name */
     int reconnect_ms; /* how long to try to reach a daemon that is away, also in mla_connect; default 30000, 0: try
                        * once. A daemon that accepted the connection has 5 seconds to open the session anyway. */
+    mla_transport transport;    /* default MLA_TRANSPORT_AUTO */
 } mla_options;
 
 MLA_API void mla_options_init(mla_options *options);
@@ -115,6 +125,10 @@ MLA_API void mla_close(mla_client *client);
 
 /* The device's name, valid until mla_close. */
 MLA_API const char *mla_device(const mla_client *client);
+
+/* What the present session uses, MLA_TRANSPORT_RINGS or MLA_TRANSPORT_SOCKET; the latter too while the daemon is away.
+ * A reconnect may change it. */
+MLA_API mla_transport mla_transport_used(mla_client *client);
 
 /* ---- buffers: memory shared with the daemon ---- */
 

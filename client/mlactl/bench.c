@@ -3,6 +3,7 @@
  *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
  *   what does the daemon cost a large decode?                   daemon : direct, slice by slice
  *   what does it cost a tiny one?                               one-key decode : raw ping-pong, hundred by hundred
+ *                                                               (by rings, and by the socket)
  *
  * On a GPU the first has no ceilings to be answered with, and the others no targets. */
 #include "bench.h"
@@ -32,10 +33,11 @@ enum { SHAPES = sizeof q_lens / sizeof *q_lens };
 static const double target_ceiling = 0.5, target_daemon = 0.97, target_round_trip = 2.0;
 
 struct shape_result { double direct_ns, daemon_ns, alone_ns, ratio; unsigned rounds; };
-struct round_trip_result { double decode_p50, decode_p99, raw_p50, raw_p99; unsigned count; };
+struct round_trip_result { double decode_p50, decode_p99, socket_p50, socket_p99, raw_p50, raw_p99; unsigned count; };
 struct bench {
     const struct ctl *ctl;
     mla_client *client;
+    mla_client *by_socket;  /* beside a client that has rings; else NULL */
     struct pingpong *pingpong;
     char device[64], variant[32];
     unsigned threads;   /* 0: a GPU's */
@@ -94,12 +96,12 @@ static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_
     return made;
 }
 
-static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys,
-                      struct run **run)
+static int bind_batch(struct bench *bench, mla_client *client, uint32_t requests, uint32_t heads, uint32_t q_len,
+                      uint32_t keys, struct run **run)
 {
     capture_auto struct capture *capture = make_batch(requests, heads, q_len, keys);
     mla_error error = {.message = "out of memory"};
-    if (!capture || run_new(bench->client, capture, &(struct run_layout){0}, run, &error))
+    if (!capture || run_new(client, capture, &(struct run_layout){0}, run, &error))
         return ctl_error(bench->ctl, run_exit_code(error.code), "%s", error.message);
     return CTL_OK;
 }
@@ -108,7 +110,7 @@ static int decode_once(struct bench *bench, struct run *run, double *wall_ns)
 {
     mla_error error;
     uint64_t from = bench_now_ns();
-    mla_status status = mla_decode(bench->client, run->plan, bench->ctl->timeout_ms, NULL, &error);
+    mla_status status = mla_decode(run->client, run->plan, bench->ctl->timeout_ms, NULL, &error);
     *wall_ns = (double)(bench_now_ns() - from);
     if (status != MLA_OK)
         return ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
@@ -241,7 +243,7 @@ static int measure_shape(struct bench *bench, unsigned q_len, double seconds, st
     int code = CTL_OK;
     progress("measuring q_len %u", q_len);
     for (unsigned i = 0; i < copies.count && !code; i++)
-        code = bind_batch(bench, bench->batch, BENCH_HEADS, q_len, bench->keys, &copies.runs[i]);
+        code = bind_batch(bench, bench->client, bench->batch, BENCH_HEADS, q_len, bench->keys, &copies.runs[i]);
     if (!code && direct_new(bench->device, bench->variant, bench->threads, &shape, &direct, &fault))
         code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
     if (!code) {
@@ -257,13 +259,16 @@ static int measure_shape(struct bench *bench, unsigned q_len, double seconds, st
 static int measure_round_trip(struct bench *bench, double seconds, struct round_trip_result *result)
 {
     run_auto struct run *run = NULL;
-    ctl_autofree double *samples = calloc(2 * ROUND_TRIPS, sizeof *samples);
-    double *decode = samples, *raw = samples + ROUND_TRIPS;
+    run_auto struct run *socket_run = NULL;
+    ctl_autofree double *samples = calloc(3 * ROUND_TRIPS, sizeof *samples);
+    double *decode = samples, *raw = samples + ROUND_TRIPS, *by_socket = raw + ROUND_TRIPS;
     struct ctl_fault fault;
     if (!samples)
         return ctl_error(bench->ctl, CTL_FAILED, "out of memory");
     progress("measuring the round trip");
-    int code = bind_batch(bench, 1, 1, 1, 1, &run);
+    int code = bind_batch(bench, bench->client, 1, 1, 1, 1, &run);
+    if (!code && bench->by_socket)
+        code = bind_batch(bench, bench->by_socket, 1, 1, 1, 1, &socket_run);
     if (!code)
         code = decode_once(bench, run, &decode[0]); /* warm */
     double end = (double)bench_now_ns() + seconds * 1e9;
@@ -271,6 +276,8 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     while (!code && count + BURST <= ROUND_TRIPS && (count == 0 || (double)bench_now_ns() < end)) {
         for (unsigned i = 0; i < BURST && !code; i++)
             code = decode_once(bench, run, &decode[count + i]);
+        for (unsigned i = 0; i < BURST && !code && socket_run; i++)
+            code = decode_once(bench, socket_run, &by_socket[count + i]);
         for (unsigned i = 0; i < BURST && !code; i++)
             if (pingpong_once(bench->pingpong, &raw[count + i], &fault))
                 code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
@@ -279,6 +286,7 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     if (code)
         return code;
     *result = (struct round_trip_result){percentile(decode, count, 0.5), percentile(decode, count, 0.99),
+                                         percentile(by_socket, count, 0.5), percentile(by_socket, count, 0.99),
                                          percentile(raw, count, 0.5), percentile(raw, count, 0.99), count};
     return CTL_OK;
 }
@@ -306,6 +314,8 @@ static double tflop_s(const struct bench *bench, unsigned i, double ns)
 {
     return 2.0 * (D + V) * BENCH_HEADS * q_lens[i] * bench->batch * bench->keys / ns / 1e3;
 }
+
+static const char *transport(const struct bench *bench) { return bench->by_socket ? "rings" : "socket"; }
 
 static bool has_ceilings(const struct bench *bench) { return bench->rates.read_gb_s > 0; }
 
@@ -336,6 +346,7 @@ static void report_text(const struct bench *bench)
     printf("%s, variant %s", bench->device, bench->variant);
     if (bench->threads > 0)
         printf(", %u threads", bench->threads);
+    printf(", by %s", transport(bench));
     printf("; bf16, H=%d, B=%u, K=%u, pages of %d\n\n", BENCH_HEADS, bench->batch, bench->keys, BENCH_PAGE);
     if (bench->load >= 1)
         output_print(WARN, "  the machine was busy (load %.1f): these figures mean little\n\n", bench->load);
@@ -373,11 +384,18 @@ static void report_text(const struct bench *bench)
     putchar('\n');
     table = table_new(has_ceilings(bench) ? "ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50, <= 2.0"
                                           : "ROUND TRIP|>COUNT|>P50|>P99|>RATIO OF P50");
-    table_cell(table, PLAIN, "one-key decode");
+    table_cell(table, PLAIN, "one-key decode, %s", transport(bench));
     table_cell(table, PLAIN, "%u", r->count);
     table_cell(table, PLAIN, "%s", human_ns(r->decode_p50).s);
     table_cell(table, PLAIN, "%s", human_ns(r->decode_p99).s);
     mark(bench, table, round_trip_ratio(r) <= target_round_trip, "%.2f", round_trip_ratio(r));
+    if (bench->by_socket) {
+        table_cell(table, PLAIN, "one-key decode, socket");
+        table_cell(table, PLAIN, "%u", r->count);
+        table_cell(table, PLAIN, "%s", human_ns(r->socket_p50).s);
+        table_cell(table, PLAIN, "%s", human_ns(r->socket_p99).s);
+        table_cell(table, PLAIN, "%.2f", r->socket_p50 / r->raw_p50);
+    }
     table_cell(table, PLAIN, "raw socket");
     table_cell(table, PLAIN, "%u", r->count);
     table_cell(table, PLAIN, "%s", human_ns(r->raw_p50).s);
@@ -393,6 +411,7 @@ static void report_json(const struct bench *bench)
     cJSON_AddStringToObject(root, "variant", bench->variant);
     if (bench->threads > 0)
         cJSON_AddNumberToObject(root, "threads", bench->threads);
+    cJSON_AddStringToObject(root, "transport", transport(bench));
     cJSON_AddNumberToObject(root, "load", bench->load);
     cJSON_AddNumberToObject(root, "batch", bench->batch);
     cJSON_AddNumberToObject(root, "heads", BENCH_HEADS);
@@ -434,6 +453,10 @@ static void report_json(const struct bench *bench)
     cJSON_AddNumberToObject(trip, "count", r->count);
     cJSON_AddNumberToObject(trip, "decode_p50_ns", r->decode_p50);
     cJSON_AddNumberToObject(trip, "decode_p99_ns", r->decode_p99);
+    if (bench->by_socket) {
+        cJSON_AddNumberToObject(trip, "socket_p50_ns", r->socket_p50);
+        cJSON_AddNumberToObject(trip, "socket_p99_ns", r->socket_p99);
+    }
     cJSON_AddNumberToObject(trip, "raw_p50_ns", r->raw_p50);
     cJSON_AddNumberToObject(trip, "raw_p99_ns", r->raw_p99);
     cJSON_AddNumberToObject(trip, "ratio", round_trip_ratio(r));
@@ -463,10 +486,27 @@ static int read_device(struct bench *bench)
     return CTL_OK;
 }
 
+/* The client that is measured, and one beside it that has no rings if it has. */
+static int connect_both(struct bench *bench)
+{
+    const char *device = ctl_value(bench->ctl, "--device"), *way = ctl_value(bench->ctl, "--transport");
+    bool rings = way && strcmp(way, "rings") == 0;
+    if (way && !rings && strcmp(way, "socket") != 0)
+        return ctl_error(bench->ctl, CTL_USAGE, "--transport takes rings or socket, not %s", way);
+    mla_transport wanted = rings ? MLA_TRANSPORT_RINGS : way ? MLA_TRANSPORT_SOCKET : MLA_TRANSPORT_AUTO;
+    int code = run_connect_by(bench->ctl, device, wanted, &bench->client);
+    if (code)
+        return code;
+    if (mla_transport_used(bench->client) == MLA_TRANSPORT_RINGS)
+        return run_connect_by(bench->ctl, mla_device(bench->client), MLA_TRANSPORT_SOCKET, &bench->by_socket);
+    return rings ? ctl_error(bench->ctl, CTL_FAILED, "the daemon has no rings for this session; its log says more")
+                 : CTL_OK;
+}
+
 /* Sizes that were not given are the device's. */
 static int choose_device(struct bench *bench)
 {
-    int code = run_connect(bench->ctl, ctl_value(bench->ctl, "--device"), &bench->client);
+    int code = connect_both(bench);
     if (code)
         return code;
     snprintf(bench->device, sizeof bench->device, "%s", mla_device(bench->client));
@@ -506,6 +546,7 @@ int ctl_bench(const struct ctl *ctl)
     int code = measure_all(&bench, (double)seconds);
     pingpong_free(bench.pingpong);
     mla_close(bench.client);
+    mla_close(bench.by_socket);
     progress_stop();
     if (!code && ctl->json)
         report_json(&bench);

@@ -40,12 +40,14 @@ static const struct ctl_command commands[] = {
      "For a Prometheus textfile or exec collector.", {{0}}},
     {"bench", "", 0, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
      "The cpu backend or a GPU's called directly and through the daemon in turn, cpu's beside the ceilings of this "
-     "machine, and the round trip of a one-key decode next to a raw socket ping-pong. A GPU's direct calls are timed "
-     "by its own events, and what it decodes lies in its memory. Needs the machine to itself.",
+     "machine, and the round trip of a one-key decode, by rings and by the socket, next to a raw socket ping-pong. A "
+     "GPU's direct calls are timed by its own events, and what it decodes lies in its memory. Needs the machine to "
+     "itself.",
      {DEVICE_OPTION,
       {"--batch", "N", "requests of a decode; default: 8, on a GPU 64", 0},
       {"--kv-len", "N", "keys of a request; default 4096", 0},
-      {"--seconds", "N", "measure for about so long; default 10", 0}}},
+      {"--seconds", "N", "measure for about so long; default 10", 0},
+      {"--transport", "WAY", "rings or socket, for what goes through the daemon; default: rings if it has them", 0}}},
     {"drain", "DEVICE", 1, 1, 60, ctl_drain, "Let a device finish what it has and take nothing new (admin users)",
      "Returns once nothing is in flight. New decodes are refused until `drain DEVICE --resume`.",
      {{"--resume", NULL, "end the drain", 0}}},

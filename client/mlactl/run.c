@@ -26,6 +26,11 @@ int run_exit_code(mla_status status)
 
 int run_connect(const struct ctl *ctl, const char *device, mla_client **client)
 {
+    return run_connect_by(ctl, device, MLA_TRANSPORT_AUTO, client);
+}
+
+int run_connect_by(const struct ctl *ctl, const char *device, mla_transport transport, mla_client **client)
+{
     admin_auto struct admin *admin = NULL;
     struct ctl_fault fault;
     progress("connecting to %.100s", ctl->socket);
@@ -38,6 +43,7 @@ int run_connect(const struct ctl *ctl, const char *device, mla_client **client)
     options.device = device;
     options.name = "mlactl";
     options.reconnect_ms = ctl->timeout_ms;
+    options.transport = transport;
     mla_error error;
     mla_status status = mla_connect(client, &options, &error);
     return status == MLA_OK ? CTL_OK : ctl_error(ctl, run_exit_code(status), "%s", error.message);

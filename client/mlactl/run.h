@@ -34,6 +34,7 @@ struct run {
 /* Connect to `device` (NULL: libmla's choice) after making sure that a daemon answers. CTL_OK, or the exit code after
  * complaining. */
 int run_connect(const struct ctl *ctl, const char *device, mla_client **client);
+int run_connect_by(const struct ctl *ctl, const char *device, mla_transport transport, mla_client **client);
 
 /* Bind, register and plan. 0 with *run the caller's until run_free; -1 with `error`. */
 int run_new(mla_client *client, const struct capture *capture, const struct run_layout *layout, struct run **run,

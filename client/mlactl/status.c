@@ -231,6 +231,7 @@ static void session_cells(void *to, const char *device, const struct mlap_sessio
     table_cell(table, PLAIN, "%u", s->uid);
     table_cell(table, PLAIN, "%u", s->pid);
     table_cell(table, PLAIN, "%s", human_age(s->age_ms).s);
+    table_cell(table, PLAIN, "%s", s->rings ? "rings" : "socket");
     table_cell(table, PLAIN, "%u", s->buffers);
     table_cell(table, PLAIN, "%s", human_bytes((double)s->bytes).s);
     table_cell(table, PLAIN, "%u", s->plans);
@@ -242,7 +243,7 @@ static void session_cells(void *to, const char *device, const struct mlap_sessio
 static void print_sessions(const struct view *view)
 {
     struct table *table =
-        table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
+        table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|PATH|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         struct ctl_fault fault;
         const struct mlap_device *d = &view->status->devices[i];

@@ -246,7 +246,9 @@ void mlac_flush(struct mla_client *client, int64_t now)
     struct mlac_call *call;
     while (!client->broken && (call = TAILQ_FIRST(&client->outbox))) {
         mla_error error;
-        int sent = send_call(client, call, &error);
+        call->ringed = mlac_rings_submit(client, call);
+        client->ringed += call->ringed;
+        int sent = call->ringed ? 0 : send_call(client, call, &error);
         if (sent == 0) {
             dequeue(client, call);
             call->state = MLAC_SENT;
@@ -311,22 +313,48 @@ _Static_assert(sizeof((mla_failure *)0)->message == sizeof((struct mlap_failure 
 _Static_assert(sizeof((mla_result *)0)->failures / sizeof(mla_failure) == MLAP_MAX_FAILURES_LISTED,
                "all that DONE lists");
 
-bool mlac_answer(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now)
+/* The call that is owed an answer of this sequence, or NULL. */
+static struct mlac_call *find_owed(struct mla_client *client, uint32_t sequence)
 {
-    struct mlac_call *call = find_sequence(client, header->sequence);
-    if (!call || call->state != MLAC_SENT)
-        return false;
-    if (header->type == MLAP_ERROR ? body->error_.code == MLAP_code_OK
-                                   : header->type != (is_decode(call) ? MLAP_DONE : MLAP_OK))
-        return false;
+    struct mlac_call *call = find_sequence(client, sequence);
+    return call && call->state == MLAC_SENT ? call : NULL;
+}
+
+static void note_answer(struct mla_client *client, struct mlac_call *call)
+{
     client->unanswered--;
-    if (header->type == MLAP_DONE)
-        client->paused_until = 0;
+    client->ringed -= call->ringed;
+    call->ringed = false;
+}
+
+bool mlac_done(struct mla_client *client, uint32_t sequence, const struct mlap_done *done)
+{
+    struct mlac_call *call = find_owed(client, sequence);
+    if (!call || !is_decode(call))
+        return false;
+    note_answer(client, call);
+    client->paused_until = 0;
     if (call->detached) {
         mlac_call_free(client, call);
-    } else if (header->type == MLAP_DONE) {
-        keep_result(call, &body->done_);
+    } else {
+        keep_result(call, done);
         mlac_call_complete(client, call, NULL);
+    }
+    return true;
+}
+
+bool mlac_answer(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now)
+{
+    if (header->type == MLAP_DONE)
+        return mlac_done(client, header->sequence, &body->done_);
+    struct mlac_call *call = find_owed(client, header->sequence);
+    if (!call)
+        return false;
+    if (header->type == MLAP_ERROR ? body->error_.code == MLAP_code_OK : is_decode(call) || header->type != MLAP_OK)
+        return false;
+    note_answer(client, call);
+    if (call->detached) {
+        mlac_call_free(client, call);
     } else if (header->type == MLAP_OK) {
         settle(client, call, NULL);
     } else if (!try_again(client, call, body->error_.code, now)) {
@@ -339,7 +367,7 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
 
 void mlac_calls_end(struct mla_client *client, const mla_error *error)
 {
-    client->unanswered = 0;
+    client->unanswered = client->ringed = 0;
     client->replaying = 0;
     client->paused_until = 0;
     TAILQ_INIT(&client->outbox);
@@ -347,7 +375,7 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
     for (struct mlac_call *call = TAILQ_FIRST(&client->calls); call; call = next) {
         next = TAILQ_NEXT(call, order);     /* what is freed besides `call` comes before it */
         bool in_flight = call->state == MLAC_SENT;
-        call->queued = call->replaying = false;
+        call->queued = call->replaying = call->ringed = false;
         if (call->state == MLAC_COMPLETE)
             continue;
         call->state = MLAC_UNSENT;

@@ -44,6 +44,19 @@ static mla_status check_utf8(const mla_client *client, mla_error *error)
     return mlac_fail(error, MLA_INVALID, device ? "options.device" : "options.name", "it must be valid UTF-8");
 }
 
+/* Whether the rings are to be left alone. */
+static mla_status choose_transport(mla_client *client, mla_transport transport, mla_error *error)
+{
+    const char *said = choose(NULL, "MLAD_TRANSPORT", "rings");
+    if (transport == MLA_TRANSPORT_AUTO && strcmp(said, "socket") != 0 && strcmp(said, "rings") != 0)
+        return mlac_fail(error, MLA_INVALID, "options.transport", "$MLAD_TRANSPORT must be rings or socket");
+    if (transport != MLA_TRANSPORT_AUTO && transport != MLA_TRANSPORT_SOCKET && transport != MLA_TRANSPORT_RINGS)
+        return mlac_fail(error, MLA_INVALID, "options.transport", "it must be a mla_transport, not %d", (int)transport);
+    client->socket_only = transport == MLA_TRANSPORT_SOCKET ||
+                          (transport == MLA_TRANSPORT_AUTO && strcmp(said, "socket") == 0);
+    return MLA_OK;
+}
+
 static mla_status configure(mla_client *client, const mla_options *options, mla_error *error)
 {
     if (options->struct_size != sizeof *options)
@@ -67,6 +80,8 @@ static mla_status configure(mla_client *client, const mla_options *options, mla_
     if (status == MLA_OK)
         status = take_text(client->name, sizeof client->name, options->name ? options->name : name, "options.name",
                            "the client's name", error);
+    if (status == MLA_OK)
+        status = choose_transport(client, options->transport, error);
     return status == MLA_OK ? check_utf8(client, error) : status;
 }
 
@@ -97,7 +112,7 @@ MLA_API mla_status mla_connect(mla_client **client_out, const mla_options *optio
     TAILQ_INIT(&client->calls);
     TAILQ_INIT(&client->outbox);
     TAILQ_INIT(&client->sleepers);
-    client->socket = client->epoll = client->timer = client->watched = -1;
+    client->socket = client->epoll = client->timer = client->watched = client->ring_memory = -1;
     client->alarm = MLAC_NEVER;
     client->random = (uint64_t)mlac_now() ^ (uint64_t)getpid() << 32;
     mlac_settled(client);
@@ -135,6 +150,7 @@ MLA_API void mla_close(mla_client *client)
             free(plan);
         }
     }
+    mlac_rings_close(client);
     for (size_t i = 0; i < 3; i++) {
         int fd = (int[]){client->socket, client->epoll, client->timer}[i];
         if (fd >= 0)
@@ -147,6 +163,14 @@ MLA_API void mla_close(mla_client *client)
 MLA_API const char *mla_device(const mla_client *client)
 {
     return client->device;
+}
+
+MLA_API mla_transport mla_transport_used(mla_client *client)
+{
+    mlac_lock(client);
+    bool rings = client->rings;
+    mlac_unlock(client);
+    return rings ? MLA_TRANSPORT_RINGS : MLA_TRANSPORT_SOCKET;
 }
 
 void mlac_lock(struct mla_client *client)

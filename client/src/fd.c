@@ -43,6 +43,8 @@ void mlac_fd_update(struct mla_client *client)
             client->watched = socket;
     }
     bool news = client->ready > 0 || client->watched != socket; /* a socket that cannot be watched has to be polled */
+    if (!news && client->loose)
+        news = mlac_rings_watch(client); /* the daemon's NEWS will come over the socket */
     set_timer(client, news || at == 0 ? 1 : at);
 }
 

@@ -15,6 +15,8 @@
  *         call.c        the list: send, answer, replay
  *            |
  *       transport.c     connect, greet, receive, reconnect
+ *            |
+ *         rings.c       shared memory, beside the socket
  *
  * Names: mla_ is public, mlac_ is private to the library. "Locked" says that the caller holds client->lock. */
 #ifndef MLAC_H
@@ -23,6 +25,7 @@
 #include "cuda.h"
 #include "mla.h"
 #include "mlap.h"
+#include "mlap_ring.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -30,7 +33,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-enum { MLAC_MAX_TENSORS = 12, MLAC_BUCKETS = 1024, MLAC_MAX_DEATHS = 3 };
+enum { MLAC_MAX_TENSORS = 12, MLAC_BUCKETS = 1024, MLAC_MAX_DEATHS = 3, MLAC_TAKE = 16 };
 
 /* Times are CLOCK_MONOTONIC nanoseconds. */
 #define MLAC_NEVER INT64_MAX
@@ -68,6 +71,7 @@ struct mlac_call {
     bool loose;         /* a ticket of mla_submit: mla_fd speaks for it */
     bool detached;      /* nobody waits: freed when answered, forgotten when the session dies */
     bool established;   /* was accepted once: a refusal now means that the session cannot be restored */
+    bool ringed;        /* sent by the ring: counted in client->ringed */
     bool replaying;     /* established, and sent again on this connection: counted in client->replaying */
     uint32_t deaths;    /* sessions that died with this call in flight */
     uint32_t replays;
@@ -129,12 +133,13 @@ struct mla_client {
     char name[64];
     char device[64];            /* empty until chosen; then never changed */
     int64_t reconnect_ns;
+    bool socket_only;           /* no rings are asked for */
 
     pthread_mutex_t lock;       /* guards all that follows */
     enum mlac_link link;
     int socket;                 /* -1 while away; closed only while nobody leads */
     bool broken;                /* a send found the peer gone; what it said last is still to be read */
-    bool leading;               /* a thread sits in recvmsg, and owns inbox and body */
+    bool leading;               /* a thread sits in recvmsg, and owns inbox, body, taken and the completion ring */
     bool trying;                /* an effort to restore the session is going on, since give_up_at - reconnect_ns */
     int64_t give_up_at, retry_at, greet_until, delay_ns;
     uint64_t random;            /* jitter */
@@ -147,6 +152,9 @@ struct mla_client {
     struct mlac_call *bucket[MLAC_BUCKETS];
     int64_t paused_until;       /* nothing is sent before */
     uint32_t unanswered;        /* sent on this connection */
+    uint32_t ringed;            /* of these, those that went by the ring */
+    struct mlac_rings *rings;   /* of this connection; NULL: none */
+    struct mlac_rings *retired; /* closed while a thread leads: still mapped for it */
     uint32_t replaying;         /* established calls not yet accepted again on this connection */
     uint32_t loose, ready;      /* tickets that mla_fd speaks for, and those of them that are complete */
     TAILQ_HEAD(, mlac_sleeper) sleepers;
@@ -156,6 +164,9 @@ struct mla_client {
     int64_t alarm;              /* what the timer is set to */
 
     union mlap_body body;
+    int ring_memory;            /* that came with the message in `body`, or -1 */
+    struct mlap_completion taken[MLAC_TAKE];
+    struct mlap_done done;      /* a completion in words that the socket has too */
     uint8_t inbox[MLAP_MAX_MESSAGE];
 };
 
@@ -183,6 +194,8 @@ void mlac_call_complete(struct mla_client *client, struct mlac_call *call, const
 void mlac_flush(struct mla_client *client, int64_t now);
 /* An answer came. False: it answers nothing that was asked. */
 bool mlac_answer(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body, int64_t now);
+/* A decode is complete. False: none of that sequence is owed an answer. */
+bool mlac_done(struct mla_client *client, uint32_t sequence, const struct mlap_done *done);
 /* The session is over, and the link not up any more. Without `error` it died: calls wait for the next session, except
  * those that have seen too many deaths. With `error`, all calls fail with it; buffers and plans stay, for a later
  * effort. */
@@ -207,6 +220,26 @@ bool mlac_receive(struct mla_client *client, int64_t until);
 void mlac_settled(struct mla_client *client);
 /* End the client for good. */
 void mlac_die(struct mla_client *client, const mla_error *error);
+
+/* ---- rings.c, locked unless stated ---- */
+
+/* Take the rings whose memory the daemon has sent; `fd` stays the caller's. False: they cannot be had. */
+bool mlac_rings_open(struct mla_client *client, int fd, uint32_t entries);
+void mlac_rings_close(struct mla_client *client);
+/* By the thread that led: unmap what was closed meanwhile. */
+void mlac_rings_retire(struct mla_client *client);
+/* Submit a call by the ring. False: it has to go over the socket. */
+bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call);
+/* Unlocked, by the leader, as mlac_rings_news and mlac_rings_ask: take up to `most` completions; -1: the daemon's index
+ * is nonsense. */
+int mlac_rings_take(struct mlac_rings *rings, struct mlap_completion *to, int most);
+bool mlac_rings_news(const struct mlac_rings *rings);
+/* Ask for a NEWS at the next completion, or take the asking back. */
+void mlac_rings_ask(struct mlac_rings *rings, bool asked);
+/* Nobody leads, and mla_fd is to speak for the ring: ask for NEWS. True: there are completions already. */
+bool mlac_rings_watch(struct mla_client *client);
+/* As mlac_done. */
+bool mlac_rings_completed(struct mla_client *client, const struct mlap_completion *completion);
 
 /* ---- wait.c, all locked ---- */
 

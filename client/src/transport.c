@@ -22,13 +22,14 @@
 #include <unistd.h>
 
 enum { FIRST_DELAY_MS = 1, LAST_DELAY_MS = 500, GREETING_MS = 1000, HELLO_SEQUENCE = 1, STATUS_SEQUENCE = 2,
-       LINGER_NS = 100000 };
+       LINGER_NS = 100000, RING_LOOKS = 8 };
 
 static void forget_socket(struct mla_client *client)
 {
     mlac_fd_forget(client);
     if (client->socket >= 0)
         close(client->socket);
+    mlac_rings_close(client);
     client->socket = -1;
     client->broken = false;
     client->link = MLAC_AWAY;
@@ -97,6 +98,8 @@ void mlac_hello(const struct mla_client *client, struct mlap_hello *hello)
     if (client->device[0]) {
         snprintf(hello->device, sizeof hello->device, "%s", client->device);
         mlap_set(hello, hello, device);
+        hello->features = client->socket_only ? 0 : MLAP_FEATURE_RINGS;
+        mlap_set(hello, hello, features);
     }
 }
 
@@ -224,6 +227,18 @@ static bool passes(enum mlap_code code)
     return code == MLAP_code_UNAVAILABLE || code == MLAP_code_BUSY || code == MLAP_code_TIMEOUT;
 }
 
+/* The rings' memory has come. Without memory for them here, the session is opened again without. */
+static void take_rings(struct mla_client *client, uint32_t entries, int64_t now)
+{
+    if (client->rings || client->socket_only || client->ring_memory < 0) {
+        malformed(client, MLA_MALFORMED, "rings that were not asked for");
+    } else if (!mlac_rings_open(client, client->ring_memory, entries)) {
+        client->socket_only = true;
+        forget_socket(client);
+        client->retry_at = now;
+    }
+}
+
 /* Before the session is up. */
 static void greeted(struct mla_client *client, const struct mlap_header *header, const union mlap_body *body,
                     int64_t now)
@@ -238,6 +253,11 @@ static void greeted(struct mla_client *client, const struct mlap_header *header,
             again(client, now, &error);
         else
             give_up(client, &error);
+    } else if (header->type == MLAP_RING_MEMORY && !asking && client->device[0]) {
+        take_rings(client, body->ring_memory_.entries, now);
+    } else if (header->type == MLAP_WELCOME && !asking && client->device[0] &&
+               body->welcome_.features != (client->rings ? MLAP_FEATURE_RINGS : 0)) {
+        malformed(client, MLA_MALFORMED, "it grants rings and sends none, or the reverse");
     } else if (header->type == MLAP_WELCOME && !asking && client->device[0]) {
         client->link = MLAC_UP;
         client->met = true;
@@ -264,6 +284,8 @@ static void message(struct mla_client *client, const struct mlap_header *header,
         mla_error error;
         mlac_fail(&error, (mla_status)body->error_.code, body->error_.field, "%s", body->error_.message);
         mlac_die(client, &error);
+    } else if (header->type == MLAP_NEWS && client->rings) {
+        return; /* the ring is looked at anyway */
     } else if (!mlac_answer(client, header, body, now)) {
         malformed(client, MLA_MALFORMED, "an answer to nothing that was asked");
     }
@@ -281,62 +303,110 @@ static void end_of_file(struct mla_client *client, int64_t now)
     again(client, now, &error);
 }
 
-/* One datagram, waited for until `until`. As mlap_receive; runs without the lock. A small decode is answered within
- * microseconds, which waking an idle processor can cost as well: look out for it for a moment before sleeping, giving
- * way to whoever else can run. */
-static long receive(struct mla_client *client, int fd, int64_t until, struct mlap_header *header,
-                    struct mlap_fault *fault)
+/* Between two looks at the socket: look at the ring for a moment, and give way to whoever else can run. */
+static void look_out(const struct mlac_rings *rings)
+{
+    for (int i = 0; i < RING_LOOKS && rings; i++) {
+        if (mlac_rings_news(rings))
+            return;
+        mlap_ring_pause();
+    }
+    sched_yield();
+}
+
+/* Until the socket has something to read, the ring's NEWS perhaps, or `span` (NULL: no end) is over. */
+static void sleep_on(struct mlac_rings *rings, int fd, const struct timespec *span)
+{
+    struct pollfd item = {.fd = fd, .events = POLLIN};
+    mlac_rings_ask(rings, true);
+    if (!mlac_rings_news(rings))
+        ppoll(&item, 1, span, NULL);
+    mlac_rings_ask(rings, false);
+}
+
+/* What one look has found; `length` and `number` (errno) as mlap_receive says, `taken` as mlac_rings_take. */
+struct found { long length; int number, taken; struct mlap_header header; struct mlap_fault fault; };
+
+/* One datagram or some completions, or both, waited for until `until`; runs without the lock. A small decode is
+ * answered within microseconds, which waking an idle processor can cost as well: look out for it for a moment before
+ * sleeping. */
+static void receive(struct mla_client *client, int fd, struct mlac_rings *rings, int64_t until, struct found *found)
 {
     int fds[MLAP_MAX_FDS];
     unsigned n_fds = 0;
-    long length;
     int64_t now = mlac_now(), asleep_at = now + LINGER_NS;
-    while ((length = mlap_receive(fd, client->inbox, sizeof client->inbox, fds, &n_fds, MSG_DONTWAIT)) < 0 &&
-           errno == EAGAIN && now < until) {
-        struct pollfd item = {.fd = fd, .events = POLLIN};
+    for (;;) {
+        found->length = mlap_receive(fd, client->inbox, sizeof client->inbox, fds, &n_fds, MSG_DONTWAIT);
+        found->number = errno;
+        found->taken = mlac_rings_take(rings, client->taken, MLAC_TAKE);
+        if (found->length >= 0 || found->number != EAGAIN || found->taken || now >= until)
+            break;
         struct timespec span = {.tv_sec = (until - now) / 1000000000, .tv_nsec = (until - now) % 1000000000};
         if (now < asleep_at)
-            sched_yield();
+            look_out(rings);
         else
-            ppoll(&item, 1, until == MLAC_NEVER ? NULL : &span, NULL);
+            sleep_on(rings, fd, until == MLAC_NEVER ? NULL : &span);
         now = mlac_now();
     }
-    fault->code = MLAP_code_OK;
-    if (length > 0)
-        mlap_decode(client->inbox, (size_t)length, header, &client->body, fault);
-    if (n_fds)
-        mlap_fail(fault, MLAP_code_FDS, "", "a file descriptor came with the message");
-    for (unsigned i = 0; i < n_fds; i++)
+    found->fault.code = MLAP_code_OK;
+    if (found->length > 0)
+        mlap_decode(client->inbox, (size_t)found->length, &found->header, &client->body, &found->fault);
+    bool memory = n_fds == 1 && found->length > 0 && found->fault.code == MLAP_code_OK &&
+                  found->header.type == MLAP_RING_MEMORY;
+    client->ring_memory = memory ? fds[0] : -1;
+    if (n_fds && !memory)
+        mlap_fail(&found->fault, MLAP_code_FDS, "", "a file descriptor came with the message");
+    for (unsigned i = 0; i < n_fds && !memory; i++)
         close(fds[i]);
-    return length;
+}
+
+/* Completions come before what the socket says: the end of file, or why the session has ended. */
+static void completions(struct mla_client *client, int taken)
+{
+    if (taken < 0)
+        malformed(client, MLA_MALFORMED, "the completion ring is said to hold more entries than it can");
+    for (int i = 0; i < taken && client->rings; i++) {
+        if (!mlac_rings_completed(client, &client->taken[i]))
+            malformed(client, MLA_MALFORMED, "a completion of nothing that was submitted, or of unknown contents");
+    }
+}
+
+/* Act on what the socket had. */
+static void dispatch(struct mla_client *client, const struct found *found, int64_t now)
+{
+    if (found->length > 0 && found->fault.code == MLAP_code_OK)
+        message(client, &found->header, &client->body, now);
+    else if (found->length > 0 && found->fault.code == MLAP_code_MEMORY)
+        end_of_file(client, now);       /* an answer is gone; a new session gives another */
+    else if (found->length > 0)
+        malformed(client, found->fault.code == MLAP_code_VERSION ? MLA_VERSION : MLA_MALFORMED, found->fault.message);
+    else if (found->length == 0)
+        end_of_file(client, now);
+    else if (found->number == EMSGSIZE)
+        malformed(client, MLA_MALFORMED, "a datagram longer than the protocol allows");
+    /* A reset is told once, then what the peer had sent before, then the end of file. */
+    else if (found->number != EAGAIN && found->number != EINTR && found->number != ECONNRESET)
+        end_of_file(client, now);
 }
 
 bool mlac_receive(struct mla_client *client, int64_t until)
 {
-    struct mlap_header header;
-    struct mlap_fault fault;
+    struct found found;
     int fd = client->socket;
+    struct mlac_rings *rings = client->link == MLAC_UP ? client->rings : NULL;
     client->leading = true;
     mlac_unlock(client);
-    long length = receive(client, fd, until, &header, &fault);
-    int number = errno;
+    receive(client, fd, rings, until, &found);
     mlac_lock(client);
     client->leading = false;
-
-    int64_t now = mlac_now();
-    if (length > 0 && fault.code == MLAP_code_OK)
-        message(client, &header, &client->body, now);
-    else if (length > 0 && fault.code == MLAP_code_MEMORY)
-        end_of_file(client, now);       /* an answer is gone; a new session gives another */
-    else if (length > 0)
-        malformed(client, fault.code == MLAP_code_VERSION ? MLA_VERSION : MLA_MALFORMED, fault.message);
-    else if (length == 0)
-        end_of_file(client, now);
-    else if (number == EAGAIN || number == EINTR)
-        return false;
-    else if (number == EMSGSIZE)
-        malformed(client, MLA_MALFORMED, "a datagram longer than the protocol allows");
-    else if (number != ECONNRESET) /* a reset is told once, then what the peer had sent before, then the end of file */
-        end_of_file(client, now);
-    return true;
+    if (client->rings == rings)
+        completions(client, found.taken);
+    mlac_rings_retire(client);
+    if (client->socket != fd || (found.length <= 0 && found.taken == MLAC_TAKE)) /* it has ended, or may have more */
+        found.length = -1, found.number = EINTR;
+    dispatch(client, &found, mlac_now());
+    if (client->ring_memory >= 0)
+        close(client->ring_memory);
+    client->ring_memory = -1;
+    return found.length >= 0 || found.taken || (found.number != EAGAIN && found.number != EINTR);
 }

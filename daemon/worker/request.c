@@ -122,23 +122,29 @@ static enum mlap_code on_drop(struct mlad_session *session, struct mlad_message 
     return MLAP_code_OK;
 }
 
-static enum mlap_code submit(struct mlad_session *session, const struct mlad_message *message, struct mlad_plan *plan,
+static enum mlap_code submit(struct mlad_session *session, uint32_t sequence, struct mlad_plan *plan, uint64_t received,
                              struct mlap_fault *fault)
 {
-    enum mlap_code code = mlad_scheduler_submit(session->sessions->scheduler, &session->queue, plan,
-                                                message->header.sequence, message->received, fault);
+    enum mlap_code code =
+        mlad_scheduler_submit(session->sessions->scheduler, &session->queue, plan, sequence, received, fault);
     if (code == MLAP_code_BUSY)
         session->sessions->stats->busy++;
     return code;
 }
 
-static enum mlap_code on_submit(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+enum mlap_code mlad_session_submit(struct mlad_session *session, uint32_t sequence, uint32_t id, uint64_t received,
+                                   struct mlap_fault *fault)
 {
-    uint32_t id = message->body->submit_.plan;
     struct mlad_plan *plan = mlad_idmap_get(&session->plans, id);
     if (!plan)
         return mlap_fail(fault, MLAP_code_NOT_FOUND, "plan", "this session has no plan %" PRIu32, id);
-    return submit(session, message, plan, fault);
+    return submit(session, sequence, plan, received, fault);
+}
+
+static enum mlap_code on_submit(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    return mlad_session_submit(session, message->header.sequence, message->body->submit_.plan, message->received,
+                               fault);
 }
 
 static enum mlap_code on_decode(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
@@ -148,7 +154,7 @@ static enum mlap_code on_decode(struct mlad_session *session, struct mlad_messag
                                         &session->sessions->capabilities, &plan, fault);
     if (code != MLAP_code_OK)
         return code;
-    code = submit(session, message, plan, fault);
+    code = submit(session, message->header.sequence, plan, message->received, fault);
     mlad_plan_unref(plan); /* the decode has its own reference */
     return code;
 }
@@ -196,6 +202,12 @@ static bool ends_session(const struct mlad_message *message)
 void mlad_session_receive(struct mlad_session *session, struct mlad_message *message)
 {
     struct mlap_fault *fault = &message->fault;
+    if (fault->code == MLAP_code_OK && message->header.type == MLAP_KNOCK && session->rings.mapping &&
+        message->n_fds == 0)
+        return; /* it has woken the loop, which looks at the rings next */
+    mlad_rings_catch_up(session);
+    if (session->draining)
+        return;
     if (fault->code == MLAP_code_OK && message->header.sequence == 0)
         mlap_fail(fault, MLAP_code_MALFORMED, "sequence", "a request's sequence must not be 0, which stands for none");
     if (fault->code == MLAP_code_OK && dispatch(session, message, fault) == MLAP_code_OK)
@@ -205,12 +217,8 @@ void mlad_session_receive(struct mlad_session *session, struct mlad_message *mes
         scheduler->lost(scheduler, fault->message);
     }
     mlad_session_refuse(session, message->header.sequence, fault);
-    if (ends_session(message)) {
-        session->sessions->stats->dropped++;
-        mlad_log_provoked(LOG_WARNING, "session dropped", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
-                 MLAD_KV("client", session->client), MLAD_KV("why", fault->message));
-        mlad_session_end(session, "its message broke the protocol");
-    }
+    if (ends_session(message))
+        mlad_session_drop(session, fault);
 }
 
 void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode, const struct mlap_fault *fault)
@@ -219,16 +227,25 @@ void mlad_session_answer(struct mlad_session *session, const struct mlad_decode 
         mlad_session_refuse(session, decode->sequence, fault);
         return;
     }
+    session->decodes++;
+    session->kv_tokens += decode->kv_tokens;
+    const struct mlap_completion completion = {
+        .sequence = decode->sequence,
+        .receive_ns = decode->queued - decode->received,
+        .queue_ns = decode->launched - decode->queued,
+        .kernel_ns = decode->completed - decode->launched,
+        .kv_tokens = decode->kv_tokens,
+    };
+    if (decode->failed == 0 && mlad_rings_complete(session, &completion))
+        return;
     static struct mlap_done done; /* large, and only the loop thread's */
-    done.receive_ns = decode->queued - decode->received;
-    done.queue_ns = decode->launched - decode->queued;
-    done.kernel_ns = decode->completed - decode->launched;
-    done.kv_tokens = decode->kv_tokens;
+    done.receive_ns = completion.receive_ns;
+    done.queue_ns = completion.queue_ns;
+    done.kernel_ns = completion.kernel_ns;
+    done.kv_tokens = completion.kv_tokens;
     done.failed = decode->failed;
     done.n_failures = decode->n_failures;
     if (decode->n_failures)
         memcpy(done.failures, decode->failures, decode->n_failures * sizeof *done.failures);
-    session->decodes++;
-    session->kv_tokens += decode->kv_tokens;
     mlad_link_send(&session->link, MLAP_DONE, decode->sequence, &done);
 }

@@ -31,6 +31,7 @@ void mlad_session_end(struct mlad_session *session, const char *why)
 {
     mlad_log_provoked(LOG_INFO, "session ended", MLAD_KV("session", session->id), MLAD_KV("why", why));
     mlad_link_shutdown(&session->link);
+    mlad_rings_close(session);
     session->draining = true;
     uint32_t position = 0;
     struct mlad_plan *plan;
@@ -46,6 +47,14 @@ void mlad_session_end(struct mlad_session *session, const char *why)
     mlad_idmap_deinit(&session->buffers);
     mlad_scheduler_cancel(session->sessions->scheduler, &session->queue);
     settle(session);
+}
+
+void mlad_session_drop(struct mlad_session *session, const struct mlap_fault *fault)
+{
+    session->sessions->stats->dropped++;
+    mlad_log_provoked(LOG_WARNING, "session dropped", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
+             MLAD_KV("client", session->client), MLAD_KV("why", fault->message));
+    mlad_session_end(session, "it broke the protocol");
 }
 
 static void on_link_ended(struct mlad_link *link, const char *why)
@@ -106,12 +115,14 @@ static void turn_away(struct mlad_sessions *sessions, const struct mlap_attach *
     close(fd);
 }
 
-static void welcome(struct mlad_session *session, uint32_t sequence)
+static void welcome(struct mlad_session *session, uint32_t sequence, const struct mlap_hello *hello)
 {
+    bool wanted = mlap_has(hello, hello, features) && (hello->features & MLAP_FEATURE_RINGS);
     const struct mlad_limits *limits = session->holder.user->limits;
     struct mlap_welcome welcome = {
         .daemon = "mlad " MLAD_VERSION_TEXT,
         .session = session->id,
+        .features = wanted && mlad_rings_offer(session) ? MLAP_FEATURE_RINGS : 0,
         .max_message = MLAP_MAX_MESSAGE,
         .max_buffers = limits->max_buffers,
         .max_bytes = limits->max_bytes,
@@ -170,7 +181,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
     enlist(sessions, session);
     mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
              MLAD_KV("pid", session->pid), MLAD_KV("client", session->client));
-    welcome(session, attach->hello_seq);
+    welcome(session, attach->hello_seq, &attach->hello);
 }
 
 /* ---- what is told ---- */
@@ -230,6 +241,7 @@ void mlad_sessions_list(const struct mlad_sessions *sessions, uint64_t after, st
             .in_flight = session->queue.in_flight,
             .decodes = session->decodes,
             .kv_tokens = session->kv_tokens,
+            .rings = session->rings.mapping,
         };
         memcpy(entry->client, session->client, sizeof entry->client);
     }

@@ -1,7 +1,7 @@
 /* session.h - one client's session, and the table of all sessions on this device.
  *
- * A session owns its link, the ids of its buffers and plans, and its queue at the scheduler; request.c answers its
- * messages. When it ends (end of file, a broken message, eviction) it takes nothing new at once: its queued
+ * A session owns its link, its rings, the ids of its buffers and plans, and its queue at the scheduler; request.c
+ * answers its messages. When it ends (end of file, a broken message, eviction) it takes nothing new at once: its queued
  * work is dropped, its ids are given up, its peer sees end of file. It drains while a slice of its is still running,
  * whose plan keeps its buffers mapped, and until they are unmapped. Then it is freed. Nobody else waits for any of
  * this.
@@ -11,6 +11,7 @@
 #define MLAD_SESSION_H
 
 #include "link.h"
+#include "rings.h"
 #include "scheduler.h"
 
 struct mlad_sessions {
@@ -21,6 +22,7 @@ struct mlad_sessions {
     struct mlad_stats *stats;
     struct mlad_capabilities capabilities;
     TAILQ_HEAD(mlad_session_list, mlad_session) all; /* by ascending id */
+    uint64_t heard; /* nanoseconds, monotonic: when an entry was last taken from a ring */
 };
 
 struct mlad_session {
@@ -34,6 +36,7 @@ struct mlad_session {
     struct mlad_holder holder;
     struct mlad_idmap buffers, plans;
     struct mlad_queue queue;
+    struct mlad_rings rings;
     uint64_t decodes, kv_tokens;
     bool draining; /* ended; freed once nothing of it runs */
 };
@@ -47,6 +50,9 @@ struct mlad_session *mlad_session_find(struct mlad_sessions *sessions, uint64_t 
 
 /* End it; `why` is for the log. */
 void mlad_session_end(struct mlad_session *session, const char *why);
+
+/* End it for a break of the protocol, of which the peer was told. */
+void mlad_session_drop(struct mlad_session *session, const struct mlap_fault *fault);
 
 /* Read nothing more from any of them: the daemon ends, and what they send next is the next daemon's to answer. */
 void mlad_sessions_deafen(struct mlad_sessions *sessions);
@@ -65,7 +71,10 @@ void mlad_session_refuse(struct mlad_session *session, uint32_t sequence, const 
 
 /* request.c: answer one message of the client. May end the session. */
 void mlad_session_receive(struct mlad_session *session, struct mlad_message *message);
-/* request.c: a decode has ended; send its DONE or ERROR. */
+/* request.c: queue a decode of the plan of that id, for a message or an entry that was read at `received`. */
+enum mlap_code mlad_session_submit(struct mlad_session *session, uint32_t sequence, uint32_t plan, uint64_t received,
+                                   struct mlap_fault *fault);
+/* request.c: a decode has ended; send its completion, DONE or ERROR. */
 void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode,
                          const struct mlap_fault *fault);
 

@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { BEAT_MS = 100, BEATS_A_CHECK = 10, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3 };
+enum { BEAT_MS = 100, BEATS_A_CHECK = 10, LOCK_RETRY_MS = 10, MAX_DRAINS = 64, EXIT_CANNOT_START = 3, LOOK_NS = 2000 };
 
 static struct {
     const struct mlad_worker_options *options;
@@ -332,6 +332,20 @@ static void on_beat(uv_timer_t *timer)
         check_device();
 }
 
+/* For a moment, or once when none has had anything for long; then the sockets have their turn. */
+static bool look_at_rings(void)
+{
+    bool heard = false;
+    uint64_t until = mlad_now_ns() + LOOK_NS;
+    do {
+        if (mlad_rings_look(&worker.sessions))
+            heard = true;
+        else
+            mlap_ring_pause();
+    } while (mlad_rings_linger(&worker.sessions) && mlad_now_ns() < until);
+    return heard;
+}
+
 int mlad_worker_run(const struct mlad_worker_options *options)
 {
     worker.options = options;
@@ -367,10 +381,13 @@ int mlad_worker_run(const struct mlad_worker_options *options)
     uv_timer_init(&worker.loop, &worker.lock_retry);
     uv_timer_start(&worker.lock_retry, try_lock, 0, LOCK_RETRY_MS);
     for (;;) {
-        if (mlad_scheduler_lingers(&worker.scheduler)) { /* waking an idle processor costs more than a small decode */
+        bool heard = look_at_rings();
+        /* Waking an idle processor costs more than a small decode. */
+        if (heard || mlad_scheduler_lingers(&worker.scheduler) || mlad_rings_linger(&worker.sessions)) {
             uv_run(&worker.loop, UV_RUN_NOWAIT);
-            sched_yield();
-        } else {
+            if (!heard)
+                sched_yield();
+        } else if (mlad_rings_ask(&worker.sessions)) {
             uv_run(&worker.loop, UV_RUN_ONCE);
         }
     }

@@ -6,11 +6,13 @@
 #include <stddef.h>
 #include <cmocka.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
@@ -57,14 +59,64 @@ void peer_ok(int socket, uint32_t sequence)
     peer_send(socket, MLAP_OK, sequence, &ok);
 }
 
-static void answer(const struct arrival *a)
+/* ---- rings ---- */
+
+enum { RING_ENTRIES = 8 };
+
+static void close_rings(struct peer *peer)
+{
+    if (peer->mapping)
+        munmap(peer->mapping, mlap_rings_bytes(RING_ENTRIES));
+    peer->mapping = NULL;
+}
+
+static void open_rings(struct peer *peer, int socket)
+{
+    const size_t bytes = mlap_rings_bytes(RING_ENTRIES);
+    struct mlap_ring_memory memory = {.entries = RING_ENTRIES};
+    int fd = memfd_create("rings", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK) != 0)
+        abort();
+    peer->mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    mlap_rings_init(peer->mapping, RING_ENTRIES);
+    if (mlap_rings_open(peer->mapping, bytes, &peer->submission, &peer->completion) != 0)
+        abort();
+    mlap_ring_set_wakeup(&peer->submission, true);
+    if (mlap_send_message(socket, MLAP_RING_MEMORY, 0, &memory, fd, 0) < 0 && errno != EPIPE && errno != ECONNRESET)
+        abort();
+    close(fd);
+}
+
+/* False: no rings, or no room. */
+static bool complete(struct peer *peer, const struct arrival *a)
+{
+    union mlap_entry entry = {.completion = {.sequence = a->header.sequence, .receive_ns = 1, .queue_ns = 2,
+                                             .kernel_ns = 3, .kv_tokens = 4}};
+    if (!peer->mapping)
+        return false;
+    atomic_fetch_add(&peer->completed, 1); /* before the client can see it */
+    if (mlap_ring_push(&peer->completion, &entry) != 0) {
+        atomic_fetch_sub(&peer->completed, 1);
+        return false;
+    }
+    if (mlap_ring_take_wakeup(&peer->completion))
+        peer_send(a->socket, MLAP_NEWS, 0, &(struct mlap_news){0});
+    return true;
+}
+
+static void answer(struct peer *peer, const struct arrival *a)
 {
     if (a->header.type == MLAP_HELLO) {
-        struct mlap_welcome welcome = {.daemon = "peer", .session = a->connection, .max_message = MLAP_MAX_MESSAGE};
+        bool rings = peer->offers_rings && a->body->hello_.features & MLAP_FEATURE_RINGS;
+        if (rings)
+            open_rings(peer, a->socket);
+        struct mlap_welcome welcome = {.daemon = "peer", .session = a->connection, .max_message = MLAP_MAX_MESSAGE,
+                                       .features = rings ? MLAP_FEATURE_RINGS : 0};
         snprintf(welcome.device, sizeof welcome.device, "%s", a->body->hello_.device);
         peer_send(a->socket, MLAP_WELCOME, a->header.sequence, &welcome);
     } else if (a->header.type == MLAP_SUBMIT || a->header.type == MLAP_DECODE) {
-        peer_done(a->socket, a->header.sequence);
+        if (!complete(peer, a))
+            peer_done(a->socket, a->header.sequence);
     } else {
         peer_ok(a->socket, a->header.sequence);
     }
@@ -72,23 +124,61 @@ static void answer(const struct arrival *a)
 
 static void note(struct peer *peer, char letter)
 {
-    unsigned at = atomic_fetch_add(&peer->arrivals, 1);
+    unsigned at = atomic_load(&peer->arrivals);
     if (at < sizeof peer->types - 1)
         peer->types[at] = letter;
+    atomic_store(&peer->arrivals, at + 1);
+}
+
+const char *peer_types(struct peer *peer)
+{
+    atomic_load(&peer->arrivals);
+    return peer->types;
+}
+
+/* False: hang up. */
+static bool handle(struct peer *peer, const struct arrival *a)
+{
+    note(peer, mlap_type_name(a->header.type)[0]);
+    atomic_fetch_add(&peer->count[a->header.type], 1);
+    enum act act = peer->script ? peer->script(peer, a) : ANSWER;
+    if (act == ANSWER)
+        answer(peer, a);
+    return act != HANG_UP;
+}
+
+/* What the submission ring holds; false: hang up. */
+static bool serve_ring(struct peer *peer, struct arrival *a, union mlap_body *body)
+{
+    while (peer->mapping && mlap_ring_has_news(&peer->submission)) {
+        union mlap_entry entry;
+        if (mlap_ring_pop(&peer->submission, &entry) != 0)
+            abort();
+        atomic_fetch_add(&peer->taken, 1);
+        a->header = (struct mlap_header){.version = 1, .type = MLAP_SUBMIT, .sequence = entry.submission.sequence};
+        body->submit_.plan = entry.submission.plan;
+        if (!handle(peer, a))
+            return false;
+        mlap_ring_set_wakeup(&peer->submission, true);
+    }
+    return true;
 }
 
 static void serve(struct peer *peer, int socket, union mlap_body *body)
 {
     static _Thread_local uint8_t inbox[MLAP_MAX_MESSAGE];
     struct arrival a = {.connection = atomic_fetch_add(&peer->connections, 1) + 1, .body = body, .socket = socket};
+    static _Thread_local union mlap_body entry;
+    struct arrival of_ring = {.connection = a.connection, .body = &entry, .socket = socket};
     note(peer, '|');
+    close_rings(peer);
     for (;;) {
         int fds[MLAP_MAX_FDS];
         unsigned n_fds = 0;
         while (atomic_load(&peer->deaf) && !atomic_load(&peer->stopping))
             sleep_ms(1);
         long length = mlap_receive(socket, inbox, sizeof inbox, fds, &n_fds, 0);
-        if (length <= 0)
+        if (length <= 0 || !serve_ring(peer, &of_ring, &entry))
             return;
         struct mlap_fault fault;
         if (mlap_decode(inbox, (size_t)length, &a.header, body, &fault) != MLAP_code_OK ||
@@ -98,12 +188,11 @@ static void serve(struct peer *peer, int socket, union mlap_body *body)
         }
         for (unsigned i = 0; i < n_fds; i++)
             close(fds[i]);
-        note(peer, mlap_type_name(a.header.type)[0]);
-        atomic_fetch_add(&peer->count[a.header.type], 1);
-        enum act act = peer->script ? peer->script(peer, &a) : ANSWER;
-        if (act == ANSWER)
-            answer(&a);
-        if (act == HANG_UP)
+        if (a.header.type == MLAP_KNOCK)
+            mlap_ring_set_wakeup(&peer->submission, true);
+        else if (!handle(peer, &a))
+            return;
+        if (!serve_ring(peer, &of_ring, &entry))
             return;
     }
 }
@@ -131,6 +220,7 @@ struct peer *peer_new(peer_script *script, void *of_test)
     struct peer *peer = calloc(1, sizeof *peer);
     assert_non_null(peer);
     peer->script = script;
+    peer->offers_rings = getenv("MLA_TEST_RINGS");
     peer->of_test = of_test;
     atomic_store(&peer->connection, -1);
     char folder[] = "/tmp/mla-test-XXXXXX";
@@ -155,6 +245,7 @@ void peer_free(struct peer *peer)
     if (connection >= 0)
         shutdown(connection, SHUT_RDWR);
     pthread_join(peer->thread, NULL);
+    close_rings(peer);
     close(peer->listener);
     unlink(peer->path);
     *strrchr(peer->path, '/') = 0;

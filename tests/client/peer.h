@@ -1,13 +1,15 @@
 /* peer.h - a daemon's place on a socket, taken by a thread of the test: for faults that a real daemon has no reason to
  * commit.
  *
- * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. The
- * test owns the peer; peer_free joins the thread and removes the socket. */
+ * It serves one connection at a time and answers everything with success, unless the test's script says otherwise. With
+ * rings it takes what it is knocked for; to the script an entry is a SUBMIT like any other. The test owns the peer;
+ * peer_free joins the thread and removes the socket. */
 #ifndef PEER_H
 #define PEER_H
 
 #include "mla.h"
 #include "mlap.h"
+#include "mlap_ring.h"
 
 #include <stdatomic.h>
 
@@ -34,15 +36,22 @@ struct peer {
     atomic_uint connections, arrivals;
     atomic_uint count[128];             /* messages of each type, over all connections */
     atomic_bool deaf;                   /* stop reading, until cleared */
-    char types[1024];                   /* the first letter of each message's type, in order; '|' a new connection */
+    char types[1024];                   /* see peer_types */
     int listener;
     atomic_int connection;
     atomic_bool stopping;
     unsigned long thread;
+    bool offers_rings;                  /* to clients that ask; $MLA_TEST_RINGS is the default */
+    void *mapping;                      /* of the present connection's rings, or NULL */
+    struct mlap_ring submission, completion;
+    atomic_uint taken, completed;       /* entries of the rings, over all connections */
 };
 
 struct peer *peer_new(peer_script *script, void *of_test);
 void peer_free(struct peer *peer);
+
+/* The first letter of each message's type, in order; '|' a new connection. */
+const char *peer_types(struct peer *peer);
 
 /* Send from a script, or (with the current connection) from the test. */
 void peer_send(int socket, enum mlap_type type, uint32_t sequence, const void *body);

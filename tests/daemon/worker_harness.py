@@ -20,7 +20,7 @@ import numpy as np
 
 TYPES = dict(HELLO=1, WELCOME=2, OK=3, ERROR=4, REGISTER=5, UNREGISTER=6, PLAN=7, DROP=8, DECODE=9, SUBMIT=10,
              DONE=11, STATUS=12, SESSIONS=16, SESSIONS_REPLY=17, HEALTH=18, DRAIN=20, EVICT=21, IMPORT=22,
-             IMPORT_VMM=23, CONFIGURE=64, ATTACH=65, READY=66, QUERY=67, REPORT=68)
+             IMPORT_VMM=23, RING_MEMORY=24, KNOCK=25, NEWS=26, CONFIGURE=64, ATTACH=65, READY=66, QUERY=67, REPORT=68)
 NAMES = {number: name for name, number in TYPES.items()}
 PAGE = mmap.PAGESIZE
 PROGRAM, DEVICE = sys.argv[1], sys.argv[2]
@@ -228,15 +228,26 @@ class Worker:
     def life(self):
         return dict(zip(("beat", "progress", "running", "decodes"), struct.unpack("4Q", self.life_map[:32])))
 
-    def attach(self, uid=1000, client="test"):
+    def attach(self, uid=1000, client="test", rings=False):
+        """A session; with `rings` it has the descriptor of their memory in ring_memory."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         number, self.next_session = self.next_session, self.next_session + 1
         self.control.send("ATTACH", dict(session=number, uid=uid, pid=os.getpid(), hello_seq=77,
-                                         hello=dict(client=client, device=self.device)), [theirs.fileno()], sequence=0)
+                                         hello=dict(client=client, device=self.device, features=int(rings))),
+                          [theirs.fileno()], sequence=0)
         theirs.close()
+        fds = []
+        if rings:
+            ours.settimeout(PATIENCE)
+            data, fds, _, _ = socket.recv_fds(ours, 65536, 4)
+            version, kind, sequence, body = msgpack.unpackb(data)
+            assert (kind, sequence, len(fds)) == (TYPES["RING_MEMORY"], 0, 1), (kind, sequence, body, fds)
         kind, _, welcome = Peer(ours).answer(77)
         assert kind == "WELCOME" and welcome["session"] == number and welcome["device"] == self.device
-        return Session(ours, welcome)
+        assert welcome["features"] == int(rings), welcome
+        session = Session(ours, welcome)
+        session.ring_memory, session.ring_entries = (fds[0], body["entries"]) if rings else (None, 0)
+        return session
 
     def report(self):
         report = self.control.ask("QUERY")[2]["device"]

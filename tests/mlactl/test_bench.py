@@ -15,13 +15,18 @@ def every_figure_is_there(daemon):
         assert abs(case["daemon_kv_gb_s"] * case["daemon_ns"] - 8 * 4096 * 1152) < 1e6
     trip = report["round_trip"]
     assert trip["count"] >= 100 and 0 < trip["decode_p50_ns"] <= trip["decode_p99_ns"] and trip["raw_p50_ns"] > 0
+    assert report["transport"] == "rings" and 0 < trip["socket_p50_ns"] <= trip["socket_p99_ns"]
     assert trip["ratio_pass"] == (trip["decode_p50_ns"] / trip["raw_p50_ns"] <= 2)
 
 
 def the_table_marks_the_targets(daemon):
-    text = daemon.ctl("bench", "--seconds", 1).stdout
+    text = daemon.ctl("bench", "--seconds", 1, "--transport", "socket").stdout
     assert text.count("pass") + text.count("MISS") == 5, text
-    assert "ceilings: read" in text and "one-key decode" in text
+    assert "ceilings: read" in text and text.count("one-key decode, socket") == 1 and "rings" not in text
+
+
+def the_transport_must_be_one(daemon):
+    assert "rings or socket" in daemon.json("bench", "--transport", "pigeon", code=64)["error"]
 
 
 def only_cpu_and_gpus_are_measured(daemon):
@@ -34,4 +39,5 @@ def only_cpu_and_gpus_are_measured(daemon):
 
 
 if __name__ == "__main__":
-    run([every_figure_is_there, the_table_marks_the_targets, only_cpu_and_gpus_are_measured], Daemon("cpu"))
+    run([every_figure_is_there, the_table_marks_the_targets, the_transport_must_be_one,
+         only_cpu_and_gpus_are_measured], Daemon("cpu"))

@@ -38,6 +38,9 @@ static const struct mlap_welcome welcome_body = {.present = ALL(welcome), .daemo
     .device = "cpu", .features = 0, .max_message = 65536, .max_buffers = 64, .max_bytes = UINT64_MAX,
     .max_plans = 1024, .max_in_flight = 64};
 static const struct mlap_ok ok_body = {};
+static const struct mlap_ring_memory ring_memory_body = {.present = ALL(ring_memory), .entries = 256};
+static const struct mlap_knock knock_body = {};
+static const struct mlap_news news_body = {};
 static const struct mlap_error error_body = {.present = ALL(error), .code = MLAP_code_RANGE, .field = "batch.kv",
     .message = "kv ends 64 bytes past the end of buffer 2"};
 static const struct mlap_register register_body = {.present = ALL(register), .buffer = 4294967295,
@@ -77,10 +80,10 @@ static const struct mlap_sessions_reply sessions_reply_body = {.present = ALL(se
     .n_sessions = 2, .sessions = {{.present = ALL(session), .session = 65, .uid = 1000, .pid = 77, .client =
     "engine ü", .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
-    .kv_tokens = 2000000}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
+    .kv_tokens = 2000000, .rings = true}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
     .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
-    .kv_tokens = 2000000}}, .more = true};
+    .kv_tokens = 2000000, .rings = false}}, .more = true};
 static const struct mlap_health health_body = {};
 static const struct mlap_health_reply health_reply_body = {.present = ALL(health_reply),
     .health = MLAP_health_state_DEGRADED, .reason = "the worker of cpu has just restarted"};
@@ -175,11 +178,11 @@ const struct golden golden[] = {
     {MLAP_SESSIONS, 16, &sessions_body, sizeof sessions_body,
      "94 01 10 10 82 a6'device' a3'cpu' a5'after' 40"},
     {MLAP_SESSIONS_REPLY, 17, &sessions_reply_body, sizeof sessions_reply_body,
-     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8c a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8d a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 8c a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a5'rings' c3 8d a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a4'more' c3"},
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a5'rings' c2 a4'more' c3"},
     {MLAP_HEALTH, 18, &health_body, sizeof health_body,
      "94 01 12 12 80"},
     {MLAP_HEALTH_REPLY, 19, &health_reply_body, sizeof health_reply_body,
@@ -195,6 +198,12 @@ const struct golden golden[] = {
     {MLAP_IMPORT_VMM, 27, &import_vmm_body, sizeof import_vmm_body,
      "94 01 17 1b 87 a6'buffer' 0a a3'gpu' a5'GPU-1' aa'allocation' ce01400000 a6'offset' cd0200 a5'bytes' ce02800000 "
      "a7'address' cf00007f3a00000200 a6'access' a4'read'"},
+    {MLAP_RING_MEMORY, 0, &ring_memory_body, sizeof ring_memory_body,
+     "94 01 18 00 81 a7'entries' cd0100"},
+    {MLAP_KNOCK, 0, &knock_body, sizeof knock_body,
+     "94 01 19 00 80"},
+    {MLAP_NEWS, 0, &news_body, sizeof news_body,
+     "94 01 1a 00 80"},
     {MLAP_CONFIGURE, 22, &configure_body, sizeof configure_body,
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},

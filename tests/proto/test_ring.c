@@ -133,6 +133,35 @@ static void a_foreign_or_short_mapping_is_not_opened(void **state)
     assert_int_equal(mlap_rings_bytes(2 * MLAP_RING_MAX_ENTRIES), 0);
 }
 
+static void a_wakeup_that_was_asked_for_is_given_once(void **state)
+{
+    struct fixture *fixture = *state;
+    assert_false(mlap_ring_take_wakeup(&fixture->push));
+    mlap_ring_set_wakeup(&fixture->pop, true);
+    assert_true(mlap_ring_take_wakeup(&fixture->push));
+    assert_false(mlap_ring_take_wakeup(&fixture->push));
+    mlap_ring_set_wakeup(&fixture->pop, true);
+    mlap_ring_set_wakeup(&fixture->pop, false);
+    assert_false(mlap_ring_take_wakeup(&fixture->push));
+    fixture->pop.shared->flags = ~MLAP_RING_NEED_WAKEUP; /* what else is in flags asks for nothing */
+    assert_false(mlap_ring_take_wakeup(&fixture->push));
+}
+
+static void news_are_entries_and_lies(void **state)
+{
+    struct fixture *fixture = *state;
+    union mlap_entry entry = numbered(1);
+    assert_false(mlap_ring_has_news(&fixture->pop));
+    assert_int_equal(mlap_ring_push(&fixture->push, &entry), 0);
+    assert_true(mlap_ring_has_news(&fixture->pop));
+    assert_int_equal(mlap_ring_pop(&fixture->pop, &entry), 0);
+    assert_false(mlap_ring_has_news(&fixture->pop));
+    fixture->pop.shared->tail = 0; /* it runs back */
+    assert_true(mlap_ring_has_news(&fixture->pop));
+    assert_int_equal(mlap_ring_pop(&fixture->pop, &entry), -1);
+    assert_int_equal(errno, EPROTO);
+}
+
 /* ---- two threads ---- */
 
 enum { MESSAGES = 200000 };
@@ -173,7 +202,7 @@ static void two_threads_lose_nothing_and_wake_each_other(void **state)
             assert_int_equal(errno, EAGAIN);
             sched_yield();
         }
-        if (mlap_ring_wants_wakeup(&fixture->push)) {
+        if (mlap_ring_take_wakeup(&fixture->push)) {
             const uint64_t one = 1;
             assert_int_equal(write(bell, &one, sizeof one), sizeof one);
             rings_of_bell++;
@@ -196,6 +225,8 @@ int main(void)
         RING_TEST(a_corrupt_tail_is_an_error_for_the_consumer),
         RING_TEST(a_corrupt_head_is_an_error_for_the_producer),
         RING_TEST(a_foreign_or_short_mapping_is_not_opened),
+        RING_TEST(a_wakeup_that_was_asked_for_is_given_once),
+        RING_TEST(news_are_entries_and_lies),
         RING_TEST(two_threads_lose_nothing_and_wake_each_other),
     };
     return cmocka_run_group_tests_name("ring", tests, NULL, NULL);

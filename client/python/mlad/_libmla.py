@@ -29,7 +29,7 @@ class mla_error(Structure):
 
 class mla_options(Structure):
     _fields_ = [("struct_size", c_size_t), ("socket", c_char_p), ("device", c_char_p), ("name", c_char_p),
-                ("reconnect_ms", c_int)]
+                ("reconnect_ms", c_int), ("transport", c_int)]
 
 
 class mla_tensor(Structure):
@@ -71,6 +71,7 @@ _FUNCTIONS = {
     "mla_connect": (c_int, POINTER(_client), POINTER(mla_options), _error),
     "mla_close": (None, _client),
     "mla_device": (c_char_p, _client),
+    "mla_transport_used": (c_int, _client),
     "mla_buffer_alloc": (c_int, _client, c_size_t, POINTER(_buffer), _error),
     "mla_buffer_import": (c_int, _client, c_int, c_uint64, c_size_t, c_int, POINTER(_buffer), _error),
     "mla_buffer_import_device": (c_int, _client, c_void_p, c_size_t, c_int, POINTER(_buffer), _error),

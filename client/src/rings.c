@@ -1,0 +1,158 @@
+/* rings.c - the submission and completion rings of the present session, and when decodes go through them.
+ *
+ * The daemon sends their memory before its WELCOME; they last as long as the connection. Plans are submitted by the
+ * ring while nothing that was sent over the socket is unanswered, else by the socket: so the daemon, which empties the
+ * ring before it reads a datagram, sees everything in the order of the calls. Completions come by the ring however
+ * their decode was submitted; what failed, and why, comes over the socket.
+ *
+ * Pushing is done under the lock; popping by the thread that leads. The daemon's indices are believed no further than
+ * the ring's size: what is beyond ends the client like any other break of the protocol. */
+#include "mlac.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { KNOCKS = 3 };
+
+struct mlac_rings {
+    struct mlap_ring submission, completion;
+    size_t bytes;
+    void *mapping;
+};
+
+bool mlac_rings_open(struct mla_client *client, int fd, uint32_t entries)
+{
+    const size_t bytes = mlap_rings_bytes(entries);
+    struct stat status;
+    struct mlac_rings *rings = calloc(1, sizeof *rings);
+    void *mapping = MAP_FAILED;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (rings && bytes && seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &status) == 0 &&
+        status.st_size >= (off_t)bytes)
+        mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (mapping == MAP_FAILED) {
+        free(rings);
+        return false;
+    }
+    if (mlap_rings_open(mapping, bytes, &rings->submission, &rings->completion) != 0) {
+        munmap(mapping, bytes);
+        free(rings);
+        return false;
+    }
+    madvise(mapping, bytes, MADV_DONTFORK);
+    rings->bytes = bytes;
+    rings->mapping = mapping;
+    mlac_rings_close(client);
+    client->rings = rings;
+    return true;
+}
+
+void mlac_rings_close(struct mla_client *client)
+{
+    struct mlac_rings *rings = client->rings;
+    client->rings = NULL;
+    client->ringed = 0;
+    if (!rings)
+        return;
+    if (client->leading) { /* another thread looks at them, and closes them when it is back */
+        client->retired = rings;
+        return;
+    }
+    munmap(rings->mapping, rings->bytes);
+    free(rings);
+}
+
+void mlac_rings_retire(struct mla_client *client)
+{
+    struct mlac_rings *rings = client->retired;
+    client->retired = NULL;
+    if (!rings)
+        return;
+    munmap(rings->mapping, rings->bytes);
+    free(rings);
+}
+
+/* ---- submissions ---- */
+
+/* The wake-up that we took is ours to give. Nothing of ours waits in the socket, so it takes a KNOCK unless the peer
+ * has gone or the kernel lacks memory; then the session ends, which whoever leads sees, and the next one is asked
+ * again. */
+static void knock(struct mla_client *client)
+{
+    for (int i = 0; i < KNOCKS; i++)
+        if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) == 0)
+            return;
+    client->broken = true;
+    shutdown(client->socket, SHUT_WR);
+}
+
+bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call)
+{
+    struct mlac_rings *rings = client->rings;
+    if (!rings || call->type != MLAP_SUBMIT || client->unanswered != client->ringed)
+        return false;
+    const union mlap_entry entry = {.submission = {.operation = MLAP_OPERATION_SUBMIT,
+                                                   .sequence = (uint32_t)call->id,
+                                                   .plan = (uint32_t)call->plan->call->id}};
+    if (mlap_ring_push(&rings->submission, &entry) != 0)
+        return false; /* full; or its index is nonsense, which is the daemon's to find out */
+    if (mlap_ring_take_wakeup(&rings->submission))
+        knock(client);
+    return true;
+}
+
+/* ---- completions ---- */
+
+int mlac_rings_take(struct mlac_rings *rings, struct mlap_completion *to, int most)
+{
+    int taken = 0;
+    union mlap_entry entry;
+    while (rings && taken < most && mlap_ring_has_news(&rings->completion)) {
+        if (mlap_ring_pop(&rings->completion, &entry) != 0) {
+            if (errno == EAGAIN)
+                break;
+            return taken ? taken : -1;
+        }
+        to[taken++] = entry.completion;
+    }
+    return taken;
+}
+
+bool mlac_rings_news(const struct mlac_rings *rings)
+{
+    return rings && mlap_ring_has_news(&rings->completion);
+}
+
+void mlac_rings_ask(struct mlac_rings *rings, bool asked)
+{
+    if (rings)
+        mlap_ring_set_wakeup(&rings->completion, asked);
+}
+
+bool mlac_rings_watch(struct mla_client *client)
+{
+    if (!client->rings || client->leading)
+        return false;
+    mlac_rings_ask(client->rings, true);
+    return mlac_rings_news(client->rings);
+}
+
+bool mlac_rings_completed(struct mla_client *client, const struct mlap_completion *completion)
+{
+    uint32_t zero = completion->code | completion->failed;
+    for (size_t i = 0; i < sizeof completion->zero / sizeof *completion->zero; i++)
+        zero |= completion->zero[i];
+    struct mlap_done *done = &client->done;
+    done->receive_ns = completion->receive_ns;
+    done->queue_ns = completion->queue_ns;
+    done->kernel_ns = completion->kernel_ns;
+    done->kv_tokens = completion->kv_tokens;
+    done->failed = 0;
+    done->n_failures = 0;
+    return zero == 0 && mlac_done(client, completion->sequence, done);
+}

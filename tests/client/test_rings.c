@@ -1,0 +1,303 @@
+/* test_rings.c - libmla's side of the rings: when a decode goes by them, and what a daemon can do with them. */
+#include "peer.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { MANY = 100 }; /* more than the peer's rings have entries */
+
+static struct peer *ring_peer(peer_script *script, void *of_test)
+{
+    struct peer *peer = peer_new(script, of_test);
+    peer->offers_rings = true;
+    return peer;
+}
+
+/* ---- which way ---- */
+
+static void rings_are_used_where_they_are_offered(void **state)
+{
+    (void)state;
+    struct peer *peer = ring_peer(NULL, NULL);
+    struct rig rig;
+    rig_init(&rig, peer);
+    assert_int_equal(mla_transport_used(rig.client), MLA_TRANSPORT_RINGS);
+    mla_result result;
+    for (uint32_t i = 1; i <= MANY; i++) {
+        assert_ok(mla_decode(rig.client, rig.plan, 5000, &result, e));
+        assert_true(result.receive_ns == 1 && result.queue_ns == 2 && result.kernel_ns == 3 && result.kv_tokens == 4);
+        assert_int_equal(peer->taken, i);
+        assert_int_equal(peer->completed, i);
+    }
+    assert_ok(mla_decode_batch(rig.client, &rig.batch, 5000, &result, e));
+    assert_int_equal(peer->taken, MANY); /* its descriptor takes a datagram; its completion does not */
+    assert_int_equal(peer->completed, MANY + 1);
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+static mla_client *client_by(const struct peer *peer, mla_transport transport)
+{
+    mla_options options;
+    mla_options_init(&options);
+    assert_int_equal(options.transport, MLA_TRANSPORT_AUTO);
+    options.socket = peer->path;
+    options.device = "cpu";
+    options.transport = transport;
+    mla_client *client = NULL;
+    assert_ok(mla_connect(&client, &options, e));
+    return client;
+}
+
+static void rings_can_be_declined(void **state)
+{
+    (void)state;
+    struct peer *peer = ring_peer(NULL, NULL);
+    const struct { mla_transport asked; const char *environment; mla_transport used; } cases[] = {
+        {MLA_TRANSPORT_AUTO, NULL, MLA_TRANSPORT_RINGS},        {MLA_TRANSPORT_AUTO, "socket", MLA_TRANSPORT_SOCKET},
+        {MLA_TRANSPORT_AUTO, "rings", MLA_TRANSPORT_RINGS},     {MLA_TRANSPORT_AUTO, "", MLA_TRANSPORT_RINGS},
+        {MLA_TRANSPORT_RINGS, "socket", MLA_TRANSPORT_RINGS},   {MLA_TRANSPORT_SOCKET, NULL, MLA_TRANSPORT_SOCKET},
+        {MLA_TRANSPORT_SOCKET, "rings", MLA_TRANSPORT_SOCKET},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (cases[i].environment)
+            setenv("MLAD_TRANSPORT", cases[i].environment, 1);
+        else
+            unsetenv("MLAD_TRANSPORT");
+        mla_client *client = client_by(peer, cases[i].asked);
+        assert_int_equal(mla_transport_used(client), cases[i].used);
+        mla_close(client);
+    }
+    mla_options options;
+    mla_options_init(&options);
+    options.socket = peer->path;
+    mla_client *client;
+    setenv("MLAD_TRANSPORT", "pigeon", 1);
+    assert_fails(MLA_INVALID, "options.transport", "rings or socket", mla_connect(&client, &options, e));
+    unsetenv("MLAD_TRANSPORT");
+    options.transport = (mla_transport)3;
+    assert_fails(MLA_INVALID, "options.transport", "mla_transport", mla_connect(&client, &options, e));
+    peer_free(peer);
+}
+
+static enum act in_order(struct peer *peer, const struct arrival *a)
+{
+    uint32_t *last = peer->of_test;
+    if (a->header.type != MLAP_SUBMIT && a->header.type != MLAP_DECODE)
+        return ANSWER;
+    if (a->header.sequence <= *last)
+        abort();
+    *last = a->header.sequence;
+    return ANSWER;
+}
+
+/* Nobody takes them at first: the ring fills, and the rest goes over the socket, behind it. */
+static void more_than_the_ring_holds_keep_their_order(void **state)
+{
+    (void)state;
+    uint32_t last = 0;
+    struct peer *peer = ring_peer(in_order, &last);
+    struct rig rig;
+    rig_init(&rig, peer);
+    mla_ticket tickets[MANY];
+    for (int round = 0; round < 3; round++) {
+        atomic_store(&peer->deaf, true);
+        for (int i = 0; i < MANY; i++) {
+            if (i % 10 == 9)
+                assert_ok(mla_submit_batch(rig.client, &rig.batch, &tickets[i], e));
+            else
+                assert_ok(mla_submit(rig.client, rig.plan, &tickets[i], e));
+        }
+        atomic_store(&peer->deaf, false);
+        for (int i = 0; i < MANY; i++)
+            assert_ok(mla_wait(rig.client, tickets[i], 5000, NULL, e));
+        assert_int_equal(peer->count[MLAP_SUBMIT] + peer->count[MLAP_DECODE], (round + 1) * MANY);
+    }
+    assert_in_range(peer->taken, 3, 3 * MANY);
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+static void the_descriptor_speaks_for_the_ring(void **state)
+{
+    (void)state;
+    struct peer *peer = ring_peer(NULL, NULL);
+    struct rig rig;
+    rig_init(&rig, peer);
+    struct pollfd item = {.fd = mla_fd(rig.client), .events = POLLIN};
+    for (int i = 0; i < MANY; i++) {
+        mla_ticket ticket;
+        int done = 0;
+        assert_ok(mla_submit(rig.client, rig.plan, &ticket, e));
+        while (!done) {
+            assert_int_equal(poll(&item, 1, 3000), 1);
+            assert_ok(mla_poll(rig.client, ticket, &done, NULL, e));
+        }
+    }
+    assert_int_equal(peer->completed, MANY);
+    assert_int_equal(poll(&item, 1, 0), 0);
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+/* The peer completes what it was given, and dies before the client has looked. */
+static enum act complete_and_die(struct peer *peer, const struct arrival *a)
+{
+    if (a->header.type != MLAP_SUBMIT || a->connection > 1 || atomic_load(&peer->count[MLAP_SUBMIT]) < 5)
+        return a->header.type == MLAP_SUBMIT && a->connection == 1 ? HANDLED : ANSWER;
+    for (uint32_t i = 0; i < 5; i++) {
+        union mlap_entry entry = {.completion = {.sequence = a->header.sequence - 4 + i}};
+        if (mlap_ring_push(&peer->completion, &entry) != 0)
+            abort();
+    }
+    return HANG_UP;
+}
+
+static void what_was_completed_before_a_death_is_not_done_again(void **state)
+{
+    (void)state;
+    struct peer *peer = ring_peer(complete_and_die, NULL);
+    struct rig rig;
+    rig_init(&rig, peer);
+    mla_ticket tickets[5];
+    for (int i = 0; i < 5; i++)
+        assert_ok(mla_submit(rig.client, rig.plan, &tickets[i], e));
+    mla_result result;
+    for (int i = 0; i < 5; i++) {
+        assert_ok(mla_wait(rig.client, tickets[i], 5000, &result, e));
+        assert_int_equal(result.replays, 0);
+    }
+    assert_ok(mla_decode(rig.client, rig.plan, 5000, &result, e));
+    assert_int_equal(peer->count[MLAP_SUBMIT], 6);
+    assert_int_equal(mla_transport_used(rig.client), MLA_TRANSPORT_RINGS); /* new ones */
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+/* ---- a daemon that cannot be trusted ---- */
+
+enum lie { TAIL_AHEAD, TAIL_BACK, HEAD_AHEAD, NOBODYS_SEQUENCE, CODE, FAILED, NONZERO, TWICE };
+
+static enum act lie(struct peer *peer, const struct arrival *a)
+{
+    if (a->header.type != MLAP_SUBMIT)
+        return ANSWER;
+    union mlap_entry entry = {.completion = {.sequence = a->header.sequence}};
+    switch (*(enum lie *)peer->of_test) {
+    case TAIL_AHEAD: peer->completion.shared->tail = peer->completion.size + 1; return HANDLED;
+    case TAIL_BACK: peer->completion.shared->tail = UINT32_MAX; return HANDLED;
+    case HEAD_AHEAD: peer->submission.shared->head = 1000; return ANSWER;
+    case NOBODYS_SEQUENCE: entry.completion.sequence++; break;
+    case CODE: entry.completion.code = MLAP_code_BUSY; break;
+    case FAILED: entry.completion.failed = 1; break;
+    case NONZERO: entry.completion.zero[4] = 1; break;
+    case TWICE: mlap_ring_push(&peer->completion, &entry); break;
+    }
+    mlap_ring_push(&peer->completion, &entry);
+    return HANDLED;
+}
+
+static void lies_end_the_client(void **state)
+{
+    (void)state;
+    for (enum lie which = TAIL_AHEAD; which <= TWICE; which++) {
+        struct peer *peer = ring_peer(lie, &which);
+        struct rig rig;
+        rig_init(&rig, peer);
+        if (which == HEAD_AHEAD) { /* the next one simply goes over the socket */
+            assert_ok(mla_decode(rig.client, rig.plan, 5000, NULL, e));
+            assert_ok(mla_decode(rig.client, rig.plan, 5000, NULL, e));
+            assert_int_equal(peer->taken, 1);
+        } else {
+            mla_ticket ticket;
+            assert_ok(mla_submit(rig.client, rig.plan, &ticket, e));
+            if (which == TWICE) /* the second answer is to nothing; the first was one */
+                mla_wait(rig.client, ticket, 5000, NULL, NULL);
+            else
+                assert_fails(MLA_MALFORMED, "", "broke the protocol", mla_wait(rig.client, ticket, 5000, NULL, e));
+            assert_fails(MLA_MALFORMED, "", "broke the protocol", mla_decode(rig.client, rig.plan, 5000, NULL, e));
+        }
+        rig_free(&rig);
+        peer_free(peer);
+    }
+}
+
+enum offer { GRANT_ALONE, MEMORY_ALONE, TWO_MEMORIES, SHORT_MEMORY, ODD_ENTRIES, UNSEALED_MEMORY, NO_MEMFD };
+
+static void send_memory(const struct arrival *a, uint32_t entries, off_t bytes, int seals)
+{
+    int fd = memfd_create("rings", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    struct mlap_ring_memory memory = {.entries = entries};
+    if (ftruncate(fd, bytes) != 0 || fcntl(fd, F_ADD_SEALS, seals) != 0)
+        abort();
+    void *mapping = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    mlap_rings_init(mapping, entries);
+    munmap(mapping, 4096);
+    mlap_send_message(a->socket, MLAP_RING_MEMORY, 0, &memory, fd, 0);
+    close(fd);
+}
+
+static enum act offer(struct peer *peer, const struct arrival *a)
+{
+    if (a->header.type != MLAP_HELLO || !(a->body->hello_.features & MLAP_FEATURE_RINGS))
+        return ANSWER;
+    struct mlap_welcome welcome = {.daemon = "peer", .session = 1, .features = 1, .max_message = MLAP_MAX_MESSAGE};
+    struct mlap_ring_memory memory = {.entries = 8};
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    switch (*(enum offer *)peer->of_test) {
+    case GRANT_ALONE: break;
+    case MEMORY_ALONE: welcome.features = 0; send_memory(a, 8, 4096, F_SEAL_SHRINK); break;
+    case TWO_MEMORIES: send_memory(a, 8, 4096, F_SEAL_SHRINK); send_memory(a, 8, 4096, F_SEAL_SHRINK); break;
+    case SHORT_MEMORY: send_memory(a, 64, 4096, F_SEAL_SHRINK); break;
+    case ODD_ENTRIES: send_memory(a, 7, 4096, F_SEAL_SHRINK); break;
+    case UNSEALED_MEMORY: send_memory(a, 8, 4096, F_SEAL_GROW); break;
+    case NO_MEMFD: mlap_send_message(a->socket, MLAP_RING_MEMORY, 0, &memory, null, 0); break;
+    }
+    close(null);
+    peer_send(a->socket, MLAP_WELCOME, a->header.sequence, &welcome);
+    return HANDLED;
+}
+
+static void odd_offers_are_refused_or_declined(void **state)
+{
+    (void)state;
+    for (enum offer which = GRANT_ALONE; which <= NO_MEMFD; which++) {
+        struct peer *peer = peer_new(offer, &which);
+        mla_options options;
+        mla_options_init(&options);
+        options.socket = peer->path;
+        options.device = "cpu";
+        mla_client *client = NULL;
+        if (which <= TWO_MEMORIES) {
+            assert_fails(MLA_MALFORMED, "", "rings", mla_connect(&client, &options, e));
+        } else { /* memory that cannot be had: the socket does */
+            assert_ok(mla_connect(&client, &options, e));
+            assert_int_equal(mla_transport_used(client), MLA_TRANSPORT_SOCKET);
+            assert_int_equal(peer->connections, 2);
+            mla_close(client);
+        }
+        peer_free(peer);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(rings_are_used_where_they_are_offered),
+        cmocka_unit_test(rings_can_be_declined),
+        cmocka_unit_test(more_than_the_ring_holds_keep_their_order),
+        cmocka_unit_test(the_descriptor_speaks_for_the_ring),
+        cmocka_unit_test(what_was_completed_before_a_death_is_not_done_again),
+        cmocka_unit_test(lies_end_the_client),
+        cmocka_unit_test(odd_offers_are_refused_or_declined),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
