@@ -335,6 +335,7 @@ struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batc
     job.ticket = ++device->job.ticket;
     job.rows_per_item = mlak_cuda_rows(batch, device->most_shared, device->wgmma);
     job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, job.grid);
+    job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, job.grid);
     if (job.rows_per_item == MLAK_CUDA_M)
         map_keys(device, &job);
     return job;
@@ -358,10 +359,18 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
     };
     /* A kernel's blocks may start while the one before it ends, and wait for it themselves. */
-    CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                               .value.programmaticStreamSerializationAllowed = 1};
+    const CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                     .value.programmaticStreamSerializationAllowed = 1};
+    const CUlaunchAttribute cluster = {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                                       .value.clusterDim = {job->cluster, 1, 1}};
     CUresult result = CUDA_SUCCESS;
-    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++)
+    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++) {
+        CUlaunchAttribute attributes[2];
+        unsigned count = 0;
+        if (i > 0 && device->early)
+            attributes[count++] = early;
+        if (i == 1 && job->cluster > 1)
+            attributes[count++] = cluster;
         result = device->cu->launch_as(&(CUlaunchConfig){.gridDimX = kernels[i].grid,
                                                          .gridDimY = 1,
                                                          .gridDimZ = 1,
@@ -370,9 +379,10 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
                                                          .blockDimZ = 1,
                                                          .sharedMemBytes = kernels[i].shared,
                                                          .hStream = stream,
-                                                         .attrs = &early,
-                                                         .numAttrs = i > 0 && device->early},
+                                                         .attrs = attributes,
+                                                         .numAttrs = count},
                                        kernels[i].kernel, parameters, NULL);
+    }
     return result;
 }
 

@@ -88,6 +88,7 @@ struct mlak_cuda_job {
     uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
     uint32_t rows_per_item;        /* 16, 32 with the wide kernels, 64 with those for Hopper */
     uint32_t abreast;              /* 1..MLAK_CUDA_MOST_ABREAST; deterministic: 1 */
+    uint32_t cluster;              /* blocks of the split kernel that share copies of tiles: 1, or 2 */
     uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
     uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: FIXED_SLOTS * count */
     uint64_t ticket;
@@ -142,6 +143,12 @@ static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_
     while ((blocks + abreast - 1) / abreast * abreast * 8 > blocks * 9 && abreast > 1)
         abreast--;
     return (uint32_t)abreast;
+}
+
+/* Blocks of a cluster: two of Hopper's kernels where those abreast come in pairs. */
+static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
+{
+    return rows_per_item == MLAK_CUDA_M && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
 }
 
 /* Keys of a box that the copy engine fetches: as many of a tile, halved and halved again, as divide a page. 0: less

@@ -26,17 +26,20 @@ __device__ static inline bool item_open(const struct mlak_cuda_job *job, const s
     return row->code == MLAK_ROW_OK && !*failed;
 }
 
-/* Which rows the item has, of at most `most`, and what they see together. */
-__device__ static inline void item_look(struct item *item, const struct mlak_row *row, uint32_t most)
+/* Which rows the item has, of at most `most`, and what they see together. False: it has none. */
+__device__ static inline bool item_look(struct item *item, const struct mlak_row *row, uint32_t most)
 {
     uint32_t folded = row->q_len * row->heads;
     item->first_row = item->block * most;
+    if (item->first_row >= folded)
+        return false;
     item->rows = (uint32_t)row_least(folded - item->first_row, most);
     item->first_token = item->first_row / row->heads;
     item->end_token = (item->first_row + item->rows - 1) / row->heads + 1;
     item->any = row_visible_any(row, item->first_token, item->end_token, &item->any_bits);
     item->all_lo = row_visible(row, item->end_token - 1).lo;
     item->all_end = row_visible(row, item->first_token).base;
+    return true;
 }
 
 /* The token of row `r` of the item; a row too many sees as the last. */

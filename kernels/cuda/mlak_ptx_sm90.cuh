@@ -52,6 +52,45 @@ __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *
                  : "memory");
 }
 
+/* ---- clusters ---- */
+
+/* Of the block in its cluster; 0 if it is alone. */
+__device__ static inline uint32_t cluster_rank(void)
+{
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* All threads of all blocks of the cluster; new barriers are seen by the others. */
+__device__ static inline void cluster_meet(void)
+{
+    asm volatile("fence.mbarrier_init.release.cluster;\n"
+                 "barrier.cluster.arrive.release;\n"
+                 "barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+/* An arrival at the same barrier of the cluster's block `rank`. */
+__device__ static inline void barrier_arrive_at(uint64_t *barrier, uint32_t rank)
+{
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+
+/* As copy_box, to the same place of both blocks of a cluster; its bytes are told to the barrier of each. */
+__device__ static inline void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element,
+                                               int32_t row, int32_t chunk, int32_t page, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
+                 "h"((uint16_t)3)
+                 : "memory");
+}
+
 /* The map is wanted soon. */
 __device__ static inline void map_expect(const struct mlak_cuda_map *map)
 {

@@ -126,7 +126,7 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
         if (item->tile > 0 || item->end_tile < request->tiles)
             item->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
         walk->at += item->end_tile - item->tile;
-    } while (item->block >= request->blocks); /* the last strip may have less row blocks than thread blocks */
+    } while (item->block / job->cluster * job->cluster >= request->blocks); /* a last strip may have less row blocks */
     item->tile += request->first_tile;
     item->end_tile += request->first_tile;
     return true;

@@ -24,6 +24,9 @@
  * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
  * given back in this order: the owner's half, whose products are the first; the other half; the rope.
  *
+ * Where requests have several row blocks, the blocks of a cluster of two take the same tiles: each fetches half of every
+ * tile, to both. So a tile comes from the L2 cache once for two.
+ *
  * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are on
  * their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
  * eight items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles, and
@@ -39,8 +42,8 @@ enum {
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
     WGMMA_ITEMS = 8, /* slots of the ring */
-    WGMMA_COMPUTE_REGISTERS = 208,
-    WGMMA_LOAD_REGISTERS = 88 /* a thread; 168 at entry, three times that all together */
+    WGMMA_COMPUTE_REGISTERS = 200,
+    WGMMA_LOAD_REGISTERS = 104 /* a thread; 168 at entry, three times that all together */
 };
 enum { WGMMA_LOADS = 2 };                                      /* warpgroups: the two that compute are 0 and 1 */
 enum { WGMMA_LOADERS = 1, WGMMA_ENDS };                        /* named barriers: of the loads; of those that compute */
@@ -74,6 +77,7 @@ struct wgmma_shared {
     unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK];
     uint64_t q_full, q_empty, p_full[WGMMA_STAGES];
     uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
+    uint32_t cluster; /* job->cluster */
     struct wgmma_item items[WGMMA_ITEMS];
     float maximum[WGMMA_STAGES][WGMMA_ROWS]; /* that the tile's weights refer to */
     float sums[2][2][WGMMA_ROWS];            /* of weights, each warpgroup's own; of this item and the one before */
@@ -173,6 +177,7 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
                                                uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
+    uint32_t rank = cluster_rank();
 #pragma unroll
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, i % 2), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
@@ -182,6 +187,12 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
         if (lane == 0) {
             barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
             barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
+        }
+        if (job->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
+            uint32_t own = chunks == 2 ? rank : 0;
+            if (lane < boxes && (chunks == 2 || count % 2 == rank))
+                copy_box_to_both(to + own * WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)(chunk + own), page, full);
+            continue;
         }
         if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
             if (lane == 0)
@@ -241,39 +252,56 @@ __device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const st
     }
 }
 
-/* The schedule's next item that is to be computed, into a slot. One warp. */
+/* The tiles of a row block that the copy engine can fetch: what it finds it fetches, so all keys must be some row's. */
+__device__ static inline void wgmma_fetchable(const struct item *item, int64_t *from, int64_t *to)
+{
+    *from = row_most(*from, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
+    *to = row_least(*to, item->any.base / MLAK_CUDA_TILE - item->tile);
+}
+
+/* The schedule's next item that is to be computed, into a slot. One warp. Blocks of a cluster take the same items, each
+ * with a row block of its own: whatever has become of the request since; the second may have none of its own. */
 __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct schedule_walk *walk,
                                          struct wgmma_item *slot)
 {
     struct item item;
     uint32_t lane = threadIdx.x % 32, tiles = 0;
     const struct mlak_row *row = NULL;
+    bool wanted = true;
     while (tiles == 0 && schedule_next(job, walk, &item)) {
         row = &job->rows[item.request];
-        bool wanted = read_once(&row->code) == MLAK_ROW_OK && !item_cancelled(job);
-        tiles = __any_sync(0xffffffff, !wanted) ? 0 : item.end_tile - item.tile;
+        wanted = !__any_sync(0xffffffff, read_once(&row->code) != MLAK_ROW_OK || item_cancelled(job));
+        tiles = wanted || job->cluster == 2 ? item.end_tile - item.tile : 0;
     }
     if (tiles > 0) {
         static_assert(sizeof *row % 8 == 0, "copied in words");
         for (uint32_t i = lane; i < sizeof *row / 8; i += 32)
             ((uint64_t *)(void *)&slot->row)[i] = ((const uint64_t *)(const void *)row)[i];
         warp_meet();
-        item_look(&item, &slot->row, WGMMA_ROWS);
     }
-    if (lane > 0)
-        return;
-    slot->tiles = tiles;
-    slot->stopped = 0;
-    if (tiles == 0)
-        return;
-    slot->item = item;
-    slot->scale = slot->row.score_scale * ITEM_LOG2_E;
-    /* What the copy engine finds it fetches: so all keys must be some row's. */
-    int64_t from = row_most((item.any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item.tile, 0);
-    int64_t to = row_least(item.any.base / MLAK_CUDA_TILE - item.tile, tiles);
-    bool fetched = job->box_rows > 0 && from < to;
-    slot->fetch = fetched ? (uint32_t)from : 1; /* else the first one is copied before q, and the others after it */
-    slot->fetch_end = fetched ? (uint32_t)to : 1;
+    if (lane == 0 && tiles > 0) {
+        struct item other = item;
+        int64_t from = 0, to = tiles;
+        bool there = item_look(&item, &slot->row, WGMMA_ROWS);
+        if (there)
+            wgmma_fetchable(&item, &from, &to);
+        other.block ^= 1;
+        if (job->cluster == 2 && item_look(&other, &slot->row, WGMMA_ROWS)) {
+            wgmma_fetchable(&other, &from, &to);
+            if (!there) { /* goes with it, and has no rows */
+                item = other;
+                item.rows = 0;
+            }
+        }
+        bool fetched = job->box_rows > 0 && from < to;
+        slot->item = item;
+        slot->scale = slot->row.score_scale * ITEM_LOG2_E;
+        slot->fetch = fetched ? (uint32_t)from : 1; /* else the first is copied before q, and the others after it */
+        slot->fetch_end = fetched ? (uint32_t)to : 1;
+        slot->stopped = !wanted;
+    }
+    if (lane == 0)
+        slot->tiles = tiles;
 }
 
 /* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's ends.
@@ -321,6 +349,18 @@ struct wgmma_rows {
     float sum[2];     /* of the weights in its own columns of its own tiles */
 };
 
+/* Keys that did not come by the copy engine: the products see them once this thread has seen them all. */
+__device__ static inline void wgmma_see_copies(struct wgmma_shared *shared, const struct wgmma_item *slot, uint32_t i,
+                                               uint32_t count)
+{
+    if (i >= slot->fetch && i < slot->fetch_end)
+        return;
+#pragma unroll 1
+    for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
+        barrier_wait(&shared->keys_full[count % WGMMA_STAGES][piece], count / WGMMA_STAGES % 2);
+    shared_to_products();
+}
+
 /* S += Q K^T sets off over pieces [FROM, TO) in the order of their loading, each as soon as its keys are there. */
 template <enum mlak_cuda_types TYPES, uint32_t FROM, uint32_t TO>
 __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
@@ -332,8 +372,8 @@ __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t 
         uint32_t q = operand_here(operand_rows(shared->q[first]));
         uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
         barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
-        shared_to_products(); /* what did not come by the copy engine */
-        products_begin();
+        if (n == FROM)
+            products_begin();
 #pragma unroll
         for (uint32_t step = 0; step < wgmma_chunks(n) * 4; step++) {
             uint32_t at = step / 4 * WGMMA_CHUNK + step % 4 * 32;
@@ -509,12 +549,13 @@ __device__ static inline void wgmma_add_own(struct wgmma_shared *shared, const u
 __device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t own, uint32_t count, bool others)
 {
     uint64_t *empty = shared->keys_empty[count % WGMMA_STAGES];
-    if (threadIdx.x % 32 > 0)
+    uint32_t rank = threadIdx.x % 32; /* a lane for each block of the cluster */
+    if (rank >= shared->cluster)
         return;
-    barrier_arrive(&empty[own * 2]);
-    barrier_arrive(&empty[own * 2 + 1]);
+    barrier_arrive_at(&empty[own * 2], rank);
+    barrier_arrive_at(&empty[own * 2 + 1], rank);
     if (others)
-        barrier_arrive(&empty[WGMMA_ROPE]);
+        barrier_arrive_at(&empty[WGMMA_ROPE], rank);
 }
 
 /* The other one's tile, with all that has set off before. */
@@ -536,6 +577,7 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
 {
     float s[32], shrink[2];
     uint32_t p[16];
+    wgmma_see_copies(shared, slot, i, count);
     wgmma_score<TYPES, 0, 2>(shared, own, count, s);
     if (!FIRST)
         wgmma_other<TYPES>(shared, rows, own, count - 1, i == 1, o);
@@ -673,20 +715,21 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     struct wgmma_shared *shared = (struct wgmma_shared *)(void *)mlak_shared;
     uint32_t group = warp_uniform(threadIdx.x / WGMMA_GROUP);
     if (threadIdx.x == 0) {
+        shared->cluster = job->cluster;
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
             barrier_new(&shared->p_full[stage], WGMMA_GROUP);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
-                barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32);
+                barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32 * job->cluster);
             }
         }
     }
     if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->box_rows > 0)
         for (uint32_t i = 0; i < 2; i++)
             map_expect(&job->keys[i]);
-    __syncthreads();
+    cluster_meet(); /* the barriers are there, also for the other block */
     await_kernel_before();
     let_next_kernel_start();
     if (group == WGMMA_LOADS) {
@@ -696,6 +739,7 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         registers_take<WGMMA_COMPUTE_REGISTERS>();
         wgmma_compute<TYPES>(shared, job, group);
     }
+    cluster_meet(); /* nothing is on its way to a block that has ended */
 }
 
 #define WGMMA_KERNEL(name, TYPES)                                                                                      \

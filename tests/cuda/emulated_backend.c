@@ -118,6 +118,7 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         .row_results = (void *)fences[RESULTS].data,
     };
     job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, GRID);
+    job.cluster = 1;
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     if (wgmma)
         job.box_rows = mlak_cuda_box_rows(batch);
