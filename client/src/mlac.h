@@ -129,6 +129,7 @@ struct mla_client {
     char name[64];
     char device[64];            /* empty until chosen; then never changed */
     int64_t reconnect_ns;
+    bool high_priority;
 
     pthread_mutex_t lock;       /* guards all that follows */
     enum mlac_link link;

@@ -98,6 +98,10 @@ void mlac_hello(const struct mla_client *client, struct mlap_hello *hello)
         snprintf(hello->device, sizeof hello->device, "%s", client->device);
         mlap_set(hello, hello, device);
     }
+    if (client->high_priority) {
+        hello->priority = MLAP_priority_HIGH;
+        mlap_set(hello, hello, priority);
+    }
 }
 
 /* errno of a failed connect, in words. */

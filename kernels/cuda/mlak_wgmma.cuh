@@ -113,9 +113,10 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page. Lane i of the first
  * warp names the place of box i. All threads arrive, as they do when they copy. */
 __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
-                                               int32_t page, int32_t slot, uint32_t count)
+                                               const struct item *item, int32_t page, int32_t slot, uint32_t count)
 {
-    uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = job->box_rows;
+    uint32_t thread = threadIdx.x % WGMMA_GROUP, stage = count % WGMMA_STAGES, rows = item->box_rows;
+    const struct mlak_cuda_map *maps = item_maps(job, item);
     bool whole = rows == WGMMA_ROWS, fetches = thread < WGMMA_ROWS / rows;
 #pragma unroll
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
@@ -130,9 +131,9 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
         uint32_t chunk = wgmma_first(piece), to = shared_address(shared->keys[stage][chunk]) + thread * rows * 128;
         bool two = wgmma_chunks(piece) == 2;
         if (fetches)
-            copy_box(to, &job->keys[two && whole], 0, slot, (int32_t)chunk, page, full);
+            copy_box(to, &maps[two && whole], 0, slot, (int32_t)chunk, page, full);
         if (fetches && two && !whole)
-            copy_box(to + WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)chunk + 1, page, full);
+            copy_box(to + WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)chunk + 1, page, full);
     }
 }
 
@@ -159,19 +160,18 @@ __device__ static inline void wgmma_stop(struct wgmma_item *slot)
 }
 
 /* Whether the copy engine can fetch a tile: it fetches what it finds, so all keys must be some row's. */
-__device__ static inline bool wgmma_fetches(const struct mlak_cuda_job *job, const struct item *item, uint32_t tile)
+__device__ static inline bool wgmma_fetches(const struct item *item, uint32_t tile)
 {
     int64_t c = (int64_t)tile * MLAK_CUDA_TILE;
-    return job->box_rows > 0 && c >= item->any.lo && c + MLAK_CUDA_TILE <= item->any.base;
+    return item->box_rows > 0 && c >= item->any.lo && c + MLAK_CUDA_TILE <= item->any.base;
 }
 
 /* The page of the key whose place in the pool a thread has to know. */
-__device__ static inline struct item_key wgmma_ask(const struct mlak_cuda_job *job, const struct item *item,
-                                                   const struct mlak_row *row, uint32_t tile)
+__device__ static inline struct item_key wgmma_ask(const struct item *item, const struct mlak_row *row, uint32_t tile)
 {
     uint32_t thread = threadIdx.x % WGMMA_GROUP, key = thread / 32 * 16 + thread % 16;
-    if (wgmma_fetches(job, item, tile))
-        key = row_least(thread * job->box_rows, MLAK_CUDA_TILE); /* from 64 on: nobody's */
+    if (wgmma_fetches(item, tile))
+        key = row_least(thread * item->box_rows, MLAK_CUDA_TILE); /* from 64 on: nobody's */
     return item_ask(item, row, tile, key);
 }
 
@@ -186,15 +186,15 @@ __device__ static inline void wgmma_load_tile(struct wgmma_shared *shared, const
     uint32_t tile = item->tile + i;
     int failed = 0;
     int64_t address = item_settle(row, &job->rows[item->request], asked, &failed);
-    if (failed || (threadIdx.x % WGMMA_GROUP == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job)))
+    if (failed || (threadIdx.x % WGMMA_GROUP == 0 && i % LOOK_UP == LOOK_UP - 1 && item_cancelled(job, item)))
         wgmma_stop(slot);
     if (*(volatile int *)&slot->stopped)
         address = ITEM_NOBODY; /* nothing is read any more, but all go on counting tiles */
     int32_t page = address == ITEM_NOBODY ? (int32_t)row->pages : asked->page, key = (int32_t)asked->slot;
     if (tile + 1 < item->end_tile)
-        *asked = wgmma_ask(job, item, row, tile + 1);
-    if (wgmma_fetches(job, item, tile))
-        wgmma_fetch_keys(shared, job, page, key, count);
+        *asked = wgmma_ask(item, row, tile + 1);
+    if (wgmma_fetches(item, tile))
+        wgmma_fetch_keys(shared, job, item, page, key, count);
     else
         wgmma_copy_keys(shared, row->kv, address, count);
 }
@@ -208,7 +208,7 @@ __device__ static inline void wgmma_next(const struct mlak_cuda_job *job, struct
     slot->stopped = 0;
     while (schedule_next(job, walk, &item)) {
         const struct mlak_row *row = &job->rows[item.request];
-        if (read_once(&row->code) != MLAK_ROW_OK || item_cancelled(job))
+        if (read_once(&row->code) != MLAK_ROW_OK || item_cancelled(job, &item))
             continue;
         item_look(&item, row, WGMMA_ROWS);
         slot->item = item;
@@ -232,8 +232,11 @@ __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const str
         struct mlak_row row = {};
         if (tiles > 0) {
             item = slot->item;
-            row = job->rows[item.request];
-            asked = wgmma_ask(job, &item, &row, item.tile);
+            row = row_here(job, item.request, item.source);
+            asked = wgmma_ask(&item, &row, item.tile);
+            if (job->n_sources > 1 && item.box_rows > 0 && threadIdx.x % WGMMA_GROUP < WGMMA_ROWS / item.box_rows)
+                for (uint32_t i = 0; i < 2; i++)
+                    map_acquire(&item_maps(job, &item)[i]);
         }
 #pragma unroll 1
         for (uint32_t i = 0;; i++, count++) {
@@ -429,7 +432,7 @@ __device__ static inline void wgmma_scores(struct wgmma_shared *shared, const st
 __device__ static inline void wgmma_finish(const struct wgmma_shared *shared, const struct mlak_cuda_job *job,
                                            const struct item *item, uint32_t columns, const float o[128])
 {
-    const struct mlak_row *row = &job->rows[item->request];
+    const struct mlak_row here = row_here(job, item->request, item->source), *row = &here;
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -532,9 +535,9 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32);
             }
     }
-    if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->box_rows > 0)
+    if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->n_sources == 1 && job->source.box_rows > 0)
         for (uint32_t i = 0; i < 2; i++)
-            map_expect(&job->keys[i]);
+            map_expect(&job->source.keys[i]);
     __syncthreads();
     await_kernel_before();
     let_next_kernel_start();

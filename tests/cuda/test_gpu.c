@@ -182,9 +182,9 @@ static void a_refused_launch_is_only_that(void **state)
         char words[64];
         snprintf(words, sizeof words, "fail=cuLaunchKernelEx:%d:701", n);
         inject(words);
-        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+        assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
         inject("");
-        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+        assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
         assert_int_equal(rows[0].local_len, 100);
         memset(rows, 0, sizeof rows);
     }
@@ -215,14 +215,14 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     pthread_t thread;
     inject("");
     struct mlak_device *device = open_device(&progress);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     uint64_t before = progress;
     assert_true(before > 0);
     inject("hang=1");
     memset(rows, 0, sizeof rows);
     memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0]}), 0);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     pthread_join(thread, NULL);
     assert_int_equal(rows[0].code, MLAK_ROW_CANCELLED);
     assert_int_equal(progress, before); /* not an item of it ran */
@@ -244,10 +244,10 @@ static void a_refused_launch_leaves_nothing_running(void **state)
     struct mlak_device *device = open_device(NULL);
     inject("hang=1 fail=cuLaunchKernelEx:3:701"); /* prepare hangs, split waits for it, combine is refused */
     assert_int_equal(pthread_create(&thread, NULL, unhang_soon, &over), 0);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
     assert_int_equal(__atomic_load_n(&over, __ATOMIC_ACQUIRE), 1);
     pthread_join(thread, NULL);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     backend->close(device);
     made_free(made);
 }
@@ -262,9 +262,9 @@ static void a_sticky_error_loses_the_device(void **state)
     inject("");
     struct mlak_device *device = open_device(NULL);
     inject("sticky=2");
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     assert_non_null(strstr(backend->lost(device), "700"));
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     backend->close(device);
     made_free(made);
 }
