@@ -132,7 +132,7 @@ static void give(struct mlad_queue *queue, int64_t tokens)
 static bool has_room(const struct mlad_scheduler *scheduler)
 {
     return scheduler->n_slices < MLAD_PARTS && scheduler->n_rows < MLAD_SLICE_REQUESTS &&
-           scheduler->tokens < MLAD_LAUNCH_TOKENS;
+           scheduler->tokens < MLAD_LAUNCH_TOKENS && scheduler->estimate < MLAD_LAUNCH_NS;
 }
 
 static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
@@ -160,11 +160,13 @@ static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
         if (!first && !backend->mergeable(scheduler->device, scheduler->parts[0].batch, batch))
             return false;
         part->count = left < room ? left : room;
+        cost = part->count * (queue->per_request ? queue->per_request : (uint64_t)batch->max_pages * batch->page_size);
+        if (!first && scheduler->tokens + cost > MLAD_LAUNCH_TOKENS)
+            return false;
         memset(part->rows, 0, part->count * sizeof *part->rows);
-        cost = queue->per_request * part->count;
     } else {
         estimate = prepare(scheduler, decode, left < room ? left : room, part);
-        if (!first && scheduler->estimate + estimate > MLAD_SLICE_NS)
+        if (!first && scheduler->estimate + estimate > MLAD_LAUNCH_NS)
             return false;
         cost = tokens_of(part->rows, part->count);
     }

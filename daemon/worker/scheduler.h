@@ -12,9 +12,10 @@
  * ones; but once MLAD_PATIENCE launches in a row took nothing of the normal queue that has waited longest, normal ones
  * go first.
  *
- * How much fits: MLAD_SLICE_REQUESTS requests of MLAD_PARTS decodes; decodes are added until their keys are
- * MLAD_LAUNCH_TOKENS (a GPU's) or their estimate about MLAD_SLICE_NS (others'). So nobody waits for much more than the
- * largest decode that runs. One with more requests, or a longer estimate, runs in slices of several launches.
+ * How much fits: MLAD_SLICE_REQUESTS requests of MLAD_PARTS decodes, with MLAD_LAUNCH_TOKENS keys (a GPU's; as many
+ * keys a request as the session's last slice had) or MLAD_LAUNCH_NS by the backend's estimate (others'). A decode that
+ * is larger runs alone, so that no short one has to wait for its end; one with more requests, or an estimate above
+ * MLAD_SLICE_NS, in slices of several launches.
  *
  * The worker owns the scheduler, a session its queue; decodes are the scheduler's. Everything here belongs to the loop
  * thread but the rows and parts of a launch while the launch thread has it. Submitting allocates only until the highest
@@ -32,6 +33,7 @@ enum {
     MLAD_SLICE_REQUESTS = 1024,
     MLAD_PARTS = 64,
     MLAD_SLICE_NS = 100000000,
+    MLAD_LAUNCH_NS = 2000000,
     MLAD_INLINE_NS = 50000,
     MLAD_QUANTUM = 1 << 16,       /* KV tokens */
     MLAD_LAUNCH_TOKENS = 1 << 18, /* KV tokens: about 0.1 ms of an H100 */
@@ -65,7 +67,7 @@ struct mlad_queue {
     struct mlad_user *user;
     enum mlad_priority priority;
     int64_t balance;      /* KV tokens; a debt if negative */
-    uint64_t per_request; /* KV tokens, in its last slice: what the next one will take, as far as one knows */
+    uint64_t per_request; /* KV tokens, in its last slice: what the next one will take, as far as one knows; 0: none */
     uint64_t period;      /* of the scheduler's, to which the balance belongs */
     uint64_t launch, left_out; /* the last ones, by number, that took anything of it; that had no place for it */
     uint32_t in_flight;   /* decodes queued or running */
