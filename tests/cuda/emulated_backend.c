@@ -189,7 +189,8 @@ static enum mlak_code emulated_launch_batches(struct mlak_device *device, struct
     (void)layer;
     (void)fault;
     for (uint32_t at = 0, end; at < n; at = end) {
-        for (end = at + 1; end < n && emulated_mergeable(device, parts[at].batch, parts[end].batch);)
+        for (end = at + 1; end < n && end - at < MLAK_CUDA_MAX_SOURCES &&
+                           emulated_mergeable(device, parts[at].batch, parts[end].batch);)
             end++;
         launch(device, parts + at, end - at);
     }
