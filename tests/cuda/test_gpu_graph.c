@@ -138,7 +138,8 @@ static void what_cannot_be_captured_is_refused_by_name(void **state)
     assert_non_null(strstr(fault.message, "batch 1 of the graph has 1025 requests"));
     batches[1].batch = 17; /* of a device with the least scratch */
     batches[1].deterministic = true;
-    batches[1].max_pages = 4096; /* long enough to be split as often as may be */
+    batches[1].q_rows = 17;
+    batches[1].max_pages = 1 << 16; /* long enough to be split as often as may be */
     assert_null(backend->graph_new(device, batches, 2, &fault));
     assert_non_null(strstr(fault.message, "takes 16 of a deterministic batch"));
     assert_int_equal(backend->time_batches(device, batches, 2, false, 1, &ns, &fault), MLAK_UNSUPPORTED);
@@ -164,6 +165,15 @@ static void times_are_those_of_replays(void **state)
     assert_int_equal(succeeded("cuGraphLaunch"), graphs + 4);
     assert_true(ns >= 36e6);
     assert_outputs_are_right(made);
+    kernels = succeeded("cuLaunchKernelEx"); /* of a step's layers: two for each, and three before */
+    assert_int_equal(backend->time_batches(device, batches, 2, true, 3, &ns, &fault), MLAK_OK);
+    assert_int_equal(succeeded("cuLaunchKernelEx"), kernels + 7);
+    assert_true(ns >= 24e6);
+    assert_outputs_are_right(made);
+    struct mlak_batch other[2] = {made->batch, made->batch};
+    other[1].window = 3;
+    assert_int_equal(backend->time_batches(device, other, 2, true, 3, &ns, &fault), MLAK_INVALID);
+    assert_string_equal(fault.field, "layers");
     static const struct { const char *function; int n; } fails[] = {
         {"cuEventCreate", 1}, {"cuEventCreate", 2}, {"cuGraphLaunch", 1},     {"cuEventRecord", 1},
         {"cuGraphLaunch", 3}, {"cuEventRecord", 2}, {"cuEventElapsedTime", 1}, {"cuLaunchKernelEx", 5},

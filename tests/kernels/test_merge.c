@@ -214,6 +214,7 @@ static void layers_share_what_the_first_one_prepared(void **state)
         shape.deterministic = turn >= TYPES;
         shape.has_cu_q = turn % 2;
         shape.has_sink = true;
+        shape.has_tree_mask = turn % 2;
         shape.mask = turn % 2 ? MLAK_MASK_TREE : MLAK_MASK_CAUSAL;
         const int32_t lengths[] = {2500, 90, 33}, q_lens[] = {4, 2, 4};
         for (uint32_t i = 0; i < LAYERS; i++) {
@@ -230,7 +231,6 @@ static void layers_share_what_the_first_one_prepared(void **state)
             test_device_run(made[i], rows);
             assert_memory_equal(made[i]->tensor[MLAK_T_OUT].data, step, bytes);
             assert_memory_equal(made[i]->tensor[MLAK_T_LSE].data, step + bytes, lse);
-            test_device_judge(made[i], rows, 0, "a layer");
             free(step);
             made_free(made[i]);
         }
