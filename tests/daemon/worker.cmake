@@ -5,6 +5,11 @@ target_link_options(test_worker_units PRIVATE -Wl,--wrap=malloc -Wl,--wrap=callo
 add_test(NAME daemon.worker_units COMMAND test_worker_units)
 set_tests_properties(daemon.worker_units PROPERTIES LABELS unit TIMEOUT 60)
 
+add_executable(test_scheduler test_scheduler.c)
+target_link_libraries(test_scheduler PRIVATE mladworker mladcommon mlap mlak PkgConfig::CMOCKA)
+add_test(NAME daemon.scheduler COMMAND test_scheduler)
+set_tests_properties(daemon.scheduler PROPERTIES LABELS unit TIMEOUT 60)
+
 # Behaviours of the running process, on the device that each is best seen on: reference is slow enough to watch.
 function(add_worker_test test device)
   foreach(behaviour ${ARGN})
