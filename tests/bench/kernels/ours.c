@@ -45,6 +45,12 @@ static enum mlak_code back_to_back(struct contender *contender, uint32_t rounds,
     return self->backend->time_batches(self->device, self->batches, self->calls, false, rounds, ns, fault);
 }
 
+static enum mlak_code layers(struct contender *contender, uint32_t rounds, double *ns, struct mlak_fault *fault)
+{
+    struct ours *self = SELF(contender);
+    return self->backend->time_batches(self->device, self->batches, self->calls, true, rounds, ns, fault);
+}
+
 static enum mlak_code alone(struct contender *contender, uint32_t copy, double *ns, struct mlak_fault *fault)
 {
     double start = gpu_now();
@@ -64,6 +70,6 @@ static void end(struct contender *contender)
 
 void ours_init(struct ours *ours, struct gpu *gpu, const struct mlak_backend *backend, struct mlak_device *device)
 {
-    *ours = (struct ours){.contender = {begin, decode, back_to_back, alone, NULL, end}, .gpu = gpu, .backend = backend,
+    *ours = (struct ours){.contender = {begin, decode, back_to_back, layers, alone, NULL, end}, .gpu = gpu, .backend = backend,
                           .device = device};
 }
