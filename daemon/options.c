@@ -38,6 +38,9 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
     O(admin_users, USERS, 0, 32, "", RELOAD, \
       "Users who may also drain devices, evict sessions and list the sessions of others. Root and the user " \
       "that mlad runs as always may.") \
+    O(high_priority_users, ANY_USERS, 0, 32, "", RELOAD, \
+      "Users whose sessions may ask for high priority: decodes of these go before others that wait, though never " \
+      "before one that has waited for 8 launches; * is everyone. Administrators always may.") \
     O(max_sessions, NUMBER, 1, 65536, "64", RELOAD, "Sessions a user may have on a device.") \
     O(max_bytes, BYTES, 4096, 1ull << 50, "64G", RELOAD, "Bytes of buffers a user may register on a device.") \
     O(max_buffers, NUMBER, 1, 1000000, "1024", RELOAD, "Buffers a user may register on a device.") \

@@ -152,6 +152,13 @@ static void serve_hello(struct mlad_peer *peer, uint32_t sequence, const struct 
         refuse_device(peer, sequence, hello->device);
         return;
     }
+    if (mlap_has(hello, hello, priority) && hello->priority == MLAP_priority_HIGH &&
+        !mlad_policy_may_hurry(&supervisor->config, &peer->identity)) {
+        mlad_peer_refuse(peer, sequence, MLAP_code_DENIED, "priority",
+                         "high priority is for users that high_priority_users in mlad.conf lists, and you are none; ask "
+                         "for normal, or the administrator");
+        return;
+    }
     peer->attach = (struct mlap_attach){
         .session = ++supervisor->last_session,
         .uid = peer->identity.uid,

@@ -29,6 +29,12 @@ bool mlad_policy_is_admin(const struct mlad_config *config, const struct mlad_id
     return identity->uid == 0 || identity->uid == geteuid() || lists(&config->admin_users, identity->uid);
 }
 
+bool mlad_policy_may_hurry(const struct mlad_config *config, const struct mlad_identity *identity)
+{
+    return mlad_policy_is_admin(config, identity) || config->high_priority_users.everyone ||
+           lists(&config->high_priority_users, identity->uid);
+}
+
 static bool in_allowed_group(const struct mlad_config *config, gid_t gid, int socket)
 {
     if (lists(&config->allowed_groups, gid))

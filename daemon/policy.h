@@ -25,4 +25,7 @@ bool mlad_policy_allows(const struct mlad_config *config, const struct mlad_iden
 /* May that user drain, evict and see the sessions of others? */
 bool mlad_policy_is_admin(const struct mlad_config *config, const struct mlad_identity *identity);
 
+/* May sessions of that user have high priority? */
+bool mlad_policy_may_hurry(const struct mlad_config *config, const struct mlad_identity *identity);
+
 #endif

@@ -5,6 +5,7 @@
  *       -> mlak_check    every field against the contract and the device's capability table
  *       -> mlak_prepare  lengths, masks and scales copied once into rows of the request table
  *       -> launch        the backend runs the rows; a launch may mix rows of many batches
+ * or, where the device prepares, in launch_batches, which may mix the requests of many batches too.
  * Everything a row points to may be written by a hostile client at any moment: rows hold copies of what decides
  * addresses and loop bounds; page ids are read once and bounds-checked where they are used. q, KV and sink values are
  * only ever arithmetic.
@@ -210,6 +211,15 @@ struct mlak_options {
     uint64_t *progress;              /* NULL, or __atomic_fetch_add'ed after each work item: a sign of life */
 };
 
+/* What one batch has of a launch. */
+struct mlak_part {
+    const struct mlak_batch *batch;  /* checked; pointers are the device's */
+    uint32_t first, count;           /* its requests [first, first + count); 1 at least */
+    struct mlak_row *rows;           /* [count], zeros to begin with */
+    enum mlak_code code;             /* afterwards: MLAK_OK, or MLAK_BATCH and `fault` */
+    struct mlak_fault fault;
+};
+
 struct mlak_backend {
     const char *name;                /* the device's name: "cpu", "reference" */
     /* Open the device; NULL and `fault` on failure. */
@@ -222,15 +232,20 @@ struct mlak_backend {
      * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
-    /* NULL for devices whose kernels read this process's memory; otherwise all five are there.
+    /* NULL for devices whose kernels read this process's memory; otherwise all of these are there.
      * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named, or
-     *   MLAK_LOST as of launch_batch, `fault` saying why. From any thread.
+     *   MLAK_LOST as of launch_batches, `fault` saying why. From any thread.
      * release: undo it; nothing that names the mapping runs any more.
-     * launch_batch: mlak_prepare and launch in one, for requests [first, first + count) of a checked batch whose
-     *   pointers are the device's. rows[0..count) are zeros to begin with; it fills request, local_len, page_size,
-     *   pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons the launch
-     *   when the caller sets every rows[i].code to MLAK_ROW_CANCELLED meanwhile. Each call validates cu_q, on its
-     *   snapshot. MLAK_OK, BATCH, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * launch_batches: mlak_prepare and launch in one, for parts[0..count), whatever batches they are of. It fills of
+     *   each row request, local_len, page_size, pages, max_pages, dcp_world, code and detail (what mlak_row_fault and
+     *   accounting read), and abandons a part when the caller sets every code of its rows to MLAK_ROW_CANCELLED
+     *   meanwhile. Each call validates each part's cu_q, on its snapshot; one that is wrong fails its own part. Parts
+     *   that cannot run together (mergeable) or are too many follow one another. A deterministic batch has the same bits
+     *   in whatever company. `layer`: the parts are a step's next layer; if all that has been launched since its first
+     *   one differed from it, part by part, in buffers only (mlak_same_step), what the first one read and made of
+     *   lengths, masks and scales holds, failed requests stay failed, and only the work on keys is done; else as
+     *   without `layer`. MLAK_OK, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * mergeable: may requests of the two checked batches share a launch? NULL with `launch`, of which all may.
      * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
      *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or
      *   MLAK_LOST.
@@ -238,8 +253,9 @@ struct mlak_backend {
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
-    enum mlak_code (*launch_batch)(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+    enum mlak_code (*launch_batches)(struct mlak_device *device, struct mlak_part *parts, uint32_t count, bool layer,
+                                     struct mlak_fault *fault);
+    bool (*mergeable)(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b);
     enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
@@ -250,13 +266,13 @@ struct mlak_backend {
      *   replay, and may be other lengths, tables, cu_q and contents each time. A batch has at most 1024 requests, a
      *   deterministic one as many as fit the device's scratch, 16 at least. Nothing runs. NULL and `fault`: INVALID,
      *   UNSUPPORTED (a batch is too large), MEMORY, LOST; the device is as before.
-     * graph_replay: run it once, to its end; as launch_batch of its last batch, into rows[0..batch), zeros to begin
+     * graph_replay: run it once, to its end; as mlak_launch_batch of its last batch, into rows[0..batch), zeros to begin
      *   with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work may come
      *   between replays. MLAK_OK, BATCH, MEMORY, LOST.
      * graph_free: with no replay under way, before the device is closed. NULL is allowed.
      * time_batches: the nanoseconds on the device that `rounds` (1 at least) replays of such a graph took, one behind
      *   the other after one that does not count: they hold nothing of what the host does to launch. Nothing is told of
-     *   rows. */
+     *   rows. `layers`: of a step, which was prepared before (as launch_batches has it); INVALID if they are not. */
     void *(*memory_new)(struct mlak_device *device, uint64_t bytes, struct mlak_fault *fault);
     void (*memory_free)(struct mlak_device *device, void *memory);
     enum mlak_code (*memory_copy)(struct mlak_device *device, void *to, const void *from, uint64_t bytes);
@@ -266,8 +282,8 @@ struct mlak_backend {
                                    struct mlak_fault *fault);
     void (*graph_free)(struct mlak_device *device, struct mlak_graph *graph);
     enum mlak_code (*time_batches)(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                   uint32_t rounds, double *ns, struct mlak_fault *fault);
-    /* Estimated nanoseconds that the rows take (for small-work decisions only). NULL with launch_batch. */
+                                   bool layers, uint32_t rounds, double *ns, struct mlak_fault *fault);
+    /* Estimated nanoseconds that the rows take (for small-work decisions only). NULL with launch_batches. */
     uint64_t (*estimate_ns)(const struct mlak_device *device, const struct mlak_row *rows, uint32_t count);
 };
 
@@ -281,6 +297,15 @@ struct mlak_gpu {
 /* The GPUs that this process sees, in the driver's order, `most` at most; their number. 0: `why` says what is missing.
  * May take seconds: it starts the driver. Whether the kernels run on one is for its open to say. */
 uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why);
+
+/* launch_batches of one part. Its result, or the part's. */
+enum mlak_code mlak_launch_batch(const struct mlak_backend *backend, struct mlak_device *device,
+                                 const struct mlak_batch *batch, uint32_t first, uint32_t count, struct mlak_row *rows,
+                                 struct mlak_fault *fault);
+
+/* Whether two checked batches may be layers of one step: they are the same but for the memory of q, kv, sink, out and
+ * lse. */
+bool mlak_same_step(const struct mlak_batch *a, const struct mlak_batch *b);
 
 /* Check a descriptor against the contract and a device's capabilities. Pointers are not looked at.
  * MLAK_OK, MLAK_INVALID or MLAK_UNSUPPORTED with the field named. */

@@ -12,6 +12,19 @@ const struct mlak_backend *mlak_backend(const char *name)
     return strncmp(name, "GPU-", 4) == 0 ? &mlak_cuda_backend : NULL;
 }
 
+enum mlak_code mlak_launch_batch(const struct mlak_backend *backend, struct mlak_device *device,
+                                 const struct mlak_batch *batch, uint32_t first, uint32_t count, struct mlak_row *rows,
+                                 struct mlak_fault *fault)
+{
+    struct mlak_part part = {.batch = batch, .first = first, .count = count, .rows = rows};
+    enum mlak_code code = backend->launch_batches(device, &part, 1, false, fault);
+    if (code != MLAK_OK || part.code == MLAK_OK)
+        return code;
+    if (fault)
+        *fault = part.fault;
+    return part.code;
+}
+
 void mlak_whole_contract(struct mlak_capability rows[MLAK_CONTRACT_ROWS], const char *variant)
 {
     static const struct { enum mlak_dtype q; enum mlak_kv_format kv; enum mlak_dtype out; } types[] = {

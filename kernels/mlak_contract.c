@@ -311,3 +311,21 @@ enum mlak_code mlak_check(const struct mlak_batch *batch, const struct mlak_capa
     code = code ? code : check_scales(batch, fault);
     return code ? code : check_capabilities(batch, capabilities, count, fault);
 }
+
+static bool same_scale(const struct mlak_scale *a, const struct mlak_scale *b)
+{
+    return a->present == b->present && a->has_tensor == b->has_tensor && a->tensor == b->tensor &&
+           (!a->present || a->tensor || a->value == b->value);
+}
+
+bool mlak_same_step(const struct mlak_batch *a, const struct mlak_batch *b)
+{
+#define SAME(field) (a->field == b->field)
+    return SAME(batch) && SAME(heads) && SAME(q_rows) && SAME(q_dtype) && SAME(out_dtype) && SAME(kv_format) &&
+           SAME(pages) && SAME(page_size) && SAME(max_pages) && SAME(page_stride) && SAME(row_stride) &&
+           SAME(softmax_scale) && same_scale(&a->q_scale, &b->q_scale) && same_scale(&a->k_scale, &b->k_scale) &&
+           same_scale(&a->v_scale, &b->v_scale) && SAME(mask) && SAME(lse_base) && SAME(dcp_world) && SAME(dcp_rank) &&
+           SAME(dcp_interleave) && SAME(window) && SAME(deterministic) && SAME(block_table) && SAME(seqlens) &&
+           SAME(cu_q) && SAME(tree_mask) && SAME(has_cu_q) && SAME(has_tree_mask) && SAME(has_sink) && SAME(has_lse);
+#undef SAME
+}

@@ -102,6 +102,10 @@
     E(M, RESTARTING, "restarting", "its worker died and is started again") \
     E(M, ABSENT, "absent", "the device cannot be served on this machine; the reason says why")
 
+#define MLAP_ENUM_priority(E, M) \
+    E(M, NORMAL, "normal", "the default") \
+    E(M, HIGH, "high", "its decodes go before those of normal sessions; for users that the daemon lists")
+
 #define MLAP_ENUM_health_state(E, M) \
     E(M, OK, "ok", "every device serves") \
     E(M, DEGRADED, "degraded", "some device restarts, drains, has just restarted or does not answer") \
@@ -116,7 +120,8 @@
 #define MLAP_ENUMS(X) \
     X(code, "Error codes") X(dtype, "Element types of q and out") X(kv_format, "Forms of a KV row") X(mask, "Masks") \
     X(lse_base, "Bases of the log-sum-exp") X(buffer_kind, "Kinds of buffer") X(access, "Access to a buffer") \
-    X(device_state, "States of a device") X(health_state, "Health") X(phase, "Phases of a decode's latency")
+    X(device_state, "States of a device") X(priority, "Priorities of a session") X(health_state, "Health") \
+    X(phase, "Phases of a decode's latency")
 
 /* ---- nested maps ---- */
 
@@ -218,6 +223,11 @@
     F(M, U64, dropped, _, 0, UINT64_MAX, REQ, "sessions dropped for misbehaviour") \
     F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes") \
     F(M, U64, kv_bytes, _, 0, UINT64_MAX, REQ, "KV bytes of completed decodes") \
+    F(M, U64, launches, _, 0, UINT64_MAX, REQ, "launches on the device, each of one decode or of several merged") \
+    F(M, U64, launched_parts, _, 0, UINT64_MAX, REQ, \
+      "decodes, or slices of large ones, in these launches; over launches: the merge factor") \
+    F(M, U64, launched_rows, _, 0, UINT64_MAX, REQ, \
+      "requests in these launches; over launches: the batch occupancy") \
     F(M, LIST, latency, latency, 0, MLAP_MAX_PHASES, REQ, "one entry a phase")
 
 #define MLAP_FIELDS_session(F, M) \
@@ -241,7 +251,8 @@
     F(M, STR, client, _, 1, 63, REQ, "name of the connecting program, for status and logs") \
     F(M, STR, device, _, 1, 63, OPT, \
       "device to work on; absent: a session with the supervisor, for status and administration") \
-    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; 1: rings")
+    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; 1: rings") \
+    F(M, ENUM, priority, priority, 0, 0, OPT, "absent: normal")
 
 #define MLAP_FIELDS_welcome(F, M) \
     F(M, STR, daemon, _, 1, 63, REQ, "name and version of the daemon") \

@@ -112,6 +112,8 @@ typedef struct mla_options {
     int reconnect_ms; /* how long to try to reach a daemon that is away, also in mla_connect; default 30000, 0: try
                        * once. A daemon that accepted the connection has 5 seconds to open the session anyway. */
     mla_transport transport;    /* default MLA_TRANSPORT_AUTO */
+    int high_priority;          /* 1: decodes go before those of normal clients that wait, never for long; the daemon's
+                                 * high_priority_users must list the user, else mla_connect fails with MLA_DENIED */
 } mla_options;
 
 MLA_API void mla_options_init(mla_options *options);

@@ -65,6 +65,10 @@ static mla_status configure(mla_client *client, const mla_options *options, mla_
     if (options->reconnect_ms < 0)
         return mlac_fail(error, MLA_INVALID, "options.reconnect_ms", "it must be 0 or more milliseconds, not %d",
                          options->reconnect_ms);
+    if (options->high_priority != 0 && options->high_priority != 1)
+        return mlac_fail(error, MLA_INVALID, "options.high_priority", "it must be 0 or 1, not %d",
+                         options->high_priority);
+    client->high_priority = options->high_priority == 1;
     client->reconnect_ns = options->reconnect_ms * MLAC_MS;
     client->address.sun_family = AF_UNIX;
     const char *socket = choose(options->socket, "MLAD_SOCKET", DEFAULT_SOCKET);

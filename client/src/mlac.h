@@ -134,6 +134,7 @@ struct mla_client {
     char device[64];            /* empty until chosen; then never changed */
     int64_t reconnect_ns;
     bool socket_only;           /* no rings are asked for */
+    bool high_priority;
 
     pthread_mutex_t lock;       /* guards all that follows */
     enum mlac_link link;

@@ -101,6 +101,10 @@ void mlac_hello(const struct mla_client *client, struct mlap_hello *hello)
         hello->features = client->socket_only ? 0 : MLAP_FEATURE_RINGS;
         mlap_set(hello, hello, features);
     }
+    if (client->high_priority) {
+        hello->priority = MLAP_priority_HIGH;
+        mlap_set(hello, hello, priority);
+    }
 }
 
 /* errno of a failed connect, in words. */

@@ -6,7 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 
-/* The next slice often comes within microseconds of the last one's end, and waking a processor that went idle can cost
+/* The next launch often comes within microseconds of the last one's end, and waking a processor that went idle can cost
  * more than that: look out for it before sleeping, giving way to whoever else can run. */
 static void look_out(const struct mlad_launcher *launcher)
 {
@@ -15,21 +15,21 @@ static void look_out(const struct mlad_launcher *launcher)
         sched_yield();
 }
 
-static void *launch_slices(void *context)
+static void *launch_all(void *context)
 {
     struct mlad_launcher *launcher = context;
     pthread_mutex_lock(&launcher->lock);
     for (;;) {
         while (launcher->state != MLAD_LAUNCHER_FULL)
             pthread_cond_wait(&launcher->work, &launcher->lock);
-        const struct mlak_batch *batch = launcher->batch;
+        struct mlak_part *parts = launcher->parts;
         struct mlak_row *rows = launcher->rows;
-        uint32_t first = launcher->first, count = launcher->count;
+        uint32_t count = launcher->count;
         pthread_mutex_unlock(&launcher->lock);
         struct mlak_fault fault = {0};
-        enum mlak_code code = batch
-                                  ? launcher->backend->launch_batch(launcher->device, batch, first, count, rows, &fault)
-                                  : launcher->backend->launch(launcher->device, rows, count);
+        enum mlak_code code =
+            parts ? launcher->backend->launch_batches(launcher->device, parts, count, false, &fault)
+                  : launcher->backend->launch(launcher->device, rows, count);
         pthread_mutex_lock(&launcher->lock);
         launcher->fault = fault;
         launcher->code = code;
@@ -72,27 +72,30 @@ bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const 
     sigset_t all, before; /* signals are the loop thread's */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&launcher->thread, NULL, launch_slices, launcher);
+    int error = pthread_create(&launcher->thread, NULL, launch_all, launcher);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error == 0)
         pthread_setname_np(launcher->thread, "mlad:launch");
     return error == 0;
 }
 
-void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count)
-{
-    mlad_launcher_run_batch(launcher, NULL, 0, rows, count);
-}
-
-void mlad_launcher_run_batch(struct mlad_launcher *launcher, const struct mlak_batch *batch, uint32_t first,
-                             struct mlak_row *rows, uint32_t count)
+static void run(struct mlad_launcher *launcher, struct mlak_part *parts, struct mlak_row *rows, uint32_t count)
 {
     pthread_mutex_lock(&launcher->lock);
-    launcher->batch = batch;
-    launcher->first = first;
+    launcher->parts = parts;
     launcher->rows = rows;
     launcher->count = count;
     __atomic_store_n(&launcher->state, MLAD_LAUNCHER_FULL, __ATOMIC_RELAXED);
     pthread_cond_signal(&launcher->work);
     pthread_mutex_unlock(&launcher->lock);
+}
+
+void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count)
+{
+    run(launcher, NULL, rows, count);
+}
+
+void mlad_launcher_run_parts(struct mlad_launcher *launcher, struct mlak_part *parts, uint32_t count)
+{
+    run(launcher, parts, NULL, count);
 }

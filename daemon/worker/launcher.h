@@ -1,8 +1,8 @@
-/* launcher.h - the thread that runs slices, so that the loop never waits for a kernel.
+/* launcher.h - the thread that runs launches, so that the loop never waits for a kernel.
  *
- * Takes one slice at a time: rows that were prepared, or requests of a batch that the device prepares itself. The rows
- * are the launch thread's from mlad_launcher_run until the `ended` callback, which comes on the loop thread. It ends
- * with the process. */
+ * Takes one launch at a time: rows that were prepared, or parts of batches that the device prepares itself. Rows and
+ * parts are the launch thread's from mlad_launcher_run until the `ended` callback, which comes on the loop thread. It
+ * ends with the process. */
 #ifndef MLAD_LAUNCHER_H
 #define MLAD_LAUNCHER_H
 
@@ -23,10 +23,10 @@ struct mlad_launcher {
     pthread_t thread;
     pthread_mutex_t lock; /* of what follows */
     pthread_cond_t work;
-    int state;                      /* enum mlad_launcher_state; changed under the lock, peeked at without */
-    const struct mlak_batch *batch; /* NULL: the rows are prepared */
+    int state;               /* enum mlad_launcher_state; changed under the lock, peeked at without */
+    struct mlak_part *parts; /* NULL: the rows are prepared */
     struct mlak_row *rows;
-    uint32_t first, count;
+    uint32_t count; /* of parts or rows */
     enum mlak_code code;
     struct mlak_fault fault;
 };
@@ -37,8 +37,7 @@ bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const 
                                        const struct mlak_fault *fault));
 
 void mlad_launcher_run(struct mlad_launcher *launcher, struct mlak_row *rows, uint32_t count);
-/* Requests [first, first + count) of a batch; the rows say what came of them. */
-void mlad_launcher_run_batch(struct mlad_launcher *launcher, const struct mlak_batch *batch, uint32_t first,
-                             struct mlak_row *rows, uint32_t count);
+/* Parts, whose codes and rows say what came of them. */
+void mlad_launcher_run_parts(struct mlad_launcher *launcher, struct mlak_part *parts, uint32_t count);
 
 #endif

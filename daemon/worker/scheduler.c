@@ -1,11 +1,10 @@
-/* scheduler.c - see scheduler.h. A decode's way: submit -> kick -> prepare -> (inline | launcher) -> slice_ended ->
- * finish. */
+/* scheduler.c - see scheduler.h. A decode's way: submit -> kick -> put_together -> take -> (inline | launcher) ->
+ * launch_ended -> slice_ended -> finish. */
 #include "scheduler.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-
 
 /* ---- decodes ---- */
 
@@ -38,12 +37,22 @@ static void uncount(struct mlad_scheduler *scheduler, struct mlad_decode *decode
     mlad_user_give_decode(decode->queue->user);
 }
 
-/* The decode has ended, `fault` NULL: its requests have run, some of them perhaps into failures. */
+/* The queue's turn at what follows its next decode; none, if nothing does. */
+static void pass_on(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
+{
+    queue->next = STAILQ_NEXT(queue->next, next);
+    if (!queue->next)
+        TAILQ_REMOVE(&scheduler->turns[queue->priority], queue, turn);
+}
+
+/* The first decode of its queue has ended, `fault` NULL: its requests have run, some of them perhaps into failures. */
 static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode, const struct mlap_fault *fault)
 {
     struct mlad_queue *queue = decode->queue;
     struct mlad_stats *stats = scheduler->stats;
     decode->completed = scheduler->ended = mlad_now_ns();
+    if (queue->next == decode)
+        pass_on(scheduler, queue);
     STAILQ_REMOVE_HEAD(&queue->decodes, next);
     uncount(scheduler, decode);
     if (decode->cancelled) {
@@ -66,7 +75,7 @@ static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode,
     release(scheduler, decode);
 }
 
-/* ---- slices ---- */
+/* ---- what the next launch takes ---- */
 
 /* The lengths that later slices need, in memory of the decode's own: the scheduler's copy serves the next decode. */
 static bool keep_cu_q(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
@@ -78,40 +87,164 @@ static bool keep_cu_q(struct mlad_scheduler *scheduler, struct mlad_decode *deco
     return decode->cu_q;
 }
 
-/* The decode's next slice goes to a device that prepares it itself. */
-static void launch_batch(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
+/* Fill the part's rows with `count` requests of the decode, or less, so that they take no longer than a slice may. Says
+ * how long they should take. If they cannot be prepared, the part has none, and its code and fault say why. */
+static uint64_t prepare(struct mlad_scheduler *scheduler, struct mlad_decode *decode, uint32_t count,
+                        struct mlak_part *part)
 {
-    uint32_t left = decode->plan->batch.batch - decode->done;
-    scheduler->slice = left < MLAD_SLICE_REQUESTS ? left : MLAD_SLICE_REQUESTS;
-    scheduler->launching = decode;
-    memset(scheduler->rows, 0, scheduler->slice * sizeof *scheduler->rows);
-    mlad_launcher_run_batch(&scheduler->launcher, &decode->plan->batch, decode->done, scheduler->rows,
-                            scheduler->slice);
+    const struct mlak_batch *batch = part->batch;
+    uint32_t left = batch->batch - decode->done;
+    count = count < decode->width ? count : decode->width;
+    part->code = mlak_prepare(batch, decode->cu_q ? decode->cu_q : scheduler->cu_q, decode->done, count, part->rows,
+                              &part->fault);
+    if (part->code != MLAK_OK)
+        return 0;
+    uint64_t estimate = scheduler->backend->estimate_ns(scheduler->device, part->rows, count);
+    while (estimate > MLAD_SLICE_NS && count > 1) {
+        count /= 2;
+        estimate = scheduler->backend->estimate_ns(scheduler->device, part->rows, count);
+    }
+    if (count < left && batch->has_cu_q && !decode->cu_q && !keep_cu_q(scheduler, decode)) {
+        part->code = mlak_fail(&part->fault, MLAK_MEMORY, "", "no memory to run the batch in slices; try again");
+        return 0;
+    }
+    decode->width = count < MLAD_SLICE_REQUESTS / 2 ? count * 2 : MLAD_SLICE_REQUESTS;
+    part->count = count;
+    return estimate;
 }
 
-/* Fill the rows with the decode's next slice and say in *estimate how long it should take. */
-static enum mlap_code prepare(struct mlad_scheduler *scheduler, struct mlad_decode *decode, uint64_t *estimate,
-                              struct mlap_fault *fault)
+static uint64_t tokens_of(const struct mlak_row *rows, uint32_t count)
 {
-    const struct mlak_batch *batch = &decode->plan->batch;
-    uint32_t left = batch->batch - decode->done;
-    uint32_t count = left < decode->width ? left : decode->width;
-    struct mlak_fault refusal;
-    if (mlak_prepare(batch, decode->cu_q ? decode->cu_q : scheduler->cu_q, decode->done, count, scheduler->rows,
-                     &refusal) != MLAK_OK)
-        return mlap_fail(fault, MLAP_code_BATCH, refusal.field, "%s", refusal.message);
-    *estimate = scheduler->backend->estimate_ns(scheduler->device, scheduler->rows, count);
-    while (*estimate > MLAD_SLICE_NS && count > 1) {
-        count /= 2;
-        *estimate = scheduler->backend->estimate_ns(scheduler->device, scheduler->rows, count);
-    }
-    if (count < left && batch->has_cu_q && !decode->cu_q && !keep_cu_q(scheduler, decode))
-        return mlap_fail(fault, MLAP_code_MEMORY, "", "no memory to run the batch in slices; try again");
-    decode->width = count < MLAD_SLICE_REQUESTS / 2 ? count * 2 : MLAD_SLICE_REQUESTS;
-    scheduler->launching = decode;
-    scheduler->slice = count;
-    return MLAP_code_OK;
+    uint64_t tokens = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (__atomic_load_n(&rows[i].code, __ATOMIC_RELAXED) == MLAK_ROW_OK)
+            tokens += (uint64_t)rows[i].local_len;
+    return tokens;
 }
+
+static void give(struct mlad_queue *queue, int64_t tokens)
+{
+    queue->balance += tokens;
+    if (queue->balance > MLAD_QUANTUM)
+        queue->balance = MLAD_QUANTUM;
+}
+
+static bool has_room(const struct mlad_scheduler *scheduler)
+{
+    return scheduler->n_slices < MLAD_PARTS && scheduler->n_rows < MLAD_SLICE_REQUESTS &&
+           scheduler->tokens < MLAD_LAUNCH_TOKENS && scheduler->estimate < MLAD_LAUNCH_NS;
+}
+
+static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
+{
+    decode->launched = mlad_now_ns();
+    scheduler->queued--;
+    mlad_stats_running(scheduler->stats, ++scheduler->running);
+}
+
+/* Add the queue's next decode, or a slice of it if nothing else is in the launch, which has room. False: it does not go
+ * with what is there already. */
+static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
+{
+    const struct mlak_backend *backend = scheduler->backend;
+    struct mlad_decode *decode = queue->next;
+    const struct mlak_batch *batch = &decode->plan->batch;
+    struct mlak_part *part = &scheduler->parts[scheduler->n_slices];
+    bool first = scheduler->n_slices == 0;
+    uint32_t left = batch->batch - decode->done, room = MLAD_SLICE_REQUESTS - scheduler->n_rows;
+    uint64_t cost, estimate = 0;
+    if (decode->running || (left > room && !first))
+        return false;
+    *part = (struct mlak_part){.batch = batch, .first = decode->done, .rows = scheduler->rows + scheduler->n_rows};
+    if (backend->launch_batches) {
+        if (!first && !backend->mergeable(scheduler->device, scheduler->parts[0].batch, batch))
+            return false;
+        part->count = left < room ? left : room;
+        cost = part->count * (queue->per_request ? queue->per_request : (uint64_t)batch->max_pages * batch->page_size);
+        if (!first && scheduler->tokens + cost > MLAD_LAUNCH_TOKENS)
+            return false;
+        memset(part->rows, 0, part->count * sizeof *part->rows);
+    } else {
+        estimate = prepare(scheduler, decode, left < room ? left : room, part);
+        if (!first && scheduler->estimate + estimate > MLAD_LAUNCH_NS)
+            return false;
+        cost = tokens_of(part->rows, part->count);
+    }
+    if (!decode->launched)
+        start(scheduler, decode);
+    decode->running = true;
+    scheduler->slices[scheduler->n_slices++] = (struct mlad_slice){decode, cost};
+    scheduler->n_rows += part->count;
+    scheduler->estimate += estimate;
+    scheduler->tokens += cost;
+    queue->balance -= (int64_t)cost;
+    queue->launch = scheduler->launches;
+    if (part->code != MLAK_OK || decode->done + part->count == batch->batch)
+        pass_on(scheduler, queue);
+    if (queue->next) {
+        TAILQ_REMOVE(&scheduler->turns[queue->priority], queue, turn);
+        TAILQ_INSERT_TAIL(&scheduler->turns[queue->priority], queue, turn);
+    }
+    return true;
+}
+
+/* A decode of each queue in turn that is not in debt. False: none was taken; *least is the least debt of those that
+ * might be, or -1. */
+static bool take_turns(struct mlad_scheduler *scheduler, struct mlad_turns *turns, int64_t *least)
+{
+    bool taken = false;
+    struct mlad_queue *last = TAILQ_LAST(turns, mlad_turns), *next;
+    *least = -1;
+    for (struct mlad_queue *queue = TAILQ_FIRST(turns); queue && has_room(scheduler); queue = next) {
+        next = queue == last ? NULL : TAILQ_NEXT(queue, turn);
+        if (queue->left_out == scheduler->launches)
+            continue;
+        if (queue->balance <= 0)
+            *least = *least < 0 || -queue->balance < *least ? -queue->balance : *least;
+        else if (take(scheduler, queue))
+            taken = true;
+        else
+            queue->left_out = scheduler->launches;
+    }
+    return taken;
+}
+
+static void take_all(struct mlad_scheduler *scheduler, struct mlad_turns *turns)
+{
+    int64_t least;
+    while (take_turns(scheduler, turns, &least) || least >= 0) {
+        struct mlad_queue *queue;
+        if (!has_room(scheduler))
+            return;
+        if (least >= 0)
+            TAILQ_FOREACH(queue, turns, turn)
+                give(queue, (least / MLAD_QUANTUM + 1) * MLAD_QUANTUM);
+    }
+}
+
+/* The next launch. False: nothing waits. */
+static bool put_together(struct mlad_scheduler *scheduler)
+{
+    struct mlad_turns *normal = &scheduler->turns[MLAD_NORMAL], *high = &scheduler->turns[MLAD_HIGH];
+    struct mlad_queue *queue, *longest = TAILQ_FIRST(normal);
+    bool normal_first = scheduler->passed_over >= MLAD_PATIENCE;
+    if (!longest && TAILQ_EMPTY(high))
+        return false;
+    scheduler->launches++;
+    scheduler->launching = true;
+    scheduler->n_slices = scheduler->n_rows = 0;
+    scheduler->tokens = scheduler->estimate = 0;
+    take_all(scheduler, normal_first ? normal : high);
+    take_all(scheduler, normal_first ? high : normal);
+    scheduler->passed_over = longest && longest->launch != scheduler->launches ? scheduler->passed_over + 1 : 0;
+    for (unsigned i = 0; i < MLAD_PRIORITIES; i++)
+        TAILQ_FOREACH(queue, &scheduler->turns[i], turn)
+            if (queue->launch != scheduler->launches)
+                give(queue, MLAD_QUANTUM);
+    return true;
+}
+
+/* ---- launches ---- */
 
 static bool note_failure(struct mlad_decode *decode, const struct mlak_row *row)
 {
@@ -134,85 +267,85 @@ static bool note_failure(struct mlad_decode *decode, const struct mlak_row *row)
 _Static_assert(sizeof((struct mlap_failure *)0)->field == sizeof((struct mlak_fault *)0)->field, "copied whole");
 _Static_assert(sizeof((struct mlap_failure *)0)->message == sizeof((struct mlak_fault *)0)->message, "copied whole");
 
-/* Put the queue at the end of the line if it has anything left to run. */
-static void line_up(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
+/* Slice `index` of the launch has run: count what came of it; its decode ends, or waits for its next turn. `code`: the
+ * launch's. */
+static void slice_ended(struct mlad_scheduler *scheduler, uint32_t index, enum mlak_code code)
 {
-    if (!STAILQ_EMPTY(&queue->decodes))
-        TAILQ_INSERT_TAIL(&scheduler->turns, queue, turn);
-}
-
-/* The slice in `rows` has run: count what came of it; the decode ends, or waits for its next turn. */
-static void slice_ended(struct mlad_scheduler *scheduler, enum mlak_code code, const struct mlak_fault *refusal)
-{
-    if (code == MLAK_LOST)
-        scheduler->lost(scheduler, scheduler->backend->lost(scheduler->device));
-    struct mlad_decode *decode = scheduler->launching;
+    const struct mlad_slice *slice = &scheduler->slices[index];
+    const struct mlak_part *part = &scheduler->parts[index];
+    struct mlad_decode *decode = slice->decode;
     struct mlad_queue *queue = decode->queue;
-    scheduler->launching = NULL;
-    bool noted = true;
-    for (uint32_t i = 0; i < scheduler->slice && code == MLAK_OK && !decode->cancelled; i++) {
-        const struct mlak_row *row = &scheduler->rows[i];
-        if (__atomic_load_n(&row->code, __ATOMIC_RELAXED) == MLAK_ROW_OK)
-            decode->kv_tokens += (uint64_t)row->local_len;
-        else
-            noted &= note_failure(decode, row);
+    bool ran = code == MLAK_OK && part->code == MLAK_OK && !decode->cancelled, noted = true;
+    decode->running = false;
+    for (uint32_t i = 0; i < part->count && ran; i++)
+        if (__atomic_load_n(&part->rows[i].code, __ATOMIC_RELAXED) != MLAK_ROW_OK)
+            noted &= note_failure(decode, &part->rows[i]);
+    if (ran && part->count > 0) {
+        uint64_t tokens = tokens_of(part->rows, part->count);
+        decode->kv_tokens += tokens;
+        queue->per_request = tokens / part->count;
+        give(queue, (int64_t)slice->cost - (int64_t)tokens);
     }
-    decode->done += scheduler->slice;
-    if (code == MLAK_BATCH && !decode->cancelled) {
-        struct mlap_fault fault;
-        mlap_fail(&fault, MLAP_code_BATCH, refusal->field, "%s", refusal->message);
+    decode->done += part->count;
+    struct mlap_fault fault;
+    if (decode->cancelled) {
+        finish(scheduler, decode, NULL);
+    } else if (part->code != MLAK_OK) {
+        mlap_fail(&fault, part->code == MLAK_BATCH ? MLAP_code_BATCH : MLAP_code_MEMORY, part->fault.field, "%s",
+                  part->fault.message);
         finish(scheduler, decode, &fault);
-    } else if ((code != MLAK_OK && !decode->cancelled) || !noted) {
-        struct mlap_fault fault;
+    } else if (code != MLAK_OK || !noted) {
         mlap_fail(&fault, MLAP_code_MEMORY, "",
                   "the device had no memory for the batch; try again, or with a smaller one");
         finish(scheduler, decode, &fault);
-    } else if (decode->cancelled || decode->done == decode->plan->batch.batch) {
+    } else if (decode->done == decode->plan->batch.batch) {
         finish(scheduler, decode, NULL);
     }
-    line_up(scheduler, queue);
 }
 
-static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
+static void launch_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
 {
-    decode->launched = mlad_now_ns();
-    scheduler->queued--;
-    mlad_stats_running(scheduler->stats, ++scheduler->running);
+    if (code == MLAK_LOST)
+        scheduler->lost(scheduler, scheduler->backend->lost(scheduler->device));
+    for (uint32_t i = 0; i < scheduler->n_slices; i++)
+        slice_ended(scheduler, i, code);
+    scheduler->launching = false;
 }
 
-/* Run what can be run: small slices here while they fit in MLAD_INLINE_NS together, else one on the launch thread. */
+static void idle_if_nothing_is_left(struct mlad_scheduler *scheduler)
+{
+    if (scheduler->queued + scheduler->running > 0)
+        return;
+    scheduler->period++;
+    scheduler->idle(scheduler);
+}
+
+/* Run what can be run: small launches here while they fit in MLAD_INLINE_NS together, else one on the launch thread. */
 static void kick(struct mlad_scheduler *scheduler)
 {
     uint64_t begun = mlad_now_ns();
-    struct mlad_queue *queue;
-    while (!scheduler->launching && (queue = TAILQ_FIRST(&scheduler->turns))) {
-        TAILQ_REMOVE(&scheduler->turns, queue, turn);
-        struct mlad_decode *decode = STAILQ_FIRST(&queue->decodes);
-        if (!decode->launched)
-            start(scheduler, decode);
-        struct mlap_fault fault;
-        uint64_t estimate = 0;
-        if (scheduler->backend->launch_batch) {
-            launch_batch(scheduler, decode);
-        } else if (prepare(scheduler, decode, &estimate, &fault) != MLAP_code_OK) {
-            finish(scheduler, decode, &fault);
-            line_up(scheduler, queue);
-        } else if (estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + estimate < MLAD_INLINE_NS) {
-            slice_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, scheduler->slice),
-                        NULL);
-        } else {
-            mlad_launcher_run(&scheduler->launcher, scheduler->rows, scheduler->slice);
-        }
+    while (!scheduler->launching && put_together(scheduler)) {
+        uint32_t rows = scheduler->n_rows;
+        if (rows > 0)
+            mlad_stats_launched(scheduler->stats, scheduler->n_slices, rows);
+        if (rows == 0) /* what was taken could not be prepared */
+            launch_ended(scheduler, MLAK_OK);
+        else if (scheduler->backend->launch_batches)
+            mlad_launcher_run_parts(&scheduler->launcher, scheduler->parts, scheduler->n_slices);
+        else if (scheduler->estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + scheduler->estimate < MLAD_INLINE_NS)
+            launch_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, rows));
+        else
+            mlad_launcher_run(&scheduler->launcher, scheduler->rows, rows);
     }
-    if (scheduler->queued + scheduler->running == 0)
-        scheduler->idle(scheduler);
+    idle_if_nothing_is_left(scheduler);
 }
 
 static void on_launched(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault)
 {
     struct mlad_scheduler *scheduler =
         (struct mlad_scheduler *)((char *)launcher - offsetof(struct mlad_scheduler, launcher));
-    slice_ended(scheduler, code, fault);
+    (void)fault; /* of the whole launch: lost says why, and memory needs no other words */
+    launch_ended(scheduler, code);
     kick(scheduler);
 }
 
@@ -228,18 +361,21 @@ bool mlad_scheduler_start(struct mlad_scheduler *scheduler, uv_loop_t *loop, con
     scheduler->stats = stats;
     scheduler->idle = idle;
     scheduler->lost = lost;
-    TAILQ_INIT(&scheduler->turns);
+    for (unsigned i = 0; i < MLAD_PRIORITIES; i++)
+        TAILQ_INIT(&scheduler->turns[i]);
+    scheduler->period = 1; /* no queue's yet */
     STAILQ_INIT(&scheduler->spare);
     scheduler->rows = calloc(MLAD_SLICE_REQUESTS, sizeof *scheduler->rows);
     scheduler->cu_q = calloc(MLAK_MAX_BATCH + 1, sizeof *scheduler->cu_q);
-    return scheduler->rows && scheduler->cu_q &&
+    scheduler->parts = calloc(MLAD_PARTS, sizeof *scheduler->parts);
+    return scheduler->rows && scheduler->cu_q && scheduler->parts &&
            mlad_launcher_start(&scheduler->launcher, loop, backend, device, on_launched);
 }
 
-void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user,
+void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user, enum mlad_priority priority,
                      void (*ended)(struct mlad_queue *, const struct mlad_decode *, const struct mlap_fault *))
 {
-    *queue = (struct mlad_queue){.user = user, .ended = ended};
+    *queue = (struct mlad_queue){.user = user, .priority = priority, .ended = ended};
     STAILQ_INIT(&queue->decodes);
 }
 
@@ -272,12 +408,17 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
         .queued = mlad_now_ns(),
     };
     mlad_plan_ref(plan);
-    bool lined_up = !STAILQ_EMPTY(&queue->decodes); /* or its first decode is being launched */
+    if (queue->period != scheduler->period) {
+        queue->period = scheduler->period;
+        queue->balance = MLAD_QUANTUM;
+    }
     STAILQ_INSERT_TAIL(&queue->decodes, decode, next);
     queue->in_flight++;
     scheduler->queued++;
-    if (!lined_up)
-        line_up(scheduler, queue);
+    if (!queue->next) {
+        queue->next = decode;
+        TAILQ_INSERT_TAIL(&scheduler->turns[queue->priority], queue, turn);
+    }
     kick(scheduler);
     return MLAP_code_OK;
 }
@@ -287,35 +428,31 @@ bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler)
     return !scheduler->launching && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
 }
 
-/* Nobody waits for the slice that is running: let the backend abandon it. */
-static void cancel_slice(struct mlad_scheduler *scheduler)
-{
-    scheduler->launching->cancelled = true;
-    for (uint32_t i = 0; i < scheduler->slice; i++)
-        __atomic_store_n(&scheduler->rows[i].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
-}
-
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
 {
-    struct mlad_decode *decode = STAILQ_FIRST(&queue->decodes);
-    if (!decode)
+    if (STAILQ_EMPTY(&queue->decodes))
         return;
-    if (decode == scheduler->launching)
-        cancel_slice(scheduler); /* it stays first until its slice has ended */
-    else
-        TAILQ_REMOVE(&scheduler->turns, queue, turn);
-    struct mlad_decode *keep = decode->cancelled ? decode : NULL;
-    if (keep)
-        decode = STAILQ_NEXT(keep, next);
-    STAILQ_INIT(&queue->decodes);
-    if (keep)
-        STAILQ_INSERT_HEAD(&queue->decodes, keep, next);
-    while (decode) {
-        struct mlad_decode *next = STAILQ_NEXT(decode, next);
-        uncount(scheduler, decode);
-        release(scheduler, decode);
-        decode = next;
+    if (queue->next)
+        TAILQ_REMOVE(&scheduler->turns[queue->priority], queue, turn);
+    queue->next = NULL;
+    for (uint32_t i = 0; i < scheduler->n_slices && scheduler->launching; i++) {
+        const struct mlak_part *part = &scheduler->parts[i];
+        if (scheduler->slices[i].decode->queue != queue)
+            continue;
+        scheduler->slices[i].decode->cancelled = true;
+        for (uint32_t row = 0; row < part->count; row++) /* nobody waits for it: let the backend abandon it */
+            __atomic_store_n(&part->rows[row].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
     }
-    if (scheduler->queued + scheduler->running == 0)
-        scheduler->idle(scheduler);
+    struct mlad_decode *decode = STAILQ_FIRST(&queue->decodes), *next;
+    STAILQ_INIT(&queue->decodes);
+    for (; decode; decode = next) {
+        next = STAILQ_NEXT(decode, next);
+        if (decode->running) { /* until its slice has ended */
+            STAILQ_INSERT_TAIL(&queue->decodes, decode, next);
+        } else {
+            uncount(scheduler, decode);
+            release(scheduler, decode);
+        }
+    }
+    idle_if_nothing_is_left(scheduler);
 }

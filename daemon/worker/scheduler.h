@@ -1,15 +1,25 @@
-/* scheduler.h - which decode runs next, and running it.
+/* scheduler.h - which decodes run next, and running them.
  *
- * Each session has a queue; a queue's decodes run in the order they came. Queues take turns (round robin), one slice
- * each: at most MLAD_SLICE_REQUESTS requests and, by the backend's estimate, at most about MLAD_SLICE_NS, so a session
- * that floods or sends huge batches delays each other one by a slice at most. One slice runs at a time, on the launch
- * thread; one that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which spares two
- * wake-ups. A device that prepares batches itself (a GPU) gets slices of requests instead of rows, always on the launch
- * thread.
+ * Each session has a queue; a queue's decodes run in the order they came, or together. One launch runs at a time.
+ * Whatever comes meanwhile waits, and the next launch takes of it what can run together, from all queues: no decode
+ * waits for company. A launch that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which
+ * spares two wake-ups; any other on the launch thread, as do all of a device that prepares batches itself (a GPU).
+ *
+ * Who goes first, when not all fit: deficit round robin on KV tokens. A queue pays for the keys of its decodes and may
+ * go while it is not in debt; when nobody else can go, all are given quanta of MLAD_QUANTUM, and so is a queue that a
+ * launch left out. So a launch is never kept small for fairness, a tenant with short decodes goes before one with long
+ * ones, and a queue in debt waits for no more launches than it owes quanta. Queues of high priority go before normal
+ * ones; but once MLAD_PATIENCE launches in a row took nothing of the normal queue that has waited longest, normal ones
+ * go first.
+ *
+ * How much fits: MLAD_SLICE_REQUESTS requests of MLAD_PARTS decodes, with MLAD_LAUNCH_TOKENS keys (a GPU's; as many
+ * keys a request as the session's last slice had) or MLAD_LAUNCH_NS by the backend's estimate (others'). A decode that
+ * is larger runs alone, so that no short one has to wait for its end; one with more requests, or an estimate above
+ * MLAD_SLICE_NS, in slices of several launches.
  *
  * The worker owns the scheduler, a session its queue; decodes are the scheduler's. Everything here belongs to the loop
- * thread but the rows of a slice while the launch thread has it. Submitting allocates only until the highest number of
- * decodes in flight has been seen once. */
+ * thread but the rows and parts of a launch while the launch thread has it. Submitting allocates only until the highest
+ * number of decodes in flight has been seen once. */
 #ifndef MLAD_SCHEDULER_H
 #define MLAD_SCHEDULER_H
 
@@ -19,7 +29,17 @@
 
 #include <sys/queue.h>
 
-enum { MLAD_SLICE_REQUESTS = 1024, MLAD_SLICE_NS = 100000000, MLAD_INLINE_NS = 50000 };
+enum {
+    MLAD_SLICE_REQUESTS = 1024,
+    MLAD_PARTS = 64,
+    MLAD_SLICE_NS = 100000000,
+    MLAD_LAUNCH_NS = 2000000,
+    MLAD_INLINE_NS = 50000,
+    MLAD_QUANTUM = 1 << 16,       /* KV tokens */
+    MLAD_LAUNCH_TOKENS = 1 << 18, /* KV tokens: about 0.1 ms of an H100 */
+    MLAD_PATIENCE = 7             /* launches */
+};
+enum mlad_priority { MLAD_NORMAL, MLAD_HIGH, MLAD_PRIORITIES };
 
 struct mlad_queue;
 
@@ -30,6 +50,7 @@ struct mlad_decode {
     uint32_t sequence;
     uint32_t done;  /* requests that have run */
     uint32_t width; /* requests to try in the next slice */
+    bool running;   /* a slice of it does */
     bool cancelled; /* its session has gone while a slice was running */
     int32_t *cu_q;  /* a copy that lasts from slice to slice; NULL: one slice, or no cu_q */
     uint64_t received, queued, launched, completed; /* nanoseconds, monotonic; 0: not yet */
@@ -42,12 +63,26 @@ struct mlad_decode {
 struct mlad_queue {
     TAILQ_ENTRY(mlad_queue) turn;
     STAILQ_HEAD(, mlad_decode) decodes;
+    struct mlad_decode *next; /* the first that is not, or not whole, in a launch; NULL: none, and no turn */
     struct mlad_user *user;
-    uint32_t in_flight; /* decodes queued or running */
+    enum mlad_priority priority;
+    int64_t balance;      /* KV tokens; a debt if negative */
+    uint64_t per_request; /* KV tokens, in its last slice: what the next one will take, as far as one knows; 0: none */
+    uint64_t period;      /* of the scheduler's, to which the balance belongs */
+    uint64_t launch, left_out; /* the last ones, by number, that took anything of it; that had no place for it */
+    uint32_t in_flight;   /* decodes queued or running */
     /* A decode has ended, well or with `fault`. Called with it already uncounted; must not submit or cancel. Not called
      * with a fault for cancelled decodes: then `decode` is NULL, and only in_flight has changed. */
     void (*ended)(struct mlad_queue *queue, const struct mlad_decode *decode, const struct mlap_fault *fault);
 };
+
+/* A decode's part of the launch. */
+struct mlad_slice {
+    struct mlad_decode *decode;
+    uint64_t cost; /* KV tokens charged */
+};
+
+TAILQ_HEAD(mlad_turns, mlad_queue);
 
 struct mlad_scheduler {
     const struct mlak_backend *backend;
@@ -57,12 +92,18 @@ struct mlad_scheduler {
     uint32_t queue_limit;           /* decodes that may wait */
     bool draining;                  /* refuse new decodes */
     uint32_t queued, running;       /* decodes not yet started; started and not complete */
-    TAILQ_HEAD(, mlad_queue) turns; /* queues with a decode to run, the next one first */
+    struct mlad_turns turns[MLAD_PRIORITIES]; /* queues with a decode to run, the next one first */
+    uint32_t passed_over; /* launches in a row that took nothing of the normal queue that had waited longest */
+    uint64_t launches;                        /* so far */
+    uint64_t period; /* of work without a pause: debts are forgotten in a pause */
     STAILQ_HEAD(, mlad_decode) spare;
     struct mlak_row *rows; /* [MLAD_SLICE_REQUESTS] */
-    int32_t *cu_q;         /* [MLAK_MAX_BATCH + 1], of the slice being run */
-    struct mlad_decode *launching;
-    uint32_t slice;                                 /* requests of it in `rows` */
+    int32_t *cu_q;         /* [MLAK_MAX_BATCH + 1], of the slice being prepared */
+    bool launching;        /* what follows is a launch that runs, or is being put together */
+    uint32_t n_slices, n_rows;
+    uint64_t tokens, estimate; /* KV tokens, nanoseconds: of all slices, as far as one knows */
+    struct mlad_slice slices[MLAD_PARTS];
+    struct mlak_part *parts;                        /* [MLAD_PARTS]: of each slice; their rows follow one another */
     uint64_t ended;                                 /* nanoseconds, monotonic: when a decode last did */
     void (*idle)(struct mlad_scheduler *scheduler); /* nothing is queued or running any more */
     void (*lost)(struct mlad_scheduler *scheduler, const char *why); /* the device is: does not return */
@@ -74,7 +115,7 @@ bool mlad_scheduler_start(struct mlad_scheduler *scheduler, uv_loop_t *loop, con
                           void (*idle)(struct mlad_scheduler *scheduler),
                           void (*lost)(struct mlad_scheduler *scheduler, const char *why));
 
-void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user,
+void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user, enum mlad_priority priority,
                      void (*ended)(struct mlad_queue *, const struct mlad_decode *, const struct mlap_fault *));
 
 /* Queue a decode of `plan` (a reference is taken), whose message was read at `received`. It may have ended on return.

@@ -177,7 +177,8 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
                                            .device = sessions->scheduler->device,
                                            .name = sessions->device,
                                            .unmapped = on_unmapped};
-    mlad_queue_init(&session->queue, user, on_decode_ended);
+    bool high = mlap_has(&attach->hello, hello, priority) && attach->hello.priority == MLAP_priority_HIGH;
+    mlad_queue_init(&session->queue, user, high ? MLAD_HIGH : MLAD_NORMAL, on_decode_ended);
     enlist(sessions, session);
     mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
              MLAD_KV("pid", session->pid), MLAD_KV("client", session->client));

@@ -51,6 +51,13 @@ void mlad_stats_running(struct mlad_stats *stats, uint32_t running)
     __atomic_store_n(&stats->life->running, running, __ATOMIC_RELAXED);
 }
 
+void mlad_stats_launched(struct mlad_stats *stats, uint32_t parts, uint32_t rows)
+{
+    stats->launches++;
+    stats->launched_parts += parts;
+    stats->launched_rows += rows;
+}
+
 void mlad_stats_decoded(struct mlad_stats *stats, uint64_t kv_tokens, uint64_t kv_bytes)
 {
     stats->decodes++;
@@ -69,6 +76,9 @@ void mlad_stats_report(const struct mlad_stats *stats, struct mlap_device *devic
     device->dropped = stats->dropped;
     device->kv_tokens = stats->kv_tokens;
     device->kv_bytes = stats->kv_bytes;
+    device->launches = stats->launches;
+    device->launched_parts = stats->launched_parts;
+    device->launched_rows = stats->launched_rows;
     device->n_latency = MLAP_phase_COUNT;
     for (unsigned i = 0; i < MLAP_phase_COUNT; i++) {
         const struct mlad_histogram *histogram = &stats->phases[i];

@@ -38,11 +38,14 @@ struct mlad_stats {
     uint64_t busy;           /* of these, decodes answered with BUSY */
     uint64_t dropped;        /* sessions ended for misbehaviour */
     uint64_t kv_tokens, kv_bytes;
+    uint64_t launches;                      /* on the device, */
+    uint64_t launched_parts, launched_rows; /* of so many decodes' slices and requests, together */
     struct mlad_histogram phases[MLAP_phase_COUNT];
 };
 
 void mlad_stats_beat(struct mlad_stats *stats);
 void mlad_stats_running(struct mlad_stats *stats, uint32_t running);
+void mlad_stats_launched(struct mlad_stats *stats, uint32_t parts, uint32_t rows);
 void mlad_stats_decoded(struct mlad_stats *stats, uint64_t kv_tokens, uint64_t kv_bytes);
 
 /* Fill the counters, progress and latencies of a report; the rest is the worker's to fill. */

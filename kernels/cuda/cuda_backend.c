@@ -2,7 +2,8 @@
  * mlak_cuda.h and waits for their completion word.
  *
  * Owns a stream, the scratch of one launch in device memory, and pinned memory that the kernels write results into. One
- * launch at a time. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new
+ * launch at a time: what the requests of many parts have in common is copied to the device before it; of one, it goes
+ * with the kernels' parameter. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new
  * process recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the
  * supervisor's to end. */
 #include "cuda_device.h"
@@ -118,16 +119,20 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(alloc, "memory", &device->requests, ROWS * sizeof(struct mlak_cuda_request));
     TRY(alloc, "memory", &device->starts, job->grid * sizeof(struct mlak_cuda_start));
     TRY(alloc, "memory", &device->schedule, sizeof(struct mlak_cuda_schedule));
-    TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t));
+    TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t)); /* or of all sources of a launch */
+    _Static_assert(MLAK_MAX_BATCH + 1 >= MLAK_CUDA_MAX_REQUESTS + MLAK_CUDA_MAX_SOURCES, "whole batches, an entry more");
+    TRY(alloc, "memory", &device->sources, MLAK_CUDA_MAX_SOURCES * sizeof(struct mlak_cuda_source));
     TRY(alloc, "memory", &device->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
     TRY(set_bytes, "memory", device->schedule, 0, sizeof(struct mlak_cuda_schedule));
     TRY(context_drain, "memory"); /* launches go by a stream that does not wait for it */
     const unsigned flags = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP;
     TRY(host_alloc, "memory", (void **)&device->result, sizeof *device->result, flags);
-    TRY(host_alloc, "memory", (void **)&device->cancelled, sizeof *device->cancelled, flags);
+    TRY(host_alloc, "memory", (void **)&device->cancelled, MLAK_CUDA_MAX_SOURCES * sizeof *device->cancelled, flags);
+    TRY(host_alloc, "memory", (void **)&device->staged, MLAK_CUDA_MAX_SOURCES * sizeof *device->staged, flags);
     TRY(host_alloc, "memory", (void **)&device->row_results, ROWS * sizeof *device->row_results, flags);
     memset(device->result, 0, sizeof *device->result);
-    *device->cancelled = 0; /* no launch has this ticket */
+    memset(device->cancelled, 0, MLAK_CUDA_MAX_SOURCES * sizeof *device->cancelled); /* no launch has this ticket */
+    job->sources = (void *)device->sources;
     job->rows = (void *)device->rows;
     job->requests = (void *)device->requests;
     job->starts = (void *)device->starts;
@@ -173,8 +178,8 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
 static void cuda_close(struct mlak_device *device)
 {
     const struct mlak_driver *cu = device->cu;
-    const CUdeviceptr scratch[] = {device->rows,     device->requests, device->starts,
-                                   device->schedule, device->cu_q,     device->parts};
+    const CUdeviceptr scratch[] = {device->rows, device->requests, device->starts, device->schedule,
+                                   device->cu_q, device->parts,    device->sources};
     if (device->context)
         cu->context_set(device->context);
     if (device->stream)
@@ -185,6 +190,8 @@ static void cuda_close(struct mlak_device *device)
         cu->event_free(device->sign);
     if (device->row_results)
         cu->host_free(device->row_results);
+    if (device->staged)
+        cu->host_free(device->staged);
     if (device->cancelled)
         cu->host_free(device->cancelled);
     if (device->result)
@@ -198,6 +205,7 @@ static void cuda_close(struct mlak_device *device)
         cuda_memory_deinit(&device->memory);
     if (device->context)
         cu->context_release(device->gpu);
+    free(device->prepared);
     free(device);
 }
 
@@ -212,7 +220,9 @@ static struct mlak_device *cuda_open(const struct mlak_options *options, struct 
     }
     device->cu = cu;
     device->progress = options->progress;
-    if (open_device(device, options, fault) != MLAK_OK) {
+    device->prepared = calloc(MLAK_CUDA_MAX_SOURCES, sizeof *device->prepared);
+    if ((device->prepared ? open_device(device, options, fault)
+                          : mlak_fail(fault, MLAK_MEMORY, "", "no memory for the device")) != MLAK_OK) {
         cuda_close(device);
         return NULL;
     }
@@ -272,14 +282,15 @@ static void pass_progress_on(struct mlak_device *device)
     device->progress_seen = now;
 }
 
-/* Tell the launch to stop as soon as may be. If the driver does not take the word, it runs to its end. */
-static void cancel(struct mlak_device *device, uint64_t ticket)
+/* Tell a source of the launch to stop as soon as may be. If the driver does not take the word, it runs to its end. */
+static void cancel(struct mlak_device *device, uint64_t ticket, uint32_t source)
 {
-    if (*device->cancelled == ticket)
+    if (device->cancelled[source] == ticket)
         return;
-    *device->cancelled = ticket;
-    device->cu->copy_to_async(device->schedule + offsetof(struct mlak_cuda_schedule, cancelled), device->cancelled,
-                              sizeof ticket, device->control);
+    device->cancelled[source] = ticket;
+    device->cu->copy_to_async(device->schedule + offsetof(struct mlak_cuda_schedule, cancelled) +
+                                  source * sizeof ticket,
+                              &device->cancelled[source], sizeof ticket, device->control);
 }
 
 CUresult cuda_settle(struct mlak_device *device)
@@ -302,9 +313,9 @@ enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresu
 
 /* Let the copy engine know the keys, if the pages can be cut into boxes of at least 8 rows of a tile. What the driver
  * does not take as a tensor is left to cp.async. */
-static void map_keys(const struct mlak_device *device, struct mlak_cuda_job *job)
+static void map_keys(const struct mlak_device *device, struct mlak_cuda_source *source)
 {
-    const struct mlak_batch *batch = &job->batch;
+    const struct mlak_batch *batch = &source->batch;
     uint32_t rows = mlak_cuda_box_rows(batch);
     if (rows == 0)
         return;
@@ -315,36 +326,74 @@ static void map_keys(const struct mlak_device *device, struct mlak_cuda_job *job
     const cuuint32_t steps[] = {1, 1, 1, 1};
     for (uint32_t chunks = 1; chunks <= 2; chunks++) {
         const cuuint32_t box[] = {64, rows, chunks, 1};
-        CUtensorMap *map = (CUtensorMap *)(void *)&job->keys[chunks - 1];
+        CUtensorMap *map = (CUtensorMap *)(void *)&source->keys[chunks - 1];
         if (device->cu->map_encode(map, type, 4, (void *)(uintptr_t)batch->kv, shape, strides, box, steps,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) !=
             CUDA_SUCCESS)
             return;
     }
-    job->box_rows = rows;
+    source->box_rows = rows;
 }
 
-struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                              uint32_t count)
+/* Source `index` of a job of this device that has not been launched yet. */
+static struct mlak_cuda_source *source_of(const struct mlak_device *device, struct mlak_cuda_job *job, uint32_t index)
+{
+    return job->n_sources == 1 ? &job->source : &device->staged[index];
+}
+
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count)
 {
     struct mlak_cuda_job job = device->job;
-    job.batch = *batch;
-    job.first = first;
-    job.count = count;
+    uint64_t folded = 0;
+    uint32_t cu_q = 0;
+    job.n_sources = count;
     job.ticket = ++device->job.ticket;
-    job.rows_per_item = mlak_cuda_rows(batch, device->most_shared, device->wgmma);
-    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, job.grid);
+    job.rows_per_item = mlak_cuda_rows(slices[0].batch, device->most_shared, device->wgmma);
+    for (uint32_t i = 0; i < count; i++) {
+        const struct mlak_batch *batch = slices[i].batch;
+        struct mlak_cuda_source *source = source_of(device, &job, i);
+        *source = (struct mlak_cuda_source){
+            .batch = *batch, .first = slices[i].first, .count = slices[i].count, .row = job.count, .cu_q = cu_q};
+        job.count += slices[i].count;
+        folded += batch->q_rows * batch->heads * slices[i].count / batch->batch;
+        cu_q += batch->has_cu_q ? batch->batch + 1 : 0;
+        if (job.rows_per_item == MLAK_CUDA_M)
+            map_keys(device, source);
+    }
+    if (count > 1)
+        job.source = device->staged[0];
+    job.abreast = mlak_cuda_abreast(folded, job.count, slices[0].batch->deterministic, job.rows_per_item, job.grid);
     job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, job.grid);
-    if (job.rows_per_item == MLAK_CUDA_M)
-        map_keys(device, &job);
     return job;
 }
 
-CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream)
+bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job)
+{
+    if (device->n_prepared != job->n_sources)
+        return false;
+    for (uint32_t i = 0; i < job->n_sources; i++) {
+        struct mlak_cuda_source *source = source_of(device, job, i);
+        const struct mlak_cuda_source *prepared = &device->prepared[i];
+        const struct mlak_batch *to = &source->batch, *from = &prepared->batch;
+        if (!mlak_same_step(to, from) || source->first != prepared->first || source->count != prepared->count ||
+            source->box_rows != prepared->box_rows)
+            return false;
+        source->moved = (struct mlak_cuda_moved){.q = (uintptr_t)to->q - (uintptr_t)from->q,
+                                                 .kv = (uintptr_t)to->kv - (uintptr_t)from->kv,
+                                                 .out = (uintptr_t)to->out - (uintptr_t)from->out,
+                                                 .lse = (uintptr_t)to->lse - (uintptr_t)from->lse,
+                                                 .sink = (uintptr_t)to->sink - (uintptr_t)from->sink};
+        if (to->dcp_rank > 0) /* then rows have none, whatever the batch has */
+            source->moved.sink = 0;
+    }
+    return true;
+}
+
+CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream)
 {
     void *parameters[] = {job};
-    enum mlak_cuda_types types = mlak_cuda_types_of(&job->batch);
+    enum mlak_cuda_types types = mlak_cuda_types_of(&job->source.batch);
     bool wgmma = job->rows_per_item == MLAK_CUDA_M, wide = job->rows_per_item == 32;
     const struct {
         CUfunction kernel;
@@ -364,10 +413,13 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
     const CUlaunchAttribute cluster = {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
                                        .value.clusterDim = {job->cluster, 1, 1}};
     CUresult result = CUDA_SUCCESS;
-    for (unsigned i = 0; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++) {
+    if (job->n_sources > 1)
+        result = device->cu->copy_to_async(device->sources, device->staged, job->n_sources * sizeof *device->staged,
+                                           stream);
+    for (unsigned first = prepared, i = first; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++) {
         CUlaunchAttribute attributes[2];
         unsigned count = 0;
-        if (i > 0 && device->early)
+        if (i > first && device->early)
             attributes[count++] = early;
         if (i == 1 && job->cluster > 1)
             attributes[count++] = cluster;
@@ -386,12 +438,14 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
     return result;
 }
 
-enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault)
+enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const struct cuda_slice *slices, uint32_t count,
+                          struct mlak_fault *fault)
 {
     struct mlak_cuda_result *result = device->result;
     for (uint64_t looks = 1; __atomic_load_n(&result->done, __ATOMIC_ACQUIRE) != ticket; looks++) {
-        if (__atomic_load_n(cancelled, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
-            cancel(device, ticket);
+        uint32_t source = count ? (uint32_t)(looks % count) : 0;
+        if (count && __atomic_load_n(&slices[source].rows[0].code, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
+            cancel(device, ticket, source);
         pass_progress_on(device);
         if (looks % LOOKS_A_QUERY == 0) {
             CUresult state = device->cu->stream_query(device->stream);
@@ -407,68 +461,134 @@ enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const int
             sched_yield();
     }
     pass_progress_on(device);
-    if (device->progress && *device->cancelled != ticket) /* a whole launch may have too few items to tell of one */
+    bool whole = count == 0;
+    for (uint32_t i = 0; i < count; i++)
+        whole |= device->cancelled[i] != ticket;
+    if (device->progress && whole) /* a whole launch may have too few items to tell of one */
         __atomic_fetch_add(device->progress, 1, __ATOMIC_RELAXED);
     return MLAK_OK;
 }
 
-/* What the rows say once the launch is over; a row that the caller cancelled stays so. */
-static void tell(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first, uint32_t count,
-                 struct mlak_row *rows)
+/* What the slice's rows say once the launch is over; a row that the caller cancelled stays so. */
+static void tell(const struct mlak_cuda_row_result *results, const struct cuda_slice *slice)
 {
-    for (uint32_t i = 0; i < count; i++) {
-        const struct mlak_cuda_row_result *result = &device->row_results[i];
-        rows[i].request = first + i;
-        rows[i].local_len = result->local_len;
-        rows[i].detail[0] = result->detail[0];
-        rows[i].detail[1] = result->detail[1];
-        rows[i].page_size = batch->page_size;
-        rows[i].pages = batch->pages;
-        rows[i].max_pages = batch->max_pages;
-        rows[i].dcp_world = batch->dcp_world;
+    const struct mlak_batch *batch = slice->batch;
+    for (uint32_t i = 0; i < slice->count; i++) {
+        struct mlak_row *row = &slice->rows[i];
+        row->request = slice->first + i;
+        row->local_len = results[i].local_len;
+        row->detail[0] = results[i].detail[0];
+        row->detail[1] = results[i].detail[1];
+        row->page_size = batch->page_size;
+        row->pages = batch->pages;
+        row->max_pages = batch->max_pages;
+        row->dcp_world = batch->dcp_world;
         int untouched = MLAK_ROW_OK;
-        __atomic_compare_exchange_n(&rows[i].code, &untouched, result->code, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+        __atomic_compare_exchange_n(&row->code, &untouched, results[i].code, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
     }
 }
 
-enum mlak_code cuda_outcome(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                            uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+enum mlak_code cuda_outcome(const struct mlak_device *device, uint32_t index, uint32_t at,
+                            const struct cuda_slice *slice, struct mlak_fault *fault)
 {
-    const struct mlak_cuda_result *result = device->result;
-    if (result->batch_code != MLAK_OK)
-        return mlak_cu_q_fault(result->batch_index, result->batch_value, result->batch_before, batch->q_rows, fault);
-    tell(device, batch, first, count, rows);
+    const struct mlak_cuda_source_result *result = &device->result->sources[index];
+    if (result->code != MLAK_OK)
+        return mlak_cu_q_fault(result->index, result->value, result->before, slice->batch->q_rows, fault);
+    tell(device->row_results + at, slice);
     return MLAK_OK;
 }
 
-static enum mlak_code launch_slice(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                                   uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+static enum mlak_code launch_slices(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count,
+                                    bool layer, struct mlak_fault *fault)
 {
-    struct mlak_cuda_job job = cuda_job(device, batch, first, count);
-    CUresult result = cuda_launch(device, &job, device->stream);
+    struct mlak_cuda_job job = cuda_job(device, slices, count);
+    bool follows = layer && cuda_follow(device, &job);
+    if (!follows)
+        device->n_prepared = 0;
+    CUresult result = cuda_launch(device, &job, follows, device->stream);
     if (result != CUDA_SUCCESS) {
-        cancel(device, job.ticket);
+        for (uint32_t i = 0; i < count; i++)
+            cancel(device, job.ticket, i);
         return cuda_refused(device, "launch_as", result, fault);
     }
-    enum mlak_code code = cuda_await(device, job.ticket, &rows[0].code, fault);
-    return code == MLAK_OK ? cuda_outcome(device, batch, first, count, rows, fault) : code;
+    for (uint32_t i = 0; i < count && !follows; i++)
+        device->prepared[i] = *source_of(device, &job, i);
+    enum mlak_code code = cuda_await(device, job.ticket, slices, count, fault);
+    if (code != MLAK_OK)
+        return code;
+    if (!follows)
+        device->n_prepared = count;
+    for (uint32_t i = 0, at = 0; i < count; at += slices[i].count, i++) {
+        struct mlak_part *part = slices[i].part;
+        if (cuda_outcome(device, i, at, &slices[i], &part->fault) != MLAK_OK)
+            part->code = MLAK_BATCH;
+    }
+    return MLAK_OK;
+}
+
+/* Requests of the batch that fit into a launch beside others that need `slots` of its scratch. */
+static uint32_t room_for(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t slots)
+{
+    uint32_t own = mlak_cuda_slots(batch, mlak_cuda_rows(batch, device->most_shared, device->wgmma));
+    uint32_t room = batch->deterministic && own ? (device->job.max_slots - slots) / own : MLAK_CUDA_MAX_REQUESTS;
+    return room < MLAK_CUDA_MAX_REQUESTS ? room : MLAK_CUDA_MAX_REQUESTS;
 }
 
 uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch)
 {
-    return batch->deterministic ? device->job.max_slots / MLAK_CUDA_FIXED_SLOTS : MLAK_CUDA_MAX_REQUESTS;
+    return room_for(device, batch, 0);
 }
 
-static enum mlak_code cuda_launch_batch(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                                        uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+static bool cuda_mergeable(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b)
 {
+    return mlak_cuda_mergeable(a, b, device->most_shared, device->wgmma);
+}
+
+/* The next launch's slices, from request *done of the first part on: what of the parts can run together, in order;
+ * *taken parts are whole then, and *done requests of the one after them. */
+static uint32_t take_slices(const struct mlak_device *device, struct mlak_part *parts, uint32_t n, uint32_t *taken,
+                            uint32_t *done, struct cuda_slice slices[MLAK_CUDA_MAX_SOURCES])
+{
+    uint32_t count = 0, requests = 0, slots = 0, at = 0;
+    for (; at < n && count < MLAK_CUDA_MAX_SOURCES; at++, *done = 0) {
+        struct mlak_part *part = &parts[at];
+        const struct mlak_batch *batch = part->batch;
+        if (part->code != MLAK_OK ||
+            __atomic_load_n(&part->rows[*done].code, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
+            continue; /* nobody wants the rest */
+        uint32_t room = room_for(device, batch, slots), left = part->count - *done;
+        uint32_t take = room < MLAK_CUDA_MAX_REQUESTS - requests ? room : MLAK_CUDA_MAX_REQUESTS - requests;
+        take = left < take ? left : take;
+        bool whole = part->first + *done == 0 && take == batch->batch;
+        bool alone = batch->has_cu_q && !whole; /* it needs the whole snapshot */
+        if (count > 0 && (take == 0 || alone || !cuda_mergeable(device, slices[0].batch, batch)))
+            break;
+        slices[count++] = (struct cuda_slice){batch, part->first + *done, take, part->rows + *done, part};
+        requests += take;
+        slots += take * mlak_cuda_slots(batch, mlak_cuda_rows(batch, device->most_shared, device->wgmma));
+        if (take == left && !alone)
+            continue;
+        if (take < left)
+            *done += take;
+        else
+            at++, *done = 0;
+        break;
+    }
+    *taken = at;
+    return count;
+}
+
+static enum mlak_code cuda_launch_batches(struct mlak_device *device, struct mlak_part *parts, uint32_t n, bool layer,
+                                          struct mlak_fault *fault)
+{
+    struct cuda_slice slices[MLAK_CUDA_MAX_SOURCES];
     enum mlak_code code = cuda_enter(device, fault);
-    uint32_t most = cuda_most_requests(device, batch);
-    for (uint32_t at = 0; at < count && code == MLAK_OK; at += most) {
-        if (__atomic_load_n(&rows[at].code, __ATOMIC_RELAXED) == MLAK_ROW_CANCELLED)
-            break; /* nobody wants the rest */
-        uint32_t left = count - at;
-        code = launch_slice(device, batch, first + at, left < most ? left : most, rows + at, fault);
+    for (uint32_t i = 0; i < n; i++)
+        parts[i].code = MLAK_OK;
+    for (uint32_t at = 0, done = 0, taken; at < n && code == MLAK_OK; at += taken) {
+        uint32_t count = take_slices(device, parts + at, n - at, &taken, &done, slices);
+        if (count > 0)
+            code = launch_slices(device, slices, count, layer, fault);
     }
     return code;
 }
@@ -553,7 +673,8 @@ const struct mlak_backend mlak_cuda_backend = {
     .capabilities = cuda_capabilities,
     .import = cuda_import,
     .release = cuda_release,
-    .launch_batch = cuda_launch_batch,
+    .launch_batches = cuda_launch_batches,
+    .mergeable = cuda_mergeable,
     .check = cuda_check,
     .lost = cuda_lost,
     .memory_new = cuda_memory_new,

@@ -7,6 +7,14 @@
 #include "mlak_backends.h"
 #include "mlak_cuda.h"
 
+/* Requests [first, first + count) of a part's batch. */
+struct cuda_slice {
+    const struct mlak_batch *batch;
+    uint32_t first, count;
+    struct mlak_row *rows;
+    struct mlak_part *part;
+};
+
 struct mlak_device {
     const struct mlak_driver *cu;
     CUdevice gpu;
@@ -23,9 +31,13 @@ struct mlak_device {
     struct cuda_memory memory;
     bool memory_ready;
     struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
-    CUdeviceptr rows, requests, starts, schedule, cu_q, parts;
+    CUdeviceptr rows, requests, starts, schedule, cu_q, parts, sources;
     struct mlak_cuda_result *result;          /* pinned */
-    uint64_t *cancelled;                      /* pinned: the ticket of the launch that was given up last */
+    struct mlak_cuda_source *staged;          /* pinned, [MLAK_CUDA_MAX_SOURCES]: on their way to `sources` */
+    uint64_t *cancelled;                      /* pinned, [MLAK_CUDA_MAX_SOURCES]: of each source, the ticket of the
+                                               * launch that was given up last */
+    struct mlak_cuda_source *prepared;        /* [MLAK_CUDA_MAX_SOURCES]: what the scratch was prepared for last; */
+    uint32_t n_prepared;                      /* 0: for nothing that anybody may count on */
     struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
     uint64_t *progress, progress_seen;
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
@@ -48,17 +60,24 @@ enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresu
 /* Requests of such a batch that one launch takes. */
 uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch);
 
-/* A launch of requests [first, first + count), with a ticket of its own; then its three kernels on a stream. */
-struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                              uint32_t count);
-CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream);
+/* A launch of slices[0..count), with a ticket of its own: as many as one takes, mergeable, in order. */
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count);
 
-/* Until the device says that the launch is over. `cancelled`: the caller's word that nobody wants it. */
-enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const int *cancelled, struct mlak_fault *fault);
+/* Let the job's layer use what is prepared, if that was for a layer of the same step. True: it does. */
+bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job);
 
-/* What came of the launch that ended last: MLAK_OK and its rows, or MLAK_BATCH. */
-enum mlak_code cuda_outcome(const struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                            uint32_t count, struct mlak_row *rows, struct mlak_fault *fault);
+/* Its kernels on a stream: prepare, unless what it uses is prepared; split, combine. */
+CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream);
+
+/* Until the device says that the launch is over. A slice whose first row the caller cancels meanwhile is given up; none
+ * of count 0. */
+enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const struct cuda_slice *slices, uint32_t count,
+                          struct mlak_fault *fault);
+
+/* What came of source `index` of the launch that ended last, with its rows from `at` on: MLAK_OK and the slice's rows,
+ * or MLAK_BATCH. */
+enum mlak_code cuda_outcome(const struct mlak_device *device, uint32_t index, uint32_t at,
+                            const struct cuda_slice *slice, struct mlak_fault *fault);
 
 /* cuda_graph.c: mlak_backend's functions of these names. */
 struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
@@ -67,6 +86,6 @@ enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *
                                  struct mlak_fault *fault);
 void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph);
 enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                 uint32_t rounds, double *ns, struct mlak_fault *fault);
+                                 bool layers, uint32_t rounds, double *ns, struct mlak_fault *fault);
 
 #endif

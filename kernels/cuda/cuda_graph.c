@@ -9,9 +9,14 @@
 
 struct mlak_graph {
     CUgraphExec exec;
-    struct mlak_batch last;
+    struct mlak_batch first, last;
     uint64_t ticket; /* of `last` */
 };
+
+static struct cuda_slice whole(const struct mlak_batch *batch, struct mlak_row *rows)
+{
+    return (struct cuda_slice){.batch = batch, .count = batch->batch, .rows = rows};
+}
 
 static enum mlak_code check(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
                             struct mlak_fault *fault)
@@ -29,10 +34,10 @@ static enum mlak_code check(struct mlak_device *device, const struct mlak_batch 
     return code;
 }
 
-/* On a stream of its own: however the capture ends, the device's stream knows nothing of it. `call`: the one that
- * answered. */
-static CUresult capture(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count, CUgraph *captured,
-                        uint64_t *ticket, const char **call)
+/* On a stream of its own: however the capture ends, the device's stream knows nothing of it. `layers`: of a step that
+ * was prepared. `call`: the one that answered. */
+static CUresult capture(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count, bool layers,
+                        CUgraph *captured, uint64_t *ticket, const char **call)
 {
     const struct mlak_driver *cu = device->cu;
     CUstream stream;
@@ -45,10 +50,18 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
     if (result == CUDA_SUCCESS) {
         *call = "launch_as";
         for (uint32_t i = 0; i < count && result == CUDA_SUCCESS; i++) {
-            struct mlak_cuda_job job = cuda_job(device, &batches[i], 0, batches[i].batch);
-            result = cuda_launch(device, &job, stream);
+            const struct cuda_slice slice = whole(&batches[i], NULL);
+            struct mlak_cuda_job job = cuda_job(device, &slice, 1);
+            if (i == 0 && layers) {
+                device->prepared[0] = job.source;
+                device->n_prepared = 1;
+            }
+            result = layers && !cuda_follow(device, &job) ? CUDA_ERROR_INVALID_VALUE
+                                                          : cuda_launch(device, &job, layers, stream);
             *ticket = job.ticket;
         }
+        if (layers)
+            device->n_prepared = 0; /* it is not yet */
         CUresult end = cu->capture_end(stream, captured); /* of a capture that failed, too */
         if (result == CUDA_SUCCESS) {
             *call = "capture_end";
@@ -59,8 +72,8 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
     return result;
 }
 
-struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                  struct mlak_fault *fault)
+static struct mlak_graph *graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                    bool layers, struct mlak_fault *fault)
 {
     if (check(device, batches, count, fault) != MLAK_OK)
         return NULL;
@@ -71,7 +84,7 @@ struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_
     }
     const char *call;
     CUgraph captured = NULL;
-    CUresult result = capture(device, batches, count, &captured, &graph->ticket, &call);
+    CUresult result = capture(device, batches, count, layers, &captured, &graph->ticket, &call);
     if (result == CUDA_SUCCESS) {
         call = "graph_instantiate";
         result = device->cu->graph_instantiate(&graph->exec, captured, 0);
@@ -83,8 +96,15 @@ struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_
         free(graph);
         return NULL;
     }
+    graph->first = batches[0];
     graph->last = batches[count - 1];
     return graph;
+}
+
+struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
+                                  struct mlak_fault *fault)
+{
+    return graph_new(device, batches, count, false, fault);
 }
 
 void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph)
@@ -105,16 +125,17 @@ static void wipe_completion_word(struct mlak_device *device)
 enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *graph, struct mlak_row *rows,
                                  struct mlak_fault *fault)
 {
-    const int never = MLAK_ROW_OK; /* a cancelled ticket would stop every replay to come */
     enum mlak_code code = cuda_enter(device, fault);
     if (code != MLAK_OK)
         return code;
     wipe_completion_word(device);
+    device->n_prepared = 0;
     CUresult result = device->cu->graph_launch(graph->exec, device->stream);
     if (result != CUDA_SUCCESS)
         return cuda_refused(device, "graph_launch", result, fault);
-    code = cuda_await(device, graph->ticket, &never, fault);
-    return code == MLAK_OK ? cuda_outcome(device, &graph->last, 0, graph->last.batch, rows, fault) : code;
+    code = cuda_await(device, graph->ticket, NULL, 0, fault); /* a cancelled ticket would stop every replay to come */
+    const struct cuda_slice slice = whole(&graph->last, rows);
+    return code == MLAK_OK ? cuda_outcome(device, 0, 0, &slice, fault) : code;
 }
 
 /* The call, unless one before it was refused. */
@@ -127,15 +148,22 @@ enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *
     } while (0)
 
 static enum mlak_code time_replays(struct mlak_device *device, const struct mlak_graph *graph, uint32_t rounds,
-                                   double *ns, struct mlak_fault *fault)
+                                   bool layers, double *ns, struct mlak_fault *fault)
 {
     CUevent events[2] = {NULL, NULL};
     float milliseconds = 0;
     const char *call = "";
     CUresult result = CUDA_SUCCESS;
+    device->n_prepared = 0;
     THEN(event_new, &events[0], CU_EVENT_DEFAULT);
     THEN(event_new, &events[1], CU_EVENT_DEFAULT);
     wipe_completion_word(device);
+    if (result == CUDA_SUCCESS && layers) {
+        const struct cuda_slice slice = whole(&graph->first, NULL);
+        struct mlak_cuda_job job = cuda_job(device, &slice, 1);
+        call = "launch_as";
+        result = cuda_launch(device, &job, false, device->stream);
+    }
     THEN(graph_launch, graph->exec, device->stream); /* hides the host's part in those that count */
     THEN(event_record, events[0], device->stream);
     for (uint32_t i = 0; i < rounds; i++)
@@ -158,14 +186,18 @@ static enum mlak_code time_replays(struct mlak_device *device, const struct mlak
 }
 
 enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
-                                 uint32_t rounds, double *ns, struct mlak_fault *fault)
+                                 bool layers, uint32_t rounds, double *ns, struct mlak_fault *fault)
 {
     struct mlak_fault own = {0};
     *ns = 0;
     if (rounds == 0)
         return mlak_fail(fault, MLAK_INVALID, "rounds", "no replay to time; give one at least");
-    struct mlak_graph *graph = cuda_graph_new(device, batches, count, &own);
-    enum mlak_code code = graph ? time_replays(device, graph, rounds, ns, &own) : own.code;
+    for (uint32_t i = 1; i < count && layers; i++)
+        if (!mlak_same_step(&batches[0], &batches[i]))
+            return mlak_fail(fault, MLAK_INVALID, "layers",
+                             "batch %u differs from the first in more than the memory of q, kv, sink, out and lse", i);
+    struct mlak_graph *graph = graph_new(device, batches, count, layers, &own);
+    enum mlak_code code = graph ? time_replays(device, graph, rounds, layers, ns, &own) : own.code;
     cuda_graph_free(device, graph);
     if (fault)
         *fault = own;

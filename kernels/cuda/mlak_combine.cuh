@@ -95,7 +95,7 @@ __device__ static inline void combine_row(const struct mlak_cuda_job *job, uint3
                                           uint32_t column, uint32_t end)
 {
     enum { AT_A_TIME = 32 / WIDTH };
-    const struct mlak_row *row = &job->rows[index];
+    const struct mlak_row here = row_here(job, index, job->requests[index].source), *row = &here;
     uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32;
     const struct combine_parts parts = combine_find(job, &job->requests[index], folded / job->rows_per_item);
     if (parts.written || row->code != MLAK_ROW_OK)
@@ -174,8 +174,7 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
     if (!*last)
         return;
     __threadfence();
-    bool refused = job.schedule->refused != MLAK_OK;
-    for (uint32_t i = threadIdx.x; i < job.count && !refused; i += MLAK_CUDA_THREADS) {
+    for (uint32_t i = threadIdx.x; i < job.count; i += MLAK_CUDA_THREADS) {
         const struct mlak_row *row = &job.rows[i];
         struct mlak_cuda_row_result *result = &job.row_results[i];
         result->code = row->code;
@@ -183,8 +182,8 @@ MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
         result->detail[1] = row->detail[1];
         result->local_len = row->local_len;
     }
-    if (threadIdx.x == 0)
-        job.result->batch_code = job.schedule->refused;
+    if (threadIdx.x < job.n_sources)
+        job.result->sources[threadIdx.x].code = job.schedule->refused[threadIdx.x];
     __threadfence_system(); /* also for what the other blocks wrote, as far as this one has seen it: all of it */
     __syncthreads();
     if (threadIdx.x == 0) {

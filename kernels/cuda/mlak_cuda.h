@@ -1,5 +1,9 @@
 /* mlak_cuda.h - what the host side (cuda_backend.c) and the kernels (*.cu) of the cuda backend agree on.
  *
+ * A launch has the requests of one batch, or of several: each batch, or slice of one, is a source, and each request
+ * knows its own. All sources have one split kernel and one `deterministic`; everything else may differ. The layers of a
+ * step, which differ in buffers only, may use again what the first one's launch prepared: theirs leave out kernel 1.
+ *
  * A launch is three kernels on one stream, each with one parameter, a struct mlak_cuda_job by value:
  *     mlak_cuda_prepare         1 block: reads client lengths once, fills rows and the schedule, validates cu_q
  *     mlak_cuda_split_<types>   a fixed grid, each block with its share of the schedule
@@ -26,11 +30,12 @@ enum {
     MLAK_CUDA_MOST_ABREAST = 8,
     MLAK_CUDA_PREPARE_THREADS = 1024,
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
+    MLAK_CUDA_MAX_SOURCES = 64,    /* of a job */
     MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [64][512], maximum [64] (of log2
                                                          * scores), sum [64] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
-    MLAK_CUDA_PREPARE_SHARED = 13 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_PREPARE_SHARED = 15 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
@@ -46,10 +51,11 @@ struct mlak_cuda_schedule {
     uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
     uint32_t merges;               /* folded rows that combine looks at: maybe split, or without a tile */
-    int32_t refused;               /* MLAK_BATCH: nothing of the launch runs */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
-    uint64_t cancelled;            /* the host's, by a copy: ticket of a launch that should stop as soon as may be */
+    int32_t refused[MLAK_CUDA_MAX_SOURCES];    /* MLAK_BATCH: nothing of the source runs */
+    uint64_t cancelled[MLAK_CUDA_MAX_SOURCES]; /* the host's, by copies: ticket of a launch of which this source should
+                                                * stop as soon as may be */
 };
 
 /* What the schedule says of a request; device memory. */
@@ -61,6 +67,7 @@ struct mlak_cuda_request {
     uint32_t first_merge;          /* its folded rows among those that combine looks at */
     uint32_t splits, split_tiles;  /* deterministic: of each row block, and their tiles; 1: written straight to out */
     uint32_t first_slot;           /* deterministic: slot of (block, split): first_slot + block * splits + split */
+    uint32_t source, box_rows;     /* its source, and that one's box_rows */
 };
 
 /* Where a share begins; device memory. */
@@ -68,12 +75,15 @@ struct mlak_cuda_start { uint32_t request, strip, tile; };
 
 /* Pinned host memory, written by the device. */
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
+struct mlak_cuda_source_result {
+    int32_t code;                  /* 0, or MLAK_BATCH: cu_q is wrong; then nothing of the source ran */
+    uint32_t index;                /* of the entry at fault */
+    int64_t value, before;         /* the entry, and the one before it (0 for the first) */
+};
 struct mlak_cuda_result {
     uint64_t done;                 /* = job.ticket once everything else is visible to the host */
     uint64_t progress;             /* changes with every MLAK_CUDA_SIGN_OF_LIFE items completed */
-    int32_t batch_code;            /* 0, or MLAK_BATCH: cu_q is wrong; then nothing ran */
-    uint32_t batch_index;          /* of the entry at fault */
-    int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
+    struct mlak_cuda_source_result sources[MLAK_CUDA_MAX_SOURCES];
 };
 
 /* A tensor map of the driver's. */
@@ -81,22 +91,40 @@ struct mlak_cuda_map {
     uint64_t words[16];
 } __attribute__((aligned(64)));
 
-struct mlak_cuda_job {
+/* What is added to the first pointers of a row, in their order (0 to those that are NULL): how far the buffers of a
+ * step's layer are from those of the layer that was prepared. */
+struct mlak_cuda_moved {
+    uint64_t q, kv, out, lse, block_table, sink;
+};
+
+/* What requests of one batch have in common. */
+struct mlak_cuda_source {
     struct mlak_cuda_map keys[2];  /* of kv as [page][chunk of 64 columns][row][64]; boxes of box_rows x 1, 2 chunks */
-    uint32_t box_rows;             /* of a page, 8..64; 0: there are no maps, and keys come by cp.async */
+    struct mlak_cuda_moved moved;
     struct mlak_batch batch;       /* pointers are the device's */
-    uint32_t first, count;         /* requests of the batch; count <= MLAK_CUDA_MAX_REQUESTS */
+    uint32_t box_rows;             /* of a page, 8..64; 0: there are no maps, and keys come by cp.async */
+    uint32_t first, count;         /* requests of the batch; all of them, if it has cu_q and is not alone */
+    uint32_t row;                  /* its first one's place among the job's */
+    uint32_t cu_q;                 /* where its snapshot, [batch.batch + 1], begins in the job's cu_q */
+};
+
+struct mlak_cuda_job {
+    struct mlak_cuda_source source;         /* the first; in a launch of one, all that there is */
+    const struct mlak_cuda_source *sources; /* [n_sources], device memory, another launch's later: who lets the copy
+                                             * engine use its maps must map_acquire them. Not there if n_sources is 1 */
+    uint32_t n_sources;            /* 1..MLAK_CUDA_MAX_SOURCES */
+    uint32_t count;                /* requests of all sources, at most MLAK_CUDA_MAX_REQUESTS */
     uint32_t rows_per_item;        /* 16, 32 with the wide kernels, 64 with those for Hopper */
     uint32_t abreast;              /* 1..MLAK_CUDA_MOST_ABREAST; deterministic: 1 */
     uint32_t cluster;              /* blocks of the split kernel that share copies of tiles: 1, or 2 */
     uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
-    uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: FIXED_SLOTS * count */
+    uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: mlak_cuda_slots of all requests */
     uint64_t ticket;
     struct mlak_row *rows;                 /* [count] */
     struct mlak_cuda_request *requests;    /* [count] */
     struct mlak_cuda_start *starts;        /* [grid / abreast] */
     struct mlak_cuda_schedule *schedule;
-    int32_t *cu_q;                         /* [batch.batch + 1]: the snapshot */
+    int32_t *cu_q;                         /* the sources' snapshots */
     float *parts;                          /* [max_slots][MLAK_CUDA_PART_FLOATS] */
     struct mlak_cuda_result *result;
     struct mlak_cuda_row_result *row_results; /* [count] */
@@ -134,12 +162,22 @@ static inline uint32_t mlak_cuda_rows(const struct mlak_batch *batch, uint64_t s
     return rows > 16 && shared_bytes >= MLAK_CUDA_SPLIT_SHARED_WIDE ? 32 : 16;
 }
 
-/* Thread blocks abreast: as many as leave at most a ninth of them without a row block, in a request of mean size. */
-static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_t rows_per_item, uint32_t grid)
+/* Whether two batches may be sources of one launch. */
+static inline bool mlak_cuda_mergeable(const struct mlak_batch *a, const struct mlak_batch *b, uint64_t shared_bytes,
+                                       bool wgmma)
 {
-    uint64_t blocks = (batch->q_rows * batch->heads / batch->batch + rows_per_item - 1) / rows_per_item;
+    return mlak_cuda_types_of(a) == mlak_cuda_types_of(b) && a->deterministic == b->deterministic &&
+           mlak_cuda_rows(a, shared_bytes, wgmma) == mlak_cuda_rows(b, shared_bytes, wgmma);
+}
+
+/* Thread blocks abreast: as many as leave at most a ninth of them without a row block, in a request of mean size.
+ * `rows`: folded rows of all `requests` of the launch. */
+static inline uint32_t mlak_cuda_abreast(uint64_t rows, uint64_t requests, bool deterministic, uint32_t rows_per_item,
+                                         uint32_t grid)
+{
+    uint64_t blocks = (rows / requests + rows_per_item - 1) / rows_per_item;
     const uint32_t most = MLAK_CUDA_MOST_ABREAST;
-    uint64_t abreast = batch->deterministic ? 1 : grid < most ? grid : most;
+    uint64_t abreast = deterministic ? 1 : grid < most ? grid : most;
     while ((blocks + abreast - 1) / abreast * abreast * 8 > blocks * 9 && abreast > 1)
         abreast--;
     return (uint32_t)abreast;
@@ -149,6 +187,18 @@ static inline uint32_t mlak_cuda_abreast(const struct mlak_batch *batch, uint32_
 static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
 {
     return rows_per_item == MLAK_CUDA_M && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
+}
+
+/* Deterministic: slots that a request of the batch uses at most. */
+static inline uint32_t mlak_cuda_slots(const struct mlak_batch *batch, uint32_t rows_per_item)
+{
+    const uint64_t longest = MLAK_MAX_Q, most = MLAK_CUDA_FIXED_SLOTS;
+    uint64_t q_len = batch->has_cu_q ? longest : batch->q_rows / batch->batch;
+    uint64_t blocks = (q_len * batch->heads + rows_per_item - 1) / rows_per_item;
+    uint64_t tiles = ((uint64_t)batch->max_pages * batch->page_size + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE;
+    uint64_t splits = (tiles + MLAK_CUDA_FIXED_TILES - 1) / MLAK_CUDA_FIXED_TILES;
+    uint64_t slots = splits > 1 ? blocks * splits : 0;
+    return (uint32_t)(slots < most ? slots : most);
 }
 
 /* Keys of a box that the copy engine fetches: as many of a tile, halved and halved again, as divide a page. 0: less

@@ -8,20 +8,62 @@
 #define ITEM_LOG2_E 1.4426950408889634f
 #define ITEM_LN_2 0.6931471805599453f
 
+/* ---- rows ---- */
+
+/* What is added to the pointers of a source's rows. */
+__device__ static inline struct mlak_cuda_moved row_moved(const struct mlak_cuda_job *job, uint32_t source)
+{
+    return job->n_sources == 1 ? job->source.moved : job->sources[source].moved;
+}
+
+/* A request as the launch has it: what is looked at of the copy is all that is loaded. */
+__device__ static inline struct mlak_row row_here(const struct mlak_cuda_job *job, uint32_t request, uint32_t source)
+{
+    const struct mlak_cuda_moved moved = row_moved(job, source);
+    struct mlak_row row = job->rows[request];
+    row.q += moved.q;
+    row.kv += moved.kv;
+    row.out += moved.out;
+    row.lse = (float *)(void *)((uint8_t *)row.lse + moved.lse);
+    row.sink = (const float *)(const void *)((const uint8_t *)row.sink + moved.sink);
+    return row;
+}
+
+/* The item's maps, of boxes of one chunk and of two. */
+__device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak_cuda_job *job, const struct item *item)
+{
+    return job->n_sources == 1 ? job->source.keys : job->sources[item->source].keys;
+}
+
 /* ---- begin ---- */
 
+/* Copy the item's request to `row`, in shared memory, by `threads` threads, of which this is the `thread`-th. */
+__device__ static inline void row_copy(const struct mlak_cuda_job *job, const struct item *item, struct mlak_row *row,
+                                       uint32_t thread, uint32_t threads)
+{
+    const uint64_t *from = (const uint64_t *)(const void *)&job->rows[item->request];
+    const struct mlak_cuda_moved moved = row_moved(job, item->source);
+    const uint64_t by[] = {moved.q, moved.kv, moved.out, moved.lse, moved.block_table, moved.sink};
+    static_assert(sizeof *row % 8 == 0, "copied in words");
+    static_assert(offsetof(struct mlak_row, sink) == sizeof by - 8, "the first words are pointers, in this order");
+    for (uint32_t i = thread; i < sizeof *row / 8; i += threads) {
+        uint64_t word = from[i];
+#pragma unroll
+        for (uint32_t j = 0; j < sizeof by / 8; j++)
+            word += i == j ? by[j] : 0;
+        ((uint64_t *)(void *)row)[i] = word;
+    }
+}
+
 /* Copy the item's request to `row`, in shared memory, by all `threads` of the block, and begin with `failed`, shared
- * too: the request has a bad page, or the launch is cancelled. False: there is nothing to do. Until the next barrier
+ * too: the request has a bad page, or its source is cancelled. False: there is nothing to do. Until the next barrier
  * some threads may still have to look at `failed`: nobody sets it before. */
 __device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct item *item, struct mlak_row *row,
                                         int *failed, uint32_t threads)
 {
-    const uint64_t *from = (const uint64_t *)(const void *)&job->rows[item->request];
-    static_assert(sizeof *row % 8 == 0, "copied in words");
-    for (uint32_t i = threadIdx.x; i < sizeof *row / 8; i += threads)
-        ((uint64_t *)(void *)row)[i] = from[i];
+    row_copy(job, item, row, threadIdx.x, threads);
     if (threadIdx.x == 0)
-        *failed = item_cancelled(job);
+        *failed = item_cancelled(job, item);
     __syncthreads();
     return row->code == MLAK_ROW_OK && !*failed;
 }

@@ -1,11 +1,13 @@
 /* mlak_prepare.cuh - kernel 1 of a launch, one block: client arrays become rows of the request table, and the rows
  * become the schedule of the split kernel.
  *
- *     thread i      1. copies entries i, i + 1024, ... of cu_q, and judges the copies (the first fault counts)
- *                   2. fills row i from the batch; reads its length, its tree masks once
- *                   3. counts its tiles; sums over the block say where it begins
- *                   4. finds where share i of the split kernel's work begins
- *     shared        struct prepare_shared, 12.7 KB
+ *     thread i      1. finds the source of row i, if there are several
+ *                   2. copies entries i, i + 1024, ... of cu_q; of several sources: row i's entry, and the last one's
+ *                      or first one's beside it; judges the copies (the first fault of a source counts)
+ *                   3. fills row i from the batch; reads its length, its tree masks once
+ *                   4. counts its tiles; sums over the block say where it begins
+ *                   5. finds where share i of the split kernel's work begins
+ *     shared        struct prepare_shared, 14 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
  * on lengths and splits whatever the client does. */
@@ -14,8 +16,9 @@
 enum { PREPARE_WARPS = MLAK_CUDA_PREPARE_THREADS / 32 };
 
 struct prepare_shared {
-    uint32_t first_fault; /* entry of cu_q */
-    float q_scale, k_scale, v_scale;
+    uint64_t row[MLAK_CUDA_MAX_SOURCES];         /* as in mlak_cuda_source, if there are several */
+    uint32_t first_fault[MLAK_CUDA_MAX_SOURCES]; /* entry of cu_q */
+    float q_scale[MLAK_CUDA_MAX_SOURCES], k_scale[MLAK_CUDA_MAX_SOURCES], v_scale[MLAK_CUDA_MAX_SOURCES];
     uint64_t first[MLAK_CUDA_MAX_REQUESTS]; /* as in mlak_cuda_request, and tiles */
     uint32_t tiles[MLAK_CUDA_MAX_REQUESTS];
     uint64_t sums[2][PREPARE_WARPS]; /* of warps; two, since one sum may begin where another is still read */
@@ -29,39 +32,91 @@ __device__ static float prepare_scale(const struct mlak_scale *scale, float abse
     return !scale->present ? absent : scale->tensor != NULL ? read_once(scale->tensor) : scale->value;
 }
 
+__device__ static void prepare_begin(const struct mlak_cuda_source *source, struct prepare_shared *shared, uint32_t s)
+{
+    const struct mlak_batch *batch = &source->batch;
+    shared->row[s] = source->row;
+    shared->first_fault[s] = UINT32_MAX;
+    shared->q_scale[s] = prepare_scale(&batch->q_scale, 1);
+    shared->k_scale[s] = prepare_scale(&batch->k_scale, 1);
+    shared->v_scale[s] = prepare_scale(&batch->v_scale, shared->k_scale[s]);
+}
+
+/* Entry i of a source's cu_q: the only look at the client's memory; then, of the copies, whether it is one. */
+__device__ static void prepare_copy(const struct mlak_cuda_job *job, const struct mlak_cuda_source *source, uint32_t i)
+{
+    job->cu_q[source->cu_q + i] = read_once(&source->batch.cu_q[i]);
+}
+__device__ static bool prepare_judge(const struct mlak_cuda_job *job, const struct mlak_cuda_source *source,
+                                     struct prepare_shared *shared, uint32_t s, uint32_t i)
+{
+    const int32_t *copy = job->cu_q + source->cu_q;
+    if (row_judge_cu_q(i, copy[i], i ? copy[i - 1] : 0, source->batch.q_rows) == ROW_CU_Q_OK)
+        return true;
+    atomicMin(&shared->first_fault[s], i);
+    return false;
+}
+
+/* Of the only source. */
 __device__ static void prepare_cu_q(const struct mlak_cuda_job *job, struct prepare_shared *shared, uint32_t thread)
 {
-    const struct mlak_batch *batch = &job->batch;
-    for (uint32_t i = thread; i <= batch->batch; i += MLAK_CUDA_PREPARE_THREADS)
-        job->cu_q[i] = read_once(&batch->cu_q[i]);
+    const struct mlak_cuda_source *source = &job->source;
+    for (uint32_t i = thread; i <= source->batch.batch; i += MLAK_CUDA_PREPARE_THREADS)
+        prepare_copy(job, source, i);
     __syncthreads();
-    for (uint32_t i = thread; i <= batch->batch; i += MLAK_CUDA_PREPARE_THREADS)
-        if (row_judge_cu_q(i, job->cu_q[i], i ? job->cu_q[i - 1] : 0, batch->q_rows) != ROW_CU_Q_OK) {
-            atomicMin(&shared->first_fault, i);
+    for (uint32_t i = thread; i <= source->batch.batch; i += MLAK_CUDA_PREPARE_THREADS)
+        if (!prepare_judge(job, source, shared, 0, i))
             break;
-        }
     __syncthreads();
 }
 
-/* Row i of the job, and what of it the schedule needs. A row without a visible key has no tile, and still outputs to
- * write. What is computed with is a copy: the row itself lies in memory, and is only written. */
-__device__ static void prepare_row(const struct mlak_cuda_job *job, const struct prepare_shared *shared, uint32_t i,
-                                   struct mlak_cuda_request *request)
+/* Of several, whose batches are whole if they have any: what there is for row `thread`, of source s. */
+__device__ static void prepare_all_cu_q(const struct mlak_cuda_job *job, struct prepare_shared *shared, uint32_t s,
+                                        uint32_t thread)
 {
-    const struct mlak_batch *batch = &job->batch;
+    const struct mlak_cuda_source *source = &job->sources[s];
+    bool own = thread < job->count && source->batch.has_cu_q;
+    uint32_t i = thread - (uint32_t)shared->row[s];
+    if (own && i == 0)
+        prepare_copy(job, source, 0);
+    if (own)
+        prepare_copy(job, source, i + 1);
+    __syncthreads();
+    if (own && (i > 0 || prepare_judge(job, source, shared, s, 0)))
+        prepare_judge(job, source, shared, s, i + 1);
+    __syncthreads();
+}
+
+/* Row i of the job, of source s, and what of it the schedule needs; its folded rows. A row without a visible key has no
+ * tile, and still outputs to write. What is computed with is a copy: the row itself lies in memory, and is only
+ * written. */
+__device__ static inline uint32_t prepare_row(const struct mlak_cuda_job *job, const struct mlak_cuda_source *source,
+                                              const struct prepare_shared *shared, uint32_t s, uint32_t i,
+                                              struct mlak_cuda_request *request)
+{
+    const struct mlak_batch *batch = &source->batch;
     struct mlak_row copy, *row = &job->rows[i];
-    uint32_t b = job->first + i, q_len;
+    request->source = s;
+    request->box_rows = source->box_rows;
+    if (shared->first_fault[s] != UINT32_MAX) {
+        row->code = MLAK_ROW_CANCELLED;
+        row->local_len = row->detail[0] = row->detail[1] = 0;
+        return 0;
+    }
+    uint32_t b = source->first + i - source->row, q_len;
     int32_t length = read_once(&batch->seqlens[b]);
     uint64_t token;
     if (batch->has_cu_q) {
-        token = (uint64_t)job->cu_q[b];
-        q_len = (uint32_t)(job->cu_q[b + 1] - job->cu_q[b]);
+        const int32_t *cu_q = job->cu_q + source->cu_q;
+        token = (uint64_t)cu_q[b];
+        q_len = (uint32_t)(cu_q[b + 1] - cu_q[b]);
     } else {
         q_len = (uint32_t)(batch->q_rows / batch->batch);
         token = (uint64_t)b * q_len;
     }
-    row_describe(row, batch, b, token, q_len, shared->q_scale, shared->k_scale, shared->v_scale);
-    row_describe(&copy, batch, b, token, q_len, shared->q_scale, shared->k_scale, shared->v_scale);
+    const float q_scale = shared->q_scale[s], k_scale = shared->k_scale[s], v_scale = shared->v_scale[s];
+    row_describe(row, batch, b, token, q_len, q_scale, k_scale, v_scale);
+    row_describe(&copy, batch, b, token, q_len, q_scale, k_scale, v_scale);
     row_set_length(&copy, length);
     row->global_len = copy.global_len;
     row->local_len = copy.local_len;
@@ -72,15 +127,17 @@ __device__ static void prepare_row(const struct mlak_cuda_job *job, const struct
     for (uint32_t t = 0; t < q_len; t++)
         row->tree_mask[t] = valid ? read_once(&batch->tree_mask[token + t]) & valid : 0;
 
-    request->blocks = copy.code == MLAK_ROW_OK ? (q_len * copy.heads + job->rows_per_item - 1) / job->rows_per_item : 0;
+    uint32_t folded = q_len * copy.heads;
+    request->blocks = copy.code == MLAK_ROW_OK ? (folded + job->rows_per_item - 1) / job->rows_per_item : 0;
     request->strips = (request->blocks + job->abreast - 1) / job->abreast;
     if (request->blocks == 0)
-        return;
+        return folded;
     int64_t lo = row_local_count(&copy, row_global_start(&copy, 0)), hi = row_visible(&copy, q_len - 1).hi;
     if (hi <= lo)
-        return;
+        return folded;
     request->first_tile = (uint32_t)(lo / MLAK_CUDA_TILE);
     request->tiles = (uint32_t)((hi - 1) / MLAK_CUDA_TILE) + 1 - request->first_tile;
+    return folded;
 }
 
 /* Deterministic: the request's splits, from its row alone. */
@@ -139,51 +196,49 @@ __device__ static uint32_t prepare_find(const uint64_t *first, uint32_t count, u
 MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
 {
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
-    const struct mlak_batch *batch = &job.batch;
-    uint32_t thread = threadIdx.x;
+    const bool deterministic = job.source.batch.deterministic;
+    uint32_t thread = threadIdx.x, s = 0;
     let_next_kernel_start();
-    if (thread == 0) {
-        shared->first_fault = UINT32_MAX;
-        shared->q_scale = prepare_scale(&batch->q_scale, 1);
-        shared->k_scale = prepare_scale(&batch->k_scale, 1);
-        shared->v_scale = prepare_scale(&batch->v_scale, shared->k_scale);
-    }
+    if (job.n_sources == 1 && thread == 0)
+        prepare_begin(&job.source, shared, 0);
+    else if (job.n_sources > 1 && thread < job.n_sources)
+        prepare_begin(&job.sources[thread], shared, thread);
     __syncthreads();
-    if (batch->has_cu_q)
+    if (job.n_sources > 1) {
+        s = prepare_find(shared->row, job.n_sources, thread);
+        prepare_all_cu_q(&job, shared, s, thread);
+    } else if (job.source.batch.has_cu_q) {
         prepare_cu_q(&job, shared, thread);
-    uint32_t fault = shared->first_fault;
-    if (fault != UINT32_MAX) {
-        if (thread == 0) {
-            job.result->batch_index = fault;
-            job.result->batch_value = job.cu_q[fault];
-            job.result->batch_before = fault ? job.cu_q[fault - 1] : 0;
-            job.schedule->refused = MLAK_BATCH;
-            job.schedule->work = job.schedule->slots = job.schedule->merges = 0;
+    }
+    if (thread < job.n_sources) {
+        uint32_t fault = shared->first_fault[thread];
+        job.schedule->refused[thread] = fault == UINT32_MAX ? MLAK_OK : MLAK_BATCH;
+        if (fault != UINT32_MAX) {
+            const int32_t *cu_q = job.cu_q + (thread > 0 ? job.sources[thread].cu_q : 0);
+            job.result->sources[thread].index = fault;
+            job.result->sources[thread].value = cu_q[fault];
+            job.result->sources[thread].before = fault ? cu_q[fault - 1] : 0;
         }
-        return;
     }
 
     struct mlak_cuda_request request = {};
+    uint32_t folded = 0;
     if (thread < job.count) {
-        prepare_row(&job, shared, thread, &request);
-        if (batch->deterministic)
+        folded = job.n_sources == 1 ? prepare_row(&job, &job.source, shared, 0, thread, &request)
+                                    : prepare_row(&job, &job.sources[s], shared, s, thread, &request);
+        if (deterministic)
             prepare_splits(&request);
         shared->tiles[thread] = request.tiles;
     }
     uint64_t work, slots = 0, merges;
     request.first = prepare_sum(shared->sums[0],
-                                (uint64_t)request.strips * (batch->deterministic ? request.splits : request.tiles),
-                                job.count, &work);
+                                (uint64_t)request.strips * (deterministic ? request.splits : request.tiles), job.count,
+                                &work);
     uint32_t shares = job.grid / job.abreast;
-    uint64_t share = batch->deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares),
-                                                                   PREPARE_MIN_TILES);
-    uint32_t q_len = batch->has_cu_q && thread < job.count
-                         ? (uint32_t)(job.cu_q[job.first + thread + 1] - job.cu_q[job.first + thread])
-                         : (uint32_t)(batch->q_rows / batch->batch);
+    uint64_t share = deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares), PREPARE_MIN_TILES);
     request.first_merge = (uint32_t)prepare_sum(
-        shared->sums[1], thread < job.count ? prepare_merges(&request, q_len * batch->heads, share) : 0, job.count,
-        &merges);
-    if (batch->deterministic)
+        shared->sums[1], thread < job.count ? prepare_merges(&request, folded, share) : 0, job.count, &merges);
+    if (deterministic)
         request.first_slot = (uint32_t)prepare_sum(
             shared->sums[0], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
 
@@ -196,7 +251,6 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         job.schedule->share = share;
         job.schedule->slots = (uint32_t)slots;
         job.schedule->merges = (uint32_t)merges;
-        job.schedule->refused = MLAK_OK;
     }
     __syncthreads(); /* shared->first is there */
     if (share && thread < shares && thread * share < work) {

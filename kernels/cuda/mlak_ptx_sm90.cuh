@@ -97,6 +97,12 @@ __device__ static inline void map_expect(const struct mlak_cuda_map *map)
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/* This thread may have the copy engine use a map that was written where there may have been another before. */
+__device__ static inline void map_acquire(const struct mlak_cuda_map *map)
+{
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+}
+
 __device__ static inline void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

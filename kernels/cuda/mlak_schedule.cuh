@@ -14,6 +14,7 @@ struct item {
     uint32_t request, block; /* its place in the job's requests; row block */
     uint32_t tile, end_tile;
     float *part; /* its slot; NULL: to out */
+    uint32_t source, box_rows; /* its request's */
     uint32_t first_row, rows; /* folded rows of the block */
     uint32_t first_token, end_token;
     struct mlak_visible any; /* what any of its rows sees */
@@ -43,10 +44,10 @@ __device__ static inline uint32_t item_slot(uint64_t block, bool begins)
     return (uint32_t)(block * 2 + (begins ? 0 : 1));
 }
 
-/* Nobody wants the launch's result any more. */
-__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job)
+/* Nobody wants the result of the item's source any more. */
+__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job, const struct item *item)
 {
-    return read_once(&job->schedule->cancelled) == job->ticket;
+    return read_once(&job->schedule->cancelled[item->source]) == job->ticket;
 }
 
 /* In a slot, counted in floats: O of row `r` of the item, not normalised; its maximum, of log2 scores; its sum. */
@@ -127,6 +128,8 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
             item->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
         walk->at += item->end_tile - item->tile;
     } while (item->block / job->cluster * job->cluster >= request->blocks); /* a last strip may have less row blocks */
+    item->source = request->source;
+    item->box_rows = request->box_rows;
     item->tile += request->first_tile;
     item->end_tile += request->first_tile;
     return true;

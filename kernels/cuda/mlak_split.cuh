@@ -118,7 +118,7 @@ __device__ static inline bool split_tiles(const struct split<GROUPS> *s, uint32_
         } else {
             copy_wait<0>();
         }
-        if (threadIdx.x == 0 && walked % LOOK_UP == LOOK_UP - 1 && item_cancelled(s->job))
+        if (threadIdx.x == 0 && walked % LOOK_UP == LOOK_UP - 1 && item_cancelled(s->job, &s->item))
             s->shared->failed = 1;
         if (after)
             key = item_ask(&s->item, row, tile + 2, threadIdx.x);

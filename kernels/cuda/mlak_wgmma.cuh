@@ -173,7 +173,7 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
 
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
  * place of box i. One warp. */
-__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
+__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
                                                uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
@@ -188,20 +188,20 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
             barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
             barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
         }
-        if (job->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
+        if (shared->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
             uint32_t own = chunks == 2 ? rank : 0;
             if (lane < boxes && (chunks == 2 || count % 2 == rank))
-                copy_box_to_both(to + own * WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)(chunk + own), page, full);
+                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full);
             continue;
         }
         if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
             if (lane == 0)
-                copy_box(to, &job->keys[chunks - 1], 0, slot, (int32_t)chunk, page, full);
+                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full);
             continue;
         }
         warp_meet();
         for (uint32_t c = 0; c < chunks && lane < boxes; c++)
-            copy_box(to + c * WGMMA_CHUNK, &job->keys[0], 0, slot, (int32_t)(chunk + c), page, full);
+            copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full);
     }
 }
 
@@ -210,11 +210,15 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
 __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
                                                 struct wgmma_item *slot, uint32_t i, uint32_t end, uint32_t begun)
 {
-    uint32_t lane = threadIdx.x % 32, boxes = MLAK_CUDA_TILE / job->box_rows, tiles = 32 / boxes; /* at a time */
     const struct item *item = &slot->item;
+    uint32_t lane = threadIdx.x % 32, boxes = MLAK_CUDA_TILE / item->box_rows, tiles = 32 / boxes; /* at a time */
     const struct mlak_row *row = &slot->row;
-    uint32_t key = lane % boxes * job->box_rows;
+    const struct mlak_cuda_map *maps = item_maps(job, item);
+    uint32_t key = lane % boxes * item->box_rows;
     struct item_key asked = {};
+    if (job->n_sources > 1 && lane < boxes)
+        for (uint32_t n = 0; n < 2; n++)
+            map_acquire(&maps[n]);
     if (i + lane / boxes < end)
         asked = item_ask(item, row, item->tile + i + lane / boxes, key);
 #pragma unroll 1
@@ -225,12 +229,12 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
             asked = item_ask(item, row, item->tile + i + tiles + lane / boxes, key);
         int failed = 0;
         item_settle(row, &job->rows[item->request], &known, &failed);
-        if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job))))
+        if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job, item))))
             wgmma_stop(slot);
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
 #pragma unroll 1
         for (uint32_t n = 0; n < tiles && i < end; n++, i++)
-            wgmma_fetch_keys(shared, job, boxes,
+            wgmma_fetch_keys(shared, maps, boxes,
                              (int32_t)__shfl_sync(0xffffffff, page, (int)(n * boxes + lane % boxes)),
                              (int32_t)__shfl_sync(0xffffffff, known.slot, (int)(n * boxes + lane % boxes)), i,
                              begun + i);
@@ -266,17 +270,14 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
 {
     struct item item;
     uint32_t lane = threadIdx.x % 32, tiles = 0;
-    const struct mlak_row *row = NULL;
     bool wanted = true;
     while (tiles == 0 && schedule_next(job, walk, &item)) {
-        row = &job->rows[item.request];
-        wanted = !__any_sync(0xffffffff, read_once(&row->code) != MLAK_ROW_OK || item_cancelled(job));
+        int code = read_once(&job->rows[item.request].code);
+        wanted = !__any_sync(0xffffffff, code != MLAK_ROW_OK || item_cancelled(job, &item));
         tiles = wanted || job->cluster == 2 ? item.end_tile - item.tile : 0;
     }
     if (tiles > 0) {
-        static_assert(sizeof *row % 8 == 0, "copied in words");
-        for (uint32_t i = lane; i < sizeof *row / 8; i += 32)
-            ((uint64_t *)(void *)&slot->row)[i] = ((const uint64_t *)(const void *)row)[i];
+        row_copy(job, &item, &slot->row, lane, 32);
         warp_meet();
     }
     if (lane == 0 && tiles > 0) {
@@ -293,7 +294,7 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
                 item.rows = 0;
             }
         }
-        bool fetched = job->box_rows > 0 && from < to;
+        bool fetched = item.box_rows > 0 && from < to;
         slot->item = item;
         slot->scale = slot->row.score_scale * ITEM_LOG2_E;
         slot->fetch = fetched ? (uint32_t)from : 1; /* else the first is copied before q, and the others after it */
@@ -726,9 +727,9 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
             }
         }
     }
-    if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->box_rows > 0)
+    if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->n_sources == 1 && job->source.box_rows > 0)
         for (uint32_t i = 0; i < 2; i++)
-            map_expect(&job->keys[i]);
+            map_expect(&job->source.keys[i]);
     cluster_meet(); /* the barriers are there, also for the other block */
     await_kernel_before();
     let_next_kernel_start();

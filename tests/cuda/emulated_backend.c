@@ -54,7 +54,7 @@ static const char *split_kernel(const struct mlak_cuda_job *job, char name[64])
 {
     static const char *const types[MLAK_CUDA_TYPES] = MLAK_CUDA_TYPE_NAMES;
     const char *rows = job->rows_per_item == MLAK_CUDA_M ? "wgmma_" : job->rows_per_item == 32 ? "wide_" : "";
-    snprintf(name, 64, "mlak_cuda_split_%s%s", rows, types[mlak_cuda_types_of(&job->batch)]);
+    snprintf(name, 64, "mlak_cuda_split_%s%s", rows, types[mlak_cuda_types_of(&job->source.batch)]);
     return name;
 }
 
@@ -66,81 +66,115 @@ static void run(const char *kernel, unsigned grid, unsigned block, size_t shared
     }
 }
 
-/* What the rows say once the launch is over. */
-static void tell(const struct mlak_cuda_job *job, struct mlak_row *rows)
+/* What the part's rows say once the launch is over. */
+static void tell(const struct mlak_cuda_row_result *results, const struct mlak_part *part)
 {
-    const struct mlak_batch *batch = &job->batch;
-    for (uint32_t i = 0; i < job->count; i++) {
-        const struct mlak_cuda_row_result *result = &job->row_results[i];
-        rows[i] = (struct mlak_row){.request = job->first + i,
-                                    .local_len = result->local_len,
-                                    .code = result->code,
-                                    .detail = {result->detail[0], result->detail[1]},
-                                    .page_size = batch->page_size,
-                                    .pages = batch->pages,
-                                    .max_pages = batch->max_pages,
-                                    .dcp_world = batch->dcp_world};
-    }
+    const struct mlak_batch *batch = part->batch;
+    for (uint32_t i = 0; i < part->count; i++)
+        part->rows[i] = (struct mlak_row){.request = part->first + i,
+                                          .local_len = results[i].local_len,
+                                          .code = results[i].code,
+                                          .detail = {results[i].detail[0], results[i].detail[1]},
+                                          .page_size = batch->page_size,
+                                          .pages = batch->pages,
+                                          .max_pages = batch->max_pages,
+                                          .dcp_world = batch->dcp_world};
 }
 
-static enum mlak_code emulated_launch_batch(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                                            uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
+static bool emulated_mergeable(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b)
 {
-    enum { ROWS, REQUESTS, STARTS, CU_Q, PARTS, RESULTS, FENCES };
-    uint32_t slots = batch->deterministic ? MLAK_CUDA_FIXED_SLOTS * count : 2 * GRID;
-    const size_t sizes[FENCES] = {
-        [ROWS] = count * sizeof(struct mlak_row),
-        [REQUESTS] = count * sizeof(struct mlak_cuda_request),
-        [STARTS] = GRID * sizeof(struct mlak_cuda_start),
-        [CU_Q] = (batch->batch + (size_t)1) * sizeof(int32_t),
-        [PARTS] = (size_t)slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
-        [RESULTS] = count * sizeof(struct mlak_cuda_row_result),
-    };
-    struct fence fences[FENCES];
-    struct mlak_cuda_schedule schedule = {0};
-    for (unsigned i = 0; i < FENCES; i++)
-        fence_init(&fences[i], sizes[i], 8, true);
+    return mlak_cuda_mergeable(a, b, device->shared, device->wgmma);
+}
+
+static void fill_source(const struct mlak_device *device, struct mlak_cuda_source *source, const struct mlak_part *part)
+{
+    source->batch = *part->batch;
+    source->first = part->first;
+    source->count = part->count;
+    if (mlak_cuda_rows(part->batch, device->shared, device->wgmma) == MLAK_CUDA_M)
+        source->box_rows = mlak_cuda_box_rows(part->batch);
+    for (uint32_t chunks = 1; chunks <= 2 && source->box_rows > 0; chunks++)
+        emulated_map(&source->keys[chunks - 1], part->batch, source->box_rows, chunks);
+}
+
+/* Parts that one launch takes: mergeable, of MLAK_CUDA_MAX_SOURCES and MLAK_CUDA_MAX_REQUESTS at most. */
+static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t n)
+{
+    enum { ROWS, REQUESTS, STARTS, CU_Q, PARTS, RESULTS, SOURCES, FENCES };
+    const struct mlak_batch *batch = parts[0].batch;
+    const bool deterministic = batch->deterministic;
+    uint64_t folded = 0, entries = 0;
     struct mlak_cuda_job job = {
-        .batch = *batch,
-        .first = first,
-        .count = count,
+        .n_sources = n,
         .rows_per_item = mlak_cuda_rows(batch, device->shared, device->wgmma),
         .grid = GRID,
-        .max_slots = slots,
         .ticket = ++device->ticket,
-        .rows = (void *)fences[ROWS].data,
-        .requests = (void *)fences[REQUESTS].data,
-        .starts = (void *)fences[STARTS].data,
-        .schedule = &schedule,
-        .cu_q = (void *)fences[CU_Q].data,
-        .parts = (void *)fences[PARTS].data,
         .result = &device->result,
-        .row_results = (void *)fences[RESULTS].data,
     };
-    job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, GRID);
+    for (uint32_t i = 0; i < n; i++) {
+        batch = parts[i].batch;
+        job.count += parts[i].count;
+        job.max_slots += parts[i].count * mlak_cuda_slots(batch, job.rows_per_item);
+        folded += batch->q_rows * batch->heads * parts[i].count / batch->batch;
+        entries += batch->has_cu_q ? batch->batch + 1 : 0;
+    }
+    job.max_slots = deterministic ? job.max_slots : 2 * GRID;
+    job.abreast = mlak_cuda_abreast(folded, job.count, deterministic, job.rows_per_item, GRID);
     job.cluster = 1;
+    const size_t sizes[FENCES] = {
+        [ROWS] = job.count * sizeof(struct mlak_row),
+        [REQUESTS] = job.count * sizeof(struct mlak_cuda_request),
+        [STARTS] = GRID * sizeof(struct mlak_cuda_start),
+        [CU_Q] = entries * sizeof(int32_t),
+        [PARTS] = (size_t)job.max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
+        [RESULTS] = job.count * sizeof(struct mlak_cuda_row_result),
+        [SOURCES] = n * sizeof(struct mlak_cuda_source),
+    };
+    struct fence fences[FENCES];
+    for (unsigned i = 0; i < FENCES; i++)
+        fence_init(&fences[i], sizes[i], i == SOURCES ? 64 : 8, true);
+    struct mlak_cuda_schedule schedule = {0};
+    struct mlak_cuda_source *sources = (void *)fences[SOURCES].data;
+    memset(sources, 0, sizes[SOURCES]);
+    job.sources = n == 1 ? NULL : sources;
+    job.rows = (void *)fences[ROWS].data;
+    job.requests = (void *)fences[REQUESTS].data;
+    job.starts = (void *)fences[STARTS].data;
+    job.schedule = &schedule;
+    job.cu_q = (void *)fences[CU_Q].data;
+    job.parts = (void *)fences[PARTS].data;
+    job.row_results = (void *)fences[RESULTS].data;
+    for (uint32_t i = 0; i < n; i++) {
+        fill_source(device, &sources[i], &parts[i]);
+        sources[i].row = i ? sources[i - 1].row + parts[i - 1].count : 0;
+        sources[i].cu_q = i ? sources[i - 1].cu_q : 0;
+        if (i && parts[i - 1].batch->has_cu_q)
+            sources[i].cu_q += parts[i - 1].batch->batch + 1;
+    }
+    job.source = sources[0];
+    for (uint32_t i = 0; i < n; i++) /* given up before it began */
+        schedule.cancelled[i] = parts[i].rows[0].code == MLAK_ROW_CANCELLED ? job.ticket : 0;
+
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
-    if (wgmma)
-        job.box_rows = mlak_cuda_box_rows(batch);
-    for (uint32_t chunks = 1; chunks <= 2 && job.box_rows > 0; chunks++)
-        emulated_map(&job.keys[chunks - 1], batch, job.box_rows, chunks);
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
     run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, device->shared, &job);
     run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &job);
 
-    enum mlak_code code = (enum mlak_code)device->result.batch_code;
-    if (device->result.done != job.ticket || schedule.blocks_done != 0 || schedule.slots > slots) {
+    if (device->result.done != job.ticket || schedule.blocks_done != 0 || schedule.slots > job.max_slots) {
         fprintf(stderr, "the launch did not end as it should: ticket %llu of %llu, %u blocks, %u slots of %u\n",
                 (unsigned long long)device->result.done, (unsigned long long)job.ticket, schedule.blocks_done,
-                schedule.slots, slots);
+                schedule.slots, job.max_slots);
         abort();
     }
-    if (code != MLAK_OK)
-        mlak_cu_q_fault(device->result.batch_index, device->result.batch_value, device->result.batch_before,
-                        batch->q_rows, fault);
-    else
-        tell(&job, rows);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct mlak_cuda_source_result *result = &device->result.sources[i];
+        parts[i].code = (enum mlak_code)result->code;
+        if (parts[i].code != MLAK_OK)
+            mlak_cu_q_fault(result->index, result->value, result->before, parts[i].batch->q_rows, &parts[i].fault);
+        else
+            tell(job.row_results + sources[i].row, &parts[i]);
+    }
     for (unsigned i = 0; i < FENCES; i++) {
         if (!fence_intact(&fences[i])) {
             fprintf(stderr, "written around scratch %u\n", i);
@@ -148,7 +182,20 @@ static enum mlak_code emulated_launch_batch(struct mlak_device *device, const st
         }
         fence_deinit(&fences[i]);
     }
-    return code;
+}
+
+static enum mlak_code emulated_launch_batches(struct mlak_device *device, struct mlak_part *parts, uint32_t n,
+                                              bool layer, struct mlak_fault *fault)
+{
+    (void)layer;
+    (void)fault;
+    for (uint32_t at = 0, end; at < n; at = end) {
+        for (end = at + 1; end < n && end - at < MLAK_CUDA_MAX_SOURCES &&
+                           emulated_mergeable(device, parts[at].batch, parts[end].batch);)
+            end++;
+        launch(device, parts + at, end - at);
+    }
+    return MLAK_OK;
 }
 
 const struct mlak_backend *test_backend(const char *name)
@@ -158,7 +205,8 @@ const struct mlak_backend *test_backend(const char *name)
         .open = emulated_open,
         .close = emulated_close,
         .capabilities = emulated_capabilities,
-        .launch_batch = emulated_launch_batch,
+        .launch_batches = emulated_launch_batches,
+        .mergeable = emulated_mergeable,
     };
     return strcmp(name, emulated.name) == 0 ? &emulated : NULL;
 }

@@ -182,9 +182,9 @@ static void a_refused_launch_is_only_that(void **state)
         char words[64];
         snprintf(words, sizeof words, "fail=cuLaunchKernelEx:%d:701", n);
         inject(words);
-        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+        assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
         inject("");
-        assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+        assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
         assert_int_equal(rows[0].local_len, 100);
         memset(rows, 0, sizeof rows);
     }
@@ -215,14 +215,14 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
     pthread_t thread;
     inject("");
     struct mlak_device *device = open_device(&progress);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     uint64_t before = progress;
     assert_true(before > 0);
     inject("hang=1");
     memset(rows, 0, sizeof rows);
     memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0]}), 0);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     pthread_join(thread, NULL);
     assert_int_equal(rows[0].code, MLAK_ROW_CANCELLED);
     assert_int_equal(progress, before); /* not an item of it ran */
@@ -230,6 +230,35 @@ static void a_launch_that_hangs_shows_no_progress_and_can_be_cancelled(void **st
         assert_int_equal(made->tensor[MLAK_T_OUT].data[i], 0xff);
     backend->close(device);
     made_free(made);
+}
+
+static void a_part_can_be_cancelled_and_the_other_is_right(void **state)
+{
+    (void)state;
+    struct mlak_row rows[2][2];
+    struct made *made[2] = {plain(rows[0]), plain(rows[1])};
+    struct mlak_fault fault = {0};
+    pthread_t thread;
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("hang=1");
+    struct mlak_part parts[2];
+    for (unsigned i = 0; i < 2; i++) {
+        memset(made[i]->tensor[MLAK_T_OUT].data, 0xff, made[i]->tensor[MLAK_T_OUT].bytes);
+        parts[i] = (struct mlak_part){.batch = &made[i]->batch, .count = 2, .rows = rows[i]};
+    }
+    assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0][0]}), 0);
+    assert_int_equal(backend->launch_batches(device, parts, 2, false, &fault), MLAK_OK);
+    pthread_join(thread, NULL);
+    assert_int_equal(rows[0][0].code, MLAK_ROW_CANCELLED);
+    for (size_t i = 0; i < made[0]->tensor[MLAK_T_OUT].bytes; i++)
+        assert_int_equal(made[0]->tensor[MLAK_T_OUT].data[i], 0xff);
+    assert_int_equal(parts[1].code, MLAK_OK);
+    assert_int_equal(rows[1][0].code, MLAK_ROW_OK);
+    assert_outputs_are_right(made[1]);
+    backend->close(device);
+    made_free(made[0]);
+    made_free(made[1]);
 }
 
 static void a_refused_launch_leaves_nothing_running(void **state)
@@ -244,10 +273,10 @@ static void a_refused_launch_leaves_nothing_running(void **state)
     struct mlak_device *device = open_device(NULL);
     inject("hang=1 fail=cuLaunchKernelEx:3:701"); /* prepare hangs, split waits for it, combine is refused */
     assert_int_equal(pthread_create(&thread, NULL, unhang_soon, &over), 0);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
     assert_int_equal(__atomic_load_n(&over, __ATOMIC_ACQUIRE), 1);
     pthread_join(thread, NULL);
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_OK);
     backend->close(device);
     made_free(made);
 }
@@ -262,9 +291,9 @@ static void a_sticky_error_loses_the_device(void **state)
     inject("");
     struct mlak_device *device = open_device(NULL);
     inject("sticky=2");
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     assert_non_null(strstr(backend->lost(device), "700"));
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     backend->close(device);
     made_free(made);
 }
@@ -280,6 +309,7 @@ int main(void)
         cmocka_unit_test(a_refused_launch_is_only_that),
         cmocka_unit_test(a_refused_launch_leaves_nothing_running),
         cmocka_unit_test(a_launch_that_hangs_shows_no_progress_and_can_be_cancelled),
+        cmocka_unit_test(a_part_can_be_cancelled_and_the_other_is_right),
         cmocka_unit_test(a_sticky_error_loses_the_device),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);

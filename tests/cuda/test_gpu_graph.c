@@ -27,7 +27,7 @@ static void assert_plain_launch_is_right(struct mlak_device *device, struct made
     struct mlak_fault fault = {0};
     inject("");
     memset(made->tensor[MLAK_T_OUT].data, 0xff, made->tensor[MLAK_T_OUT].bytes);
-    if (backend->launch_batch(device, &made->batch, 0, 2, rows, &fault) != MLAK_OK)
+    if (mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault) != MLAK_OK)
         fail_msg("%s", fault.message);
     assert_outputs_are_right(made);
 }
@@ -138,10 +138,12 @@ static void what_cannot_be_captured_is_refused_by_name(void **state)
     assert_non_null(strstr(fault.message, "batch 1 of the graph has 1025 requests"));
     batches[1].batch = 17; /* of a device with the least scratch */
     batches[1].deterministic = true;
+    batches[1].q_rows = 17;
+    batches[1].max_pages = 1 << 16; /* long enough to be split as often as may be */
     assert_null(backend->graph_new(device, batches, 2, &fault));
     assert_non_null(strstr(fault.message, "takes 16 of a deterministic batch"));
-    assert_int_equal(backend->time_batches(device, batches, 2, 1, &ns, &fault), MLAK_UNSUPPORTED);
-    assert_int_equal(backend->time_batches(device, batches, 1, 0, &ns, &fault), MLAK_INVALID);
+    assert_int_equal(backend->time_batches(device, batches, 2, false, 1, &ns, &fault), MLAK_UNSUPPORTED);
+    assert_int_equal(backend->time_batches(device, batches, 1, false, 0, &ns, &fault), MLAK_INVALID);
     assert_string_equal(fault.field, "rounds");
     backend->close(device);
     made_free(made);
@@ -158,11 +160,20 @@ static void times_are_those_of_replays(void **state)
     inject("slow=2"); /* ms a kernel: 2 batches of 3 take 12, three times, and once before */
     struct mlak_device *device = open_device(NULL);
     unsigned kernels = succeeded("cuLaunchKernelEx"), graphs = succeeded("cuGraphLaunch");
-    assert_int_equal(backend->time_batches(device, batches, 2, 3, &ns, &fault), MLAK_OK);
+    assert_int_equal(backend->time_batches(device, batches, 2, false, 3, &ns, &fault), MLAK_OK);
     assert_int_equal(succeeded("cuLaunchKernelEx"), kernels + 6);
     assert_int_equal(succeeded("cuGraphLaunch"), graphs + 4);
     assert_true(ns >= 36e6);
     assert_outputs_are_right(made);
+    kernels = succeeded("cuLaunchKernelEx"); /* of a step's layers: two for each, and three before */
+    assert_int_equal(backend->time_batches(device, batches, 2, true, 3, &ns, &fault), MLAK_OK);
+    assert_int_equal(succeeded("cuLaunchKernelEx"), kernels + 7);
+    assert_true(ns >= 24e6);
+    assert_outputs_are_right(made);
+    struct mlak_batch other[2] = {made->batch, made->batch};
+    other[1].window = 3;
+    assert_int_equal(backend->time_batches(device, other, 2, true, 3, &ns, &fault), MLAK_INVALID);
+    assert_string_equal(fault.field, "layers");
     static const struct { const char *function; int n; } fails[] = {
         {"cuEventCreate", 1}, {"cuEventCreate", 2}, {"cuGraphLaunch", 1},     {"cuEventRecord", 1},
         {"cuGraphLaunch", 3}, {"cuEventRecord", 2}, {"cuEventElapsedTime", 1}, {"cuLaunchKernelEx", 5},
@@ -171,7 +182,7 @@ static void times_are_those_of_replays(void **state)
         char words[64];
         snprintf(words, sizeof words, "fail=%s:%d", fails[i].function, fails[i].n);
         inject(words);
-        assert_names(backend->time_batches(device, batches, 2, 3, &ns, &fault), &fault, fails[i].function);
+        assert_names(backend->time_batches(device, batches, 2, false, 3, &ns, &fault), &fault, fails[i].function);
         assert_plain_launch_is_right(device, made);
     }
     backend->close(device);
@@ -192,7 +203,7 @@ static void refused_timing_leaves_nothing_running(void **state)
     struct mlak_device *device = open_device(NULL);
     inject("hang=1 fail=cuEventRecord:2");
     assert_int_equal(pthread_create(&thread, NULL, unhang_soon, &over), 0);
-    assert_names(backend->time_batches(device, &made->batch, 1, 2, &ns, &fault), &fault, "cuEventRecord");
+    assert_names(backend->time_batches(device, &made->batch, 1, false, 2, &ns, &fault), &fault, "cuEventRecord");
     assert_int_equal(__atomic_load_n(&over, __ATOMIC_ACQUIRE), 1);
     pthread_join(thread, NULL);
     backend->close(device);
@@ -205,12 +216,12 @@ static void assert_lost(struct mlak_device *device, struct made *made, struct ml
     struct mlak_fault fault = {0};
     double ns;
     assert_non_null(strstr(backend->lost(device), "700"));
-    assert_int_equal(backend->launch_batch(device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     assert_non_null(strstr(fault.message, "700"));
     assert_int_equal(backend->graph_replay(device, graph, rows, &fault), MLAK_LOST);
     assert_null(backend->graph_new(device, &made->batch, 1, &fault));
     assert_int_equal(fault.code, MLAK_LOST);
-    assert_int_equal(backend->time_batches(device, &made->batch, 1, 1, &ns, &fault), MLAK_LOST);
+    assert_int_equal(backend->time_batches(device, &made->batch, 1, false, 1, &ns, &fault), MLAK_LOST);
 }
 
 static void a_sticky_error_loses_the_device(void **state)

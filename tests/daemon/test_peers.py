@@ -224,6 +224,19 @@ def users_see_and_operators_act():
         assert daemon.status("cpu")["state"] == "draining"
 
 
+def high_priority_is_for_those_who_are_listed():
+    hello = {"client": "test", "device": "cpu", "priority": "high"}
+    with Daemon(options="allowed_users = *\nhigh_priority_users = 61002") as daemon:
+        with another_user(), daemon.peer() as peer:
+            sentence = peer.refused("denied", "HELLO", hello)
+            assert "high_priority_users" in sentence, sentence
+            peer.get("HELLO", {**hello, "priority": "normal"})
+        with another_user(STRANGER + 1), daemon.peer() as peer:
+            peer.get("HELLO", hello)
+        with daemon.peer() as peer:
+            peer.get("HELLO", hello)
+
+
 def sessions_are_listed_in_pages_others_only_to_admins():
     with Daemon(options="allowed_users = *\nmax_sessions = 200") as daemon, contextlib.ExitStack() as stack:
         def session():

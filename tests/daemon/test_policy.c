@@ -99,6 +99,10 @@ static void another_user_is_let_in_by_name_group_or_everyone_only(void **state)
     assert_verdict(&visitor, "allowed_groups = 61004, 61001", false, false);
     assert_verdict(&visitor, "admin_users = 61001", true, true);
     assert_verdict(&visitor, "admin_users = 61004", false, false);
+    configure("high_priority_users = 61001");
+    assert_true(mlad_policy_may_hurry(&config, &identity));
+    configure("high_priority_users = 61004");
+    assert_false(mlad_policy_may_hurry(&config, &identity));
     visitor_free(&visitor);
 }
 

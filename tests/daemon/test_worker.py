@@ -343,6 +343,74 @@ def flood_does_not_starve_others():
         assert case.out.any()
 
 
+# Many clients at once
+
+def busy(worker):
+    """A session with a plan that takes long enough for others to submit theirs meanwhile."""
+    session = worker.attach(client="busy")
+    (Case(B=32, H=128, K=4096) if DEVICE == "cpu" else slow(0.1)).register(session).plan(session)
+    return session
+
+
+def tenants(worker, n):
+    """Sessions with deterministic plans of different shapes, and what they compute alone."""
+    made = []
+    for i in range(n):
+        session, case = worker.attach(), Case(B=1 + i % 3, H=4 + i, K=100 + 30 * i)
+        case.batch["deterministic"] = True
+        case.register(session).plan(session)
+        done(session, submit(session))
+        made.append((session, case, case.out.copy()))
+    return made
+
+
+def clients_share_launches():
+    with start() as worker:
+        blocker, clients = busy(worker), tenants(worker, 8)
+        alone = worker.report()
+        assert alone["launches"] == alone["launched_parts"] == 8, alone
+        assert alone["launched_rows"] == sum(case.B for _, case, _ in clients), alone
+        rounds = 5
+        for _ in range(rounds):
+            for _, case, _ in clients:
+                case.out[:] = 0
+            first = submit(blocker)
+            sent = [submit(session) for session, _, _ in clients]
+            done(blocker, first)
+            for (session, case, expected), sequence in zip(clients, sent):
+                body = done(session, sequence)
+                assert body["kv_tokens"] == case.B * case.seqlens[0] and body["failed"] == 0, body
+                assert np.array_equal(case.out, expected), "in company, the bits are others"
+        together = worker.report()
+        parts, launches = (together[name] - alone[name] for name in ("launched_parts", "launches"))
+        assert parts >= rounds * 9 and parts > 1.5 * launches, (parts, launches)
+
+
+def clients_that_die_in_company_harm_nobody():
+    with start() as worker:
+        blocker, clients = busy(worker), tenants(worker, 6)
+        for turn in range(12):
+            victim = tenants(worker, 1)[0][0]
+            for _, case, _ in clients:
+                case.out[:] = 0
+            first = submit(blocker)
+            sent = [submit(session) for session, _, _ in clients[:3]]
+            for _ in range(3):
+                submit(victim)
+            sent += [submit(session) for session, _, _ in clients[3:]]
+            if turn % 2:
+                done(blocker, first)
+            victim.close()
+            if turn % 2 == 0:
+                done(blocker, first)
+            for (session, case, expected), sequence in zip(clients, sent):
+                assert done(session, sequence)["failed"] == 0
+                assert np.array_equal(case.out, expected)
+        eventually(lambda: (worker.report()["sessions"], worker.report()["sessions_draining"]) == (7, 0))
+        report = worker.report()
+        assert (report["queued"], report["running"], report["buffers"], report["plans"]) == (0, 0, 14, 7), report
+
+
 def client_that_never_reads_is_dropped():
     with start() as worker:
         other = worker.attach()

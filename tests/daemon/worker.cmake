@@ -5,6 +5,11 @@ target_link_options(test_worker_units PRIVATE -Wl,--wrap=malloc -Wl,--wrap=callo
 add_test(NAME daemon.worker_units COMMAND test_worker_units)
 set_tests_properties(daemon.worker_units PROPERTIES LABELS unit TIMEOUT 60)
 
+add_executable(test_scheduler test_scheduler.c)
+target_link_libraries(test_scheduler PRIVATE mladworker mladcommon mlap mlak PkgConfig::CMOCKA)
+add_test(NAME daemon.scheduler COMMAND test_scheduler)
+set_tests_properties(daemon.scheduler PROPERTIES LABELS unit TIMEOUT 60)
+
 # Behaviours of the running process, on the device that each is best seen on: reference is slow enough to watch.
 function(add_worker_test test device)
   foreach(behaviour ${ARGN})
@@ -18,9 +23,10 @@ endfunction()
 add_worker_test(test_worker cpu decodes_in_place computes_attention big_batches_run_in_slices
   refusals_name_their_field outputs_never_overlap_inputs content_errors_are_named
   broken_messages_end_only_their_session unusable_memory_is_refused quotas_are_per_user
-  client_that_never_reads_is_dropped)
+  client_that_never_reads_is_dropped clients_share_launches clients_that_die_in_company_harm_nobody)
 add_worker_test(test_worker reference decodes_in_place computes_attention big_batches_run_in_slices
-  content_errors_are_named too_much_in_flight_is_busy flood_does_not_starve_others)
+  content_errors_are_named too_much_in_flight_is_busy flood_does_not_starve_others clients_share_launches
+  clients_that_die_in_company_harm_nobody)
 add_worker_test(test_worker_rings cpu decodes_by_the_rings rings_are_made_only_for_who_asks failures_come_by_the_socket
   bad_entries_are_refused_by_sequence nonsense_ends_only_its_session entries_come_before_datagrams
   completions_are_not_lost_when_the_ring_is_full knocking_is_harmless rewritten_entries_are_read_once

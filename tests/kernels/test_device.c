@@ -128,7 +128,7 @@ static enum mlak_code launch_copy(struct made *made, struct mlak_row *rows, stru
 {
     struct copy copy = copy_new(made);
     copy_fill(&copy, made);
-    enum mlak_code code = backend->launch_batch(device, &copy.batch, 0, copy.batch.batch, rows, fault);
+    enum mlak_code code = mlak_launch_batch(backend, device, &copy.batch, 0, copy.batch.batch, rows, fault);
     copy_read(&copy, made);
     copy_free(&copy);
     return code;
@@ -149,7 +149,7 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     if (!test_device_takes_rows()) {
         memset(rows, 0, made->batch.batch * sizeof *rows);
         return backend->memory_new ? launch_copy(made, rows, fault)
-                                   : backend->launch_batch(device, &made->batch, 0, made->batch.batch, rows, fault);
+                                   : mlak_launch_batch(backend, device, &made->batch, 0, made->batch.batch, rows, fault);
     }
     int32_t *cu_q = malloc((made->batch.batch + UINT64_C(1)) * sizeof *cu_q);
     enum mlak_code code = mlak_prepare(&made->batch, cu_q, 0, made->batch.batch, rows, fault);
@@ -162,6 +162,107 @@ void test_device_run(struct made *made, struct mlak_row *rows)
     struct mlak_fault fault;
     assert_int_equal(test_device_decode(made, rows, &fault), MLAK_OK);
     assert_true(made_intact(made));
+}
+
+/* Of a device that prepares batches: as parts. */
+static void launch_parts(struct made *const *made, uint32_t count, struct mlak_row *const *rows, enum mlak_code *codes)
+{
+    struct mlak_part *parts = calloc(count, sizeof *parts);
+    struct copy *copies = calloc(count, sizeof *copies);
+    struct mlak_fault fault;
+    for (uint32_t i = 0; i < count; i++) {
+        copies[i].batch = made[i]->batch;
+        if (backend->memory_new) {
+            copies[i] = copy_new(made[i]);
+            copy_fill(&copies[i], made[i]);
+        }
+        parts[i] = (struct mlak_part){.batch = &copies[i].batch, .count = made[i]->batch.batch, .rows = rows[i]};
+    }
+    assert_int_equal(backend->launch_batches(device, parts, count, false, &fault), MLAK_OK);
+    for (uint32_t i = 0; i < count; i++) {
+        codes[i] = parts[i].code;
+        if (backend->memory_new)
+            copy_read(&copies[i], made[i]);
+        copy_free(&copies[i]);
+    }
+    free(copies);
+    free(parts);
+}
+
+/* Of one that takes rows: of all that can be prepared, one behind the other. */
+static void launch_rows(struct made *const *made, uint32_t count, struct mlak_row *const *rows, enum mlak_code *codes)
+{
+    uint32_t all = 0, at = 0;
+    struct mlak_fault fault;
+    for (uint32_t i = 0; i < count; i++)
+        all += made[i]->batch.batch;
+    struct mlak_row *table = calloc(all, sizeof *table);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t n = made[i]->batch.batch;
+        int32_t *cu_q = malloc((n + UINT64_C(1)) * sizeof *cu_q);
+        bool unwanted = rows[i][0].code == MLAK_ROW_CANCELLED;
+        codes[i] = mlak_prepare(&made[i]->batch, cu_q, 0, n, table + at, &fault);
+        for (uint32_t b = 0; b < n && unwanted; b++)
+            table[at + b].code = MLAK_ROW_CANCELLED;
+        at += codes[i] == MLAK_OK ? n : 0;
+        free(cu_q);
+    }
+    assert_int_equal(backend->launch(device, table, at), MLAK_OK);
+    at = 0;
+    for (uint32_t i = 0; i < count; at += codes[i] == MLAK_OK ? made[i]->batch.batch : 0, i++)
+        if (codes[i] == MLAK_OK)
+            memcpy(rows[i], table + at, made[i]->batch.batch * sizeof *table);
+    free(table);
+}
+
+void test_device_decode_together(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
+                                 enum mlak_code *codes)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        struct mlak_fault fault;
+        wipe_outputs(made[i]);
+        if (test_device_check(&made[i]->batch, &fault) != MLAK_OK)
+            fail_msg("%s: %s", fault.field, fault.message);
+    }
+    if (test_device_takes_rows())
+        launch_rows(made, count, rows, codes);
+    else
+        launch_parts(made, count, rows, codes);
+}
+
+void test_device_decode_step(struct made *const *made, uint32_t count, struct mlak_row *rows)
+{
+    static const enum mlak_tensor read_once[] = {MLAK_T_SEQLENS, MLAK_T_CU_Q, MLAK_T_TREE_MASK};
+    struct copy first = copy_new(made[0]);
+    copy_fill(&first, made[0]);
+    for (uint32_t i = 0; i < count; i++) {
+        struct copy own = copy_new(made[i]);
+        struct mlak_fault fault;
+        wipe_outputs(made[i]);
+        copy_fill(&own, made[i]);
+        struct mlak_batch batch = own.batch;
+        batch.block_table = first.batch.block_table;
+        batch.seqlens = first.batch.seqlens;
+        batch.cu_q = first.batch.cu_q;
+        batch.tree_mask = first.batch.tree_mask;
+        memset(rows, 0, batch.batch * sizeof *rows);
+        struct mlak_part part = {.batch = &batch, .count = batch.batch, .rows = rows};
+        assert_int_equal(backend->launch_batches(device, &part, 1, i > 0, &fault), MLAK_OK);
+        assert_int_equal(part.code, MLAK_OK);
+        for (uint32_t b = 0; b < batch.batch; b++)
+            assert_int_equal(rows[b].code, MLAK_ROW_OK);
+        copy_read(&own, made[i]);
+        copy_free(&own);
+        for (unsigned t = 0; t < sizeof read_once / sizeof read_once[0]; t++) {
+            size_t bytes = made[0]->tensor[read_once[t]].bytes;
+            void *wrong = malloc(bytes + 1);
+            memset(wrong, 0xff, bytes);
+            if (first.at[read_once[t]])
+                must_copy(first.at[read_once[t]], wrong, bytes);
+            free(wrong);
+        }
+    }
+    copy_free(&first);
 }
 
 void test_device_judge(struct made *made, const struct mlak_row *rows, uint32_t failed, const char *what)

@@ -23,6 +23,16 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
 /* test_device_decode that must be MLAK_OK and write nothing but the outputs. */
 void test_device_run(struct made *made, struct mlak_row *rows);
 
+/* test_device_decode of made[0..count) in one launch: rows[i] and codes[i] are made[i]'s, whose first row may be
+ * MLAK_ROW_CANCELLED before: then nobody wants it, and all its rows must be. */
+void test_device_decode_together(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
+                                 enum mlak_code *codes);
+
+/* The layers of a step: made[0..count), which have equal lengths, masks and tables, and those in the memory of the
+ * first one; their buffers differ. What a launch after the first reads of lengths and masks is wrong by then. Only on
+ * a device with memory of its own (test_device_captures). */
+void test_device_decode_step(struct made *const *made, uint32_t count, struct mlak_row *rows);
+
 /* Every request that did not fail holds against the oracle; `failed` is how many may. `rows` NULL: none did. */
 void test_device_judge(struct made *made, const struct mlak_row *rows, uint32_t failed, const char *what);
 

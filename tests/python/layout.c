@@ -11,7 +11,7 @@ int main(void)
 {
     SIZE(mla_error) FIELD(mla_error, code) FIELD(mla_error, field) FIELD(mla_error, message)
     SIZE(mla_options) FIELD(mla_options, struct_size) FIELD(mla_options, socket) FIELD(mla_options, device)
-    FIELD(mla_options, name) FIELD(mla_options, reconnect_ms) FIELD(mla_options, transport)
+    FIELD(mla_options, name) FIELD(mla_options, reconnect_ms) FIELD(mla_options, transport) FIELD(mla_options, high_priority)
     SIZE(mla_tensor) FIELD(mla_tensor, buffer) FIELD(mla_tensor, offset)
     SIZE(mla_scale) FIELD(mla_scale, kind) FIELD(mla_scale, value) FIELD(mla_scale, tensor)
     SIZE(mla_batch) FIELD(mla_batch, struct_size) FIELD(mla_batch, batch) FIELD(mla_batch, heads)

@@ -29,7 +29,7 @@ class mla_error(Structure):
 
 class mla_options(Structure):
     _fields_ = [("struct_size", c_size_t), ("socket", c_char_p), ("device", c_char_p), ("name", c_char_p),
-                ("reconnect_ms", c_int), ("transport", c_int)]
+                ("reconnect_ms", c_int), ("transport", c_int), ("high_priority", c_int)]
 
 
 class mla_tensor(Structure):

@@ -159,15 +159,17 @@ class Client(_Closing):
 
     socket: the daemon's; None: $MLAD_SOCKET, else /run/mlad/mlad.sock. device: "cpu", "GPU-<uuid>", ...; None:
     $MLAD_DEVICE, else the first device served that is not `reference`. name: shown by `mlactl status`. reconnect_ms:
-    how long a daemon that is away is waited for, here and at every later call, before NotConnected is raised."""
+    how long a daemon that is away is waited for, here and at every later call, before NotConnected is raised.
+    high_priority: decodes go before those of normal clients that wait; Denied, unless the daemon's high_priority_users
+    lists the user."""
 
-    def __init__(self, socket=None, device=None, name=None, reconnect_ms=30000):
+    def __init__(self, socket=None, device=None, name=None, reconnect_ms=30000, high_priority=False):
         self._handle, self._pid, self._lock = None, os.getpid(), threading.RLock()
         options, handle = _libmla.mla_options(), ctypes.c_void_p()
         _libmla.library().mla_options_init(ctypes.byref(options))
         options.socket, options.device, options.name = (
             os.fsencode(text) if text is not None else None for text in (socket, device, name))
-        options.reconnect_ms = reconnect_ms
+        options.reconnect_ms, options.high_priority = reconnect_ms, bool(high_priority)
         _libmla.call("mla_connect", ctypes.byref(handle), ctypes.byref(options))
         self._handle = handle
         self._plans = collections.OrderedDict()     # bytes of a batch -> (plan, segments), least recently used first

@@ -14,6 +14,8 @@ struct contender {
     enum mlak_code (*decode)(struct contender *self, struct mlak_fault *fault);
     /* `calls` decodes one behind the other, `rounds` times: nanoseconds on the device. */
     enum mlak_code (*back_to_back)(struct contender *self, uint32_t rounds, double *ns, struct mlak_fault *fault);
+    /* The same of decodes that are layers of one step, prepared before. NULL: those of back_to_back are. */
+    enum mlak_code (*layers)(struct contender *self, uint32_t rounds, double *ns, struct mlak_fault *fault);
     /* One decode of a copy on an idle device, launched without a graph: nanoseconds until the host knows its end. */
     enum mlak_code (*alone)(struct contender *self, uint32_t copy, double *ns, struct mlak_fault *fault);
     /* What is done once a step, back to back: nanoseconds of one. NULL: not to be told apart, and in every decode. */

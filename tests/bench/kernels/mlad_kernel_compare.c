@@ -120,7 +120,7 @@ struct run {
 
 struct samples {
     uint32_t count;
-    double decode[2][MOST_SAMPLES], alone[2][MOST_SAMPLES], prepare[2][PREPARES];
+    double decode[2][MOST_SAMPLES], layer[2][MOST_SAMPLES], alone[2][MOST_SAMPLES], prepare[2][PREPARES];
     unsigned mhz[MOST_SAMPLES];
     struct difference difference;
     bool agree;
@@ -154,6 +154,9 @@ static enum mlak_code sample(struct run *run, const struct work *work, uint32_t 
         if (turn < 2) {
             code = contender->back_to_back(contender, rounds, &samples->decode[who][n], fault);
             samples->decode[who][n] /= (double)calls * rounds;
+            if (code == MLAK_OK && contender->layers)
+                code = contender->layers(contender, rounds, &samples->layer[who][n], fault);
+            samples->layer[who][n] /= (double)calls * rounds;
         } else {
             code = gpu_flush(&run->gpu, fault);
             if (code == MLAK_OK)
@@ -228,6 +231,9 @@ static void print_samples(const struct run *run, const struct work *work, uint32
             continue;
         snprintf(key, sizeof key, "%s_ns", names[i]);
         print_list(key, samples->decode[i], samples->count);
+        snprintf(key, sizeof key, "%s_layer_ns", names[i]);
+        if (run->contenders[i]->layers)
+            print_list(key, samples->layer[i], samples->count);
         snprintf(key, sizeof key, "%s_alone_ns", names[i]);
         print_list(key, samples->alone[i], samples->count);
         snprintf(key, sizeof key, "%s_prepare_ns", names[i]);

@@ -24,7 +24,7 @@ static enum mlak_code launch(struct ours *self, uint32_t copy, struct mlak_fault
 {
     uint32_t count = self->work->shape->batch;
     memset(self->rows, 0, count * sizeof *self->rows);
-    return self->backend->launch_batch(self->device, &self->work->batches[copy], 0, count, self->rows, fault);
+    return mlak_launch_batch(self->backend, self->device, &self->work->batches[copy], 0, count, self->rows, fault);
 }
 
 static enum mlak_code decode(struct contender *contender, struct mlak_fault *fault)
@@ -42,7 +42,13 @@ static enum mlak_code decode(struct contender *contender, struct mlak_fault *fau
 static enum mlak_code back_to_back(struct contender *contender, uint32_t rounds, double *ns, struct mlak_fault *fault)
 {
     struct ours *self = SELF(contender);
-    return self->backend->time_batches(self->device, self->batches, self->calls, rounds, ns, fault);
+    return self->backend->time_batches(self->device, self->batches, self->calls, false, rounds, ns, fault);
+}
+
+static enum mlak_code layers(struct contender *contender, uint32_t rounds, double *ns, struct mlak_fault *fault)
+{
+    struct ours *self = SELF(contender);
+    return self->backend->time_batches(self->device, self->batches, self->calls, true, rounds, ns, fault);
 }
 
 static enum mlak_code alone(struct contender *contender, uint32_t copy, double *ns, struct mlak_fault *fault)
@@ -64,6 +70,6 @@ static void end(struct contender *contender)
 
 void ours_init(struct ours *ours, struct gpu *gpu, const struct mlak_backend *backend, struct mlak_device *device)
 {
-    *ours = (struct ours){.contender = {begin, decode, back_to_back, alone, NULL, end}, .gpu = gpu, .backend = backend,
+    *ours = (struct ours){.contender = {begin, decode, back_to_back, layers, alone, NULL, end}, .gpu = gpu, .backend = backend,
                           .device = device};
 }

@@ -110,7 +110,7 @@ static void end(struct contender *contender)
 enum mlak_code peer_init(struct peer *peer, struct gpu *gpu, const char *path, struct mlak_fault *fault)
 {
     mlad_peer_function *function = NULL;
-    *peer = (struct peer){.contender = {begin, decode, back_to_back, alone, prepare, end}, .gpu = gpu};
+    *peer = (struct peer){.contender = {begin, decode, back_to_back, NULL, alone, prepare, end}, .gpu = gpu};
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library)
         return mlak_fail(fault, MLAK_INVALID, "peer", "%.200s; name a library by its path", dlerror());

@@ -48,7 +48,7 @@ def summary(shape, line, run):
     floor, bound = floor_us(shape, run["read_gbps"], run["tflops"])
     found = {"floor_us": floor, "bound": bound}
     for who in ("ours", "peer"):
-        for kind in ("", "_alone", "_prepare"):
+        for kind in ("", "_layer", "_alone", "_prepare"):
             samples = line.get(f"{who}{kind}_ns")
             if samples:
                 found[f"{who}{kind}_us"] = statistics.median(samples) / 1e3
@@ -59,6 +59,9 @@ def summary(shape, line, run):
             ratios = [peer / ours for ours, peer in zip(line[f"ours{kind}_ns"], line[f"peer{kind}_ns"])]
             found[f"ratio{kind}"], found[f"ratio{kind}_interval"] = statistics.median(ratios), interval(ratios)
             found[f"ratios{kind}"] = ratios
+    if line.get("peer_ns") and line.get("ours_layer_ns"):   # a peer's decode has no prepare in it either
+        found["ratio_layer"] = statistics.median(
+            peer / ours for ours, peer in zip(line["ours_layer_ns"], line["peer_ns"]))
     card = next((card for card in ("h100", "h200") if card.upper() in run.get("model", "")), None)
     recorded = shape.get("recorded", {}).get(f"{card}_us")
     if recorded and "peer_us" in found:
@@ -69,7 +72,7 @@ def summary(shape, line, run):
 def group(entries):
     """Geometric means of the shapes that agree."""
     found = {"shapes": len(entries)}
-    for key in ("ours_of_floor", "peer_of_floor", "ratio", "ratio_alone", "peer_of_recorded"):
+    for key in ("ours_of_floor", "peer_of_floor", "ratio", "ratio_layer", "ratio_alone", "peer_of_recorded"):
         values = [entry[key] for entry in entries if key in entry]
         if values:
             found[key] = geometric_mean(values)
@@ -132,7 +135,7 @@ def table(report):
             + ("" if run["graphs"] else "; no CUDA graphs: launches count")
             + ("" if run["full_edges"] or not run["graphs"] else "; the peer's calls are joined as it captured them"),
             f"{'us a decode':34} {'floor':>8} {'ours':>9} {'peer':>9} {'ours/fl':>8} {'peer/fl':>8} "
-            f"{'peer/ours':>9} {'95% interval':>15} {'alone: ours':>11} {'peer':>9} {'prepare':>8}"]
+            f"{'peer/ours':>9} {'95% interval':>15} {'alone: ours':>11} {'peer':>9} {'prepare':>8} {'our layer':>9} {'peer/':>7}"]
 
     def cell(entry, key, width, form=".2f"):
         return f"{entry[key]:{width}{form}}" if key in entry else f"{'-':>{width}}"
@@ -141,12 +144,13 @@ def table(report):
         rows.append(f"{e['name']:34} {e['floor_us']:8.2f} {cell(e, 'ours_us', 9)} {cell(e, 'peer_us', 9)} "
                     f"{cell(e, 'ours_of_floor', 8)} {cell(e, 'peer_of_floor', 8)} {cell(e, 'ratio', 9, '.3f')} "
                     f"{span(e.get('ratio_interval')):>15} {cell(e, 'ours_alone_us', 11)} {cell(e, 'peer_alone_us', 9)} "
-                    f"{cell(e, 'peer_prepare_us', 8)}{'' if e.get('agree', True) else '  OUTPUTS DIFFER'}")
+                    f"{cell(e, 'peer_prepare_us', 8)} {cell(e, 'ours_layer_us', 9)} {cell(e, 'ratio_layer', 7, '.3f')}{'' if e.get('agree', True) else '  OUTPUTS DIFFER'}")
     rows.append("geometric means")
     for name, g in report["groups"].items():
         label = f"{name} ({g['shapes']} shapes)"
         rows.append(f"{label:34} {'':8} {'':9} {'':9} {cell(g, 'ours_of_floor', 8)} {cell(g, 'peer_of_floor', 8)} "
                     f"{cell(g, 'ratio', 9, '.3f')} {span(g.get('ratio_interval')):>15}"
+                    + (f" as layers {g['ratio_layer']:.3f}" if "ratio_layer" in g else "")
                     + (f" alone {g['ratio_alone']:.3f}" if "ratio_alone" in g else "")
                     + (f"; peer {g['peer_of_recorded']:.3f} of what was recorded" if "peer_of_recorded" in g else ""))
     rows += [f"slower than the peer, beyond doubt: {name}" for name in report["slower"]]

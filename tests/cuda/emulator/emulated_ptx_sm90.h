@@ -16,6 +16,7 @@ void barrier_join_after_copies(uint64_t *barrier);
 void barrier_wait(uint64_t *barrier, uint32_t parity);
 void barrier_meet(uint32_t id, uint32_t threads);
 void copy_async_to(uint32_t to, const void *from, bool valid);
+void map_acquire(const struct mlak_cuda_map *map);
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
               uint64_t *barrier);
 void warp_meet();

@@ -12,6 +12,8 @@
 
 #include <deque>
 #include <map>
+#include <set>
+#include <utility>
 
 /* Where shared memory begins: its first KB is the driver's. */
 enum { SHARED_BASE = 1024, ROW_BYTES = 128, CHUNK_COLUMNS = 64 };
@@ -25,6 +27,7 @@ struct flight {
 };
 
 static std::map<uint32_t, meeting> barriers; /* by address */
+static std::set<std::pair<uint32_t, const void *>> acquired; /* maps, by threads */
 static std::deque<flight> flights;
 
 /* `bytes` of shared memory from an address on. */
@@ -157,11 +160,20 @@ void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uin
     memcpy(map, &own, sizeof own);
 }
 
+void map_acquire(const struct mlak_cuda_map *map)
+{
+    acquired.insert({gpu.current, map});
+}
+
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
               uint64_t *barrier)
 {
     struct emulated_map own;
     memcpy(&own, map, sizeof own);
+    const struct mlak_cuda_job *job = gpu.job;
+    const void *first = job->sources, *end = job->sources + job->n_sources;
+    if (job->n_sources > 1 && map >= first && map < end && !acquired.count({gpu.current, map}))
+        fault("a map in memory that other launches use too, and this thread has not acquired it");
     if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
         fault("a box or its map is not as the copy engine takes it");
     flight flight = {{}, barrier_at(barrier), 0, (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES)};
@@ -212,6 +224,7 @@ bool hopper_go_on()
 void hopper_begin()
 {
     barriers.clear();
+    acquired.clear();
     flights.clear();
 }
 
