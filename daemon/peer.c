@@ -155,8 +155,8 @@ static void serve_hello(struct mlad_peer *peer, uint32_t sequence, const struct 
     if (mlap_has(hello, hello, priority) && hello->priority == MLAP_priority_HIGH &&
         !mlad_policy_may_hurry(&supervisor->config, &peer->identity)) {
         mlad_peer_refuse(peer, sequence, MLAP_code_DENIED, "priority",
-                         "high priority is for users that high_priority_users in mlad.conf lists, and you are none; ask "
-                         "for normal, or the administrator");
+                         "high priority is for users that high_priority_users in mlad.conf lists, and you are none; "
+                         "ask for normal, or the administrator");
         return;
     }
     peer->attach = (struct mlap_attach){

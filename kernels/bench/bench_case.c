@@ -227,7 +227,8 @@ static enum mlak_code run_on_device(struct bench_case *bench, double seconds, ui
 {
     double begin = bench_now(), ns = 0;
     uint32_t rounds = bench->copies < 16 ? 16 / bench->copies + 1 : 1;
-    enum mlak_code code = bench->backend->time_batches(bench->device, bench->batches, bench->copies, false, 1, &ns, NULL);
+    enum mlak_code code =
+        bench->backend->time_batches(bench->device, bench->batches, bench->copies, false, 1, &ns, NULL);
     for (*samples = 0; code == MLAK_OK && *samples < MAX_LAUNCHES &&
                        (*samples < 3 || bench_now() - begin < seconds * 1e9);
          ++*samples) {

@@ -3,7 +3,8 @@
  *
  * Owns a stream, the scratch of one launch in device memory, and pinned memory that the kernels write results into. One
  * launch at a time: what the requests of many parts have in common is copied to the device before it; of one, it goes
- * with the kernels' parameter. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only a new
+ * with the kernels' parameter. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only
+ * a new
  * process recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the
  * supervisor's to end. */
 #include "cuda_device.h"
@@ -120,7 +121,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(alloc, "memory", &device->starts, job->grid * sizeof(struct mlak_cuda_start));
     TRY(alloc, "memory", &device->schedule, sizeof(struct mlak_cuda_schedule));
     TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t)); /* or of all sources of a launch */
-    _Static_assert(MLAK_MAX_BATCH + 1 >= MLAK_CUDA_MAX_REQUESTS + MLAK_CUDA_MAX_SOURCES, "whole batches, an entry more");
+    _Static_assert(MLAK_MAX_BATCH + 1 >= MLAK_CUDA_MAX_REQUESTS + MLAK_CUDA_MAX_SOURCES, "an entry more each");
     TRY(alloc, "memory", &device->sources, MLAK_CUDA_MAX_SOURCES * sizeof(struct mlak_cuda_source));
     TRY(alloc, "memory", &device->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
     TRY(set_bytes, "memory", device->schedule, 0, sizeof(struct mlak_cuda_schedule));

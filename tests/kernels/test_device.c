@@ -149,7 +149,8 @@ enum mlak_code test_device_decode(struct made *made, struct mlak_row *rows, stru
     if (!test_device_takes_rows()) {
         memset(rows, 0, made->batch.batch * sizeof *rows);
         return backend->memory_new ? launch_copy(made, rows, fault)
-                                   : mlak_launch_batch(backend, device, &made->batch, 0, made->batch.batch, rows, fault);
+                                   : mlak_launch_batch(backend, device, &made->batch, 0, made->batch.batch, rows,
+                                                       fault);
     }
     int32_t *cu_q = malloc((made->batch.batch + UINT64_C(1)) * sizeof *cu_q);
     enum mlak_code code = mlak_prepare(&made->batch, cu_q, 0, made->batch.batch, rows, fault);

@@ -68,7 +68,8 @@ static const struct mlap_status_reply status_reply_body = {.present = ALL(status
     .variant = "avx512", .threads = 2, .pid = 4321, .restarts = 1, .uptime_ms = 123456, .responding = true,
     .sessions = 2, .sessions_draining = 1, .buffers = 3, .plans = 4, .held_bytes = 4294967296, .orphaned_bytes = 0,
     .queued = 5, .running = 1, .queue_limit = 256, .progress = 99999, .decodes = 1000, .decodes_failed = 2,
-    .refused = 3, .busy = 4, .dropped = 5, .kv_tokens = 34359738368, .kv_bytes = 35184372088832, LAUNCHES, .n_latency = 0}}};
+    .refused = 3, .busy = 4, .dropped = 5, .kv_tokens = 34359738368, .kv_bytes = 35184372088832, LAUNCHES,
+    .n_latency = 0}}};
 static const struct mlap_capabilities capabilities_body = {.present = ALL(capabilities), .device = "cpu"};
 static const struct mlap_capabilities_reply capabilities_reply_body = {.present = ALL(capabilities_reply),
     .device = "cpu", .n_rows = 2, .rows = {{.present = ALL(capability), .variant = "avx2", .q_dtype = MLAP_dtype_BF16,
@@ -160,7 +161,8 @@ const struct golden golden[] = {
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
+     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 "
+     "ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
      "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
      "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
      "de001e a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
@@ -168,7 +170,8 @@ const struct golden golden[] = {
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 a7'latency' 90 a4'note' a6'no GPU'"},
+     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 "
+     "ad'launched_rows' cd2328 a7'latency' 90 a4'note' a6'no GPU'"},
     {MLAP_CAPABILITIES, 14, &capabilities_body, sizeof capabilities_body,
      "94 01 0e 0e 81 a6'device' a3'cpu'"},
     {MLAP_CAPABILITIES_REPLY, 15, &capabilities_reply_body, sizeof capabilities_reply_body,
@@ -224,7 +227,8 @@ const struct golden golden[] = {
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
+     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 "
+     "ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
      "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
      "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000"},
 };

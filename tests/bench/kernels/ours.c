@@ -70,6 +70,7 @@ static void end(struct contender *contender)
 
 void ours_init(struct ours *ours, struct gpu *gpu, const struct mlak_backend *backend, struct mlak_device *device)
 {
-    *ours = (struct ours){.contender = {begin, decode, back_to_back, layers, alone, NULL, end}, .gpu = gpu, .backend = backend,
+    *ours = (struct ours){.contender = {begin, decode, back_to_back, layers, alone, NULL, end},
+                          .gpu = gpu, .backend = backend,
                           .device = device};
 }

@@ -135,7 +135,8 @@ def table(report):
             + ("" if run["graphs"] else "; no CUDA graphs: launches count")
             + ("" if run["full_edges"] or not run["graphs"] else "; the peer's calls are joined as it captured them"),
             f"{'us a decode':34} {'floor':>8} {'ours':>9} {'peer':>9} {'ours/fl':>8} {'peer/fl':>8} "
-            f"{'peer/ours':>9} {'95% interval':>15} {'alone: ours':>11} {'peer':>9} {'prepare':>8} {'our layer':>9} {'peer/':>7}"]
+            f"{'peer/ours':>9} {'95% interval':>15} {'alone: ours':>11} {'peer':>9} {'prepare':>8} "
+            f"{'our layer':>9} {'peer/':>7}"]
 
     def cell(entry, key, width, form=".2f"):
         return f"{entry[key]:{width}{form}}" if key in entry else f"{'-':>{width}}"
@@ -144,7 +145,8 @@ def table(report):
         rows.append(f"{e['name']:34} {e['floor_us']:8.2f} {cell(e, 'ours_us', 9)} {cell(e, 'peer_us', 9)} "
                     f"{cell(e, 'ours_of_floor', 8)} {cell(e, 'peer_of_floor', 8)} {cell(e, 'ratio', 9, '.3f')} "
                     f"{span(e.get('ratio_interval')):>15} {cell(e, 'ours_alone_us', 11)} {cell(e, 'peer_alone_us', 9)} "
-                    f"{cell(e, 'peer_prepare_us', 8)} {cell(e, 'ours_layer_us', 9)} {cell(e, 'ratio_layer', 7, '.3f')}{'' if e.get('agree', True) else '  OUTPUTS DIFFER'}")
+                    f"{cell(e, 'peer_prepare_us', 8)} {cell(e, 'ours_layer_us', 9)} "
+                    f"{cell(e, 'ratio_layer', 7, '.3f')}{'' if e.get('agree', True) else '  OUTPUTS DIFFER'}")
     rows.append("geometric means")
     for name, g in report["groups"].items():
         label = f"{name} ({g['shapes']} shapes)"
