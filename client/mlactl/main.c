@@ -39,13 +39,19 @@ static const struct ctl_command commands[] = {
       {"--save", "DIRECTORY", "where a failing batch is written; default: the current directory", 0}}},
     {"metrics", "", 0, 0, 5, ctl_metrics, "Print the daemon's figures as OpenMetrics text",
      "For a Prometheus textfile or exec collector.", {{0}}},
-    {"bench", "", 0, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
+    {"bench", "[device|tenants|latency|step]", 1, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
      "The cpu backend or a GPU's called directly and through the daemon in turn, cpu's beside the ceilings of this "
      "machine, and the round trip of a one-key decode next to a raw socket ping-pong. A GPU's direct calls are timed "
-     "by its own events, and what it decodes lies in its memory. Needs the machine to itself.",
+     "by its own events, and what it decodes lies in its memory. Needs the machine to itself. `bench tenants`: "
+     "processes with a small batch each, one of them alone and all at once in turn. `bench latency`: percentiles of a "
+     "one-key decode. `bench step`: a model's layers one behind the other, and what each costs beyond its kernels.",
      {DEVICE_OPTION,
-      {"--batch", "N", "requests of a decode; default: 8, on a GPU 64", 0},
+      {"--batch", "N", "requests of a decode; default: 8, on a GPU 64; of tenants and step 1", 0},
       {"--kv-len", "N", "keys of a request; default 4096", 0},
+      {"--heads", "N", "query heads, of tenants and step; default 16", 0},
+      {"--q-len", "N", "query tokens of a request, of tenants and step; default 4, of step 1", 0},
+      {"--tenants", "N", "processes, of tenants; default 8", 0},
+      {"--layers", "N", "decodes of a step; default 61", 0},
       {"--seconds", "N", "measure for about so long; default 10", 0}}},
     {"top", "", 0, 0, 5, ctl_top, "Watch the daemon at work: rates of each device and client, live",
      "Decodes and KV tokens a second since the last look, what waits and runs, percentiles of each phase since the "

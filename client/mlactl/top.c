@@ -91,17 +91,6 @@ static int look_new(const struct ctl *ctl, struct look **out, struct ctl_fault *
 
 /* ---- what grew ---- */
 
-/* A counter of the device by its name on the wire; false: this daemon's protocol does not have it. */
-static bool counter(const struct mlap_device *device, const char *name, uint64_t *value)
-{
-    cJSON *object = wire_json_device(device);
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, name);
-    if (item)
-        *value = strtoull(item->valuestring, NULL, 10);
-    cJSON_Delete(object);
-    return item;
-}
-
 /* The same worker in the earlier look. */
 static const struct mlap_device *earlier(const struct look *before, const struct mlap_device *now)
 {
@@ -114,11 +103,7 @@ static double rate(uint64_t now, uint64_t then, double seconds) { return (double
 /* How much `what` grew for each launch since; NaN: nothing was launched, or it is not counted. */
 static double per_launch(const struct mlap_device *now, const struct mlap_device *then, const char *what)
 {
-    uint64_t launches, launches_then, amount, amount_then;
-    if (!then || !counter(now, "launches", &launches) || !counter(then, "launches", &launches_then) ||
-        !counter(now, what, &amount) || !counter(then, what, &amount_then) || launches <= launches_then)
-        return NAN;
-    return (double)(amount - amount_then) / (double)(launches - launches_then);
+    return then ? wire_json_per_launch(now, then, what) : NAN;
 }
 
 static const struct mlap_session *session_before(const struct look *before, const char *device,
