@@ -97,7 +97,7 @@ def mlad_placements_7_names_every_placement(daemon):
     text = rendered("mlad-placements.7")
     with open(os.path.join(SOURCE, "proto/PROTOCOL.md"), encoding="utf-8") as file:
         section = file.read().split("Placements of a client", 1)[1].split("\n#", 1)[0]
-    names = re.findall(r"^\| `?([a-z_]+)`? \|", section, re.M)
+    names = re.findall(r"^\| `([a-z_]+)` \|", section, re.M)
     assert {"shared_mps", "own_gpu", "shared_timesliced", "host"} <= set(names), section
     for name in names:
         assert re.search(rf"\b{name}\b", text), name
