@@ -249,7 +249,8 @@ struct mlak_backend {
      * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
      *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or
      *   MLAK_LOST.
-     * lost: a sentence why, once MLAK_LOST was returned. */
+     * lost: a sentence why, once MLAK_LOST was returned.
+     * mps: is this process a client of an MPS server? 1, 0, or -1 where the driver does not say. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
@@ -258,6 +259,7 @@ struct mlak_backend {
     bool (*mergeable)(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b);
     enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
+    int (*mps)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.
      * memory_copy: between host and device memory in any direction, done on return; MLAK_OK or MLAK_LOST.

@@ -665,6 +665,13 @@ static enum mlak_code cuda_memory_copy(struct mlak_device *device, void *to, con
     return result == CUDA_SUCCESS ? MLAK_OK : cuda_lose(device, "copy", result, NULL);
 }
 
+static int cuda_mps(const struct mlak_device *device)
+{
+    const CUdevice_attribute mps_enabled = 133; /* CU_DEVICE_ATTRIBUTE_MPS_ENABLED; older toolkits lack it */
+    int enabled;
+    return device->cu->device_attribute(&enabled, mps_enabled, device->gpu) == CUDA_SUCCESS ? enabled != 0 : -1;
+}
+
 const struct mlak_backend mlak_cuda_backend = {
     .name = "cuda",
     .open = cuda_open,
@@ -678,6 +685,7 @@ const struct mlak_backend mlak_cuda_backend = {
     .mergeable = cuda_mergeable,
     .check = cuda_check,
     .lost = cuda_lost,
+    .mps = cuda_mps,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,
     .memory_copy = cuda_memory_copy,
