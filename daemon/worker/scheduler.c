@@ -66,6 +66,18 @@ static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode,
     release(scheduler, decode);
 }
 
+static void tell_idle(struct mlad_scheduler *scheduler)
+{
+    if (scheduler->queued + scheduler->running + scheduler->ordered == 0)
+        scheduler->idle(scheduler);
+}
+
+void mlad_scheduler_ordered(struct mlad_scheduler *scheduler, int more)
+{
+    scheduler->ordered += (uint32_t)more;
+    tell_idle(scheduler);
+}
+
 /* ---- slices ---- */
 
 /* The lengths that later slices need, in memory of the decode's own: the scheduler's copy serves the next decode. */
@@ -204,8 +216,7 @@ static void kick(struct mlad_scheduler *scheduler)
             mlad_launcher_run(&scheduler->launcher, scheduler->rows, scheduler->slice);
         }
     }
-    if (scheduler->queued + scheduler->running == 0)
-        scheduler->idle(scheduler);
+    tell_idle(scheduler);
 }
 
 static void on_launched(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault)
@@ -316,6 +327,5 @@ void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *
         release(scheduler, decode);
         decode = next;
     }
-    if (scheduler->queued + scheduler->running == 0)
-        scheduler->idle(scheduler);
+    tell_idle(scheduler);
 }

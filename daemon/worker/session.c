@@ -12,9 +12,10 @@
 
 /* Close a draining session's socket once nothing of it runs or is mapped; the session is freed in a later turn of the
  * loop. */
-static void settle(struct mlad_session *session)
+void mlad_session_settle(struct mlad_session *session)
 {
-    if (session->draining && session->queue.in_flight == 0 && session->holder.buffers == 0)
+    if (session->draining && session->queue.in_flight == 0 && session->holder.buffers == 0 &&
+        mlad_ordered_idle(session))
         mlad_link_close(&session->link);
 }
 
@@ -32,6 +33,7 @@ void mlad_session_end(struct mlad_session *session, const char *why)
     mlad_log_provoked(LOG_INFO, "session ended", MLAD_KV("session", session->id), MLAD_KV("why", why));
     mlad_link_shutdown(&session->link);
     session->draining = true;
+    mlad_ordered_end(session);
     uint32_t position = 0;
     struct mlad_plan *plan;
     while ((plan = mlad_idmap_next(&session->plans, &position))) {
@@ -45,7 +47,7 @@ void mlad_session_end(struct mlad_session *session, const char *why)
         mlad_buffer_unref(buffer);
     mlad_idmap_deinit(&session->buffers);
     mlad_scheduler_cancel(session->sessions->scheduler, &session->queue);
-    settle(session);
+    mlad_session_settle(session);
 }
 
 static void on_link_ended(struct mlad_link *link, const char *why)
@@ -68,7 +70,7 @@ static void on_unmapped(struct mlad_holder *holder, uint32_t answer)
     struct mlad_session *session = (struct mlad_session *)((char *)holder - offsetof(struct mlad_session, holder));
     if (answer)
         mlad_link_send(&session->link, MLAP_OK, answer, &(struct mlap_ok){0});
-    settle(session);
+    mlad_session_settle(session);
 }
 
 static void on_decode_ended(struct mlad_queue *queue, const struct mlad_decode *decode, const struct mlap_fault *fault)
@@ -76,7 +78,7 @@ static void on_decode_ended(struct mlad_queue *queue, const struct mlad_decode *
     struct mlad_session *session = (struct mlad_session *)((char *)queue - offsetof(struct mlad_session, queue));
     if (decode)
         mlad_session_answer(session, decode, fault);
-    settle(session);
+    mlad_session_settle(session);
 }
 
 void mlad_session_refuse(struct mlad_session *session, uint32_t sequence, const struct mlap_fault *fault)
@@ -167,6 +169,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
                                            .name = sessions->device,
                                            .unmapped = on_unmapped};
     mlad_queue_init(&session->queue, user, on_decode_ended);
+    mlad_ordered_init(session);
     enlist(sessions, session);
     mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
              MLAD_KV("pid", session->pid), MLAD_KV("client", session->client));

@@ -11,6 +11,7 @@
 #define MLAD_SESSION_H
 
 #include "link.h"
+#include "ordered.h"
 #include "scheduler.h"
 
 struct mlad_sessions {
@@ -34,6 +35,7 @@ struct mlad_session {
     struct mlad_holder holder;
     struct mlad_idmap buffers, plans;
     struct mlad_queue queue;
+    struct mlad_ordered ordered;
     uint64_t decodes, kv_tokens;
     bool draining; /* ended; freed once nothing of it runs */
 };
@@ -47,6 +49,9 @@ struct mlad_session *mlad_session_find(struct mlad_sessions *sessions, uint64_t 
 
 /* End it; `why` is for the log. */
 void mlad_session_end(struct mlad_session *session, const char *why);
+
+/* Close a session that has ended, once nothing of it runs or is mapped. Something of it has just ended. */
+void mlad_session_settle(struct mlad_session *session);
 
 /* Read nothing more from any of them: the daemon ends, and what they send next is the next daemon's to answer. */
 void mlad_sessions_deafen(struct mlad_sessions *sessions);

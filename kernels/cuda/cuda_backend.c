@@ -177,6 +177,7 @@ static void cuda_close(struct mlak_device *device)
                                    device->schedule, device->cu_q,     device->parts};
     if (device->context)
         cu->context_set(device->context);
+    cuda_ordered_close(device);
     if (device->stream)
         cu->stream_free(device->stream);
     if (device->control)
@@ -325,14 +326,20 @@ static void map_keys(const struct mlak_device *device, struct mlak_cuda_job *job
     job->box_rows = rows;
 }
 
-struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
-                              uint32_t count)
+unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates)
 {
-    struct mlak_cuda_job job = device->job;
+    unsigned most = device->split_grid / 4;
+    return device->split_grid - (gates < most ? gates : most);
+}
+
+struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
+                                 const struct mlak_batch *batch, uint32_t first, uint32_t count)
+{
+    struct mlak_cuda_job job = *room;
     job.batch = *batch;
     job.first = first;
     job.count = count;
-    job.ticket = ++device->job.ticket;
+    job.ticket = ++room->ticket;
     job.rows_per_item = mlak_cuda_rows(batch, device->most_shared, device->wgmma);
     job.abreast = mlak_cuda_abreast(batch, job.rows_per_item, job.grid);
     if (job.rows_per_item == MLAK_CUDA_M)
@@ -340,7 +347,14 @@ struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batc
     return job;
 }
 
-CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream)
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,
+                              uint32_t count)
+{
+    device->job.grid = cuda_grid_beside(device, __atomic_load_n(&device->waiting, __ATOMIC_RELAXED));
+    return cuda_job_in(device, &device->job, batch, first, count);
+}
+
+CUresult cuda_launch(const struct mlak_device *device, struct mlak_cuda_job *job, CUstream stream)
 {
     void *parameters[] = {job};
     enum mlak_cuda_types types = mlak_cuda_types_of(&job->batch);
@@ -350,7 +364,7 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, CUst
         unsigned grid, block, shared;
     } kernels[] = {
         {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
-        {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], device->split_grid,
+        {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], job->grid,
          wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS,
          wgmma  ? MLAK_CUDA_SPLIT_SHARED_WGMMA
          : wide ? MLAK_CUDA_SPLIT_SHARED_WIDE
@@ -425,7 +439,7 @@ enum mlak_code cuda_outcome(const struct mlak_device *device, const struct mlak_
                             uint32_t count, struct mlak_row *rows, struct mlak_fault *fault)
 {
     const struct mlak_cuda_result *result = device->result;
-    if (result->batch_code != MLAK_OK)
+    if (result->batch_code == MLAK_BATCH)
         return mlak_cu_q_fault(result->batch_index, result->batch_value, result->batch_before, batch->q_rows, fault);
     tell(device, batch, first, count, rows);
     return MLAK_OK;
@@ -546,6 +560,15 @@ const struct mlak_backend mlak_cuda_backend = {
     .launch_batch = cuda_launch_batch,
     .check = cuda_check,
     .lost = cuda_lost,
+    .lane_new = cuda_lane_new,
+    .lane_abandon = cuda_lane_abandon,
+    .lane_restart = cuda_lane_restart,
+    .lane_free = cuda_lane_free,
+    .order_new = cuda_order_new,
+    .order_room = cuda_order_room,
+    .order_launch = cuda_order_launch,
+    .order_poll = cuda_order_poll,
+    .order_free = cuda_order_free,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,
     .memory_copy = cuda_memory_copy,

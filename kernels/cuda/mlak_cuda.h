@@ -46,7 +46,7 @@ struct mlak_cuda_schedule {
     uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
     uint32_t merges;               /* folded rows that combine looks at: maybe split, or without a tile */
-    int32_t refused;               /* MLAK_BATCH: nothing of the launch runs */
+    int32_t refused;               /* MLAK_BATCH; MLAK_REQUESTS: cancelled before it began; nothing of it runs */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
     uint64_t cancelled;            /* the host's, by a copy: ticket of a launch that should stop as soon as may be */
@@ -71,7 +71,7 @@ struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]
 struct mlak_cuda_result {
     uint64_t done;                 /* = job.ticket once everything else is visible to the host */
     uint64_t progress;             /* changes with every MLAK_CUDA_SIGN_OF_LIFE items completed */
-    int32_t batch_code;            /* 0, or MLAK_BATCH: cu_q is wrong; then nothing ran */
+    int32_t batch_code;            /* 0, MLAK_BATCH: cu_q is wrong, or MLAK_REQUESTS: cancelled; then nothing ran */
     uint32_t batch_index;          /* of the entry at fault */
     int64_t batch_value, batch_before; /* the entry, and the one before it (0 for the first) */
 };

@@ -141,8 +141,10 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const struct mlak_batch *batch = &job.batch;
     uint32_t thread = threadIdx.x;
+    uint64_t cancelled = 0; /* before it began: looked at here, needed at the end */
     let_next_kernel_start();
     if (thread == 0) {
+        cancelled = read_once(&job.schedule->cancelled);
         shared->first_fault = UINT32_MAX;
         shared->q_scale = prepare_scale(&batch->q_scale, 1);
         shared->k_scale = prepare_scale(&batch->k_scale, 1);
@@ -192,11 +194,12 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         shared->first[thread] = request.first;
     }
     if (thread == 0) {
-        job.schedule->work = work;
+        bool runs = cancelled != job.ticket;
+        job.schedule->work = runs ? work : 0;
         job.schedule->share = share;
-        job.schedule->slots = (uint32_t)slots;
-        job.schedule->merges = (uint32_t)merges;
-        job.schedule->refused = MLAK_OK;
+        job.schedule->slots = runs ? (uint32_t)slots : 0;
+        job.schedule->merges = runs ? (uint32_t)merges : 0;
+        job.schedule->refused = runs ? MLAK_OK : MLAK_REQUESTS;
     }
     __syncthreads(); /* shared->first is there */
     if (share && thread < shares && thread * share < work) {

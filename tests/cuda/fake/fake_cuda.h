@@ -15,6 +15,7 @@
  *     no_driver_device=1      cuInit: no device    cc=MAJOR.MINOR     default 9.0
  *     smem=BYTES              opt-in shared memory
  *     memory=BYTES            of each device, counted per process; default 1 GiB
+ *     mps=1                   the process is a client of MPS, by the attribute of the device
  *     own_ipc=1               a process may open its own IPC handle */
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
@@ -55,7 +56,7 @@ enum { /* the results in use, numbers of cuda.h */
 enum { FAKE_CAPTURE_GLOBAL, FAKE_CAPTURE_THREAD_LOCAL, FAKE_CAPTURE_RELAXED };
 
 struct fake_context { int device; unsigned refs; };
-struct fake_settings { int devices, peer, no_device, major, minor, smem, own_ipc; unsigned slow; size_t memory; };
+struct fake_settings { int devices, peer, no_device, major, minor, smem, own_ipc, mps; unsigned slow; size_t memory; };
 
 struct fake_settings fake_settings(void);
 CUresult fake_enter(const char *function);          /* an injected failure, the sticky error, or FAKE_OK */

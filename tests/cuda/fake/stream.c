@@ -12,8 +12,10 @@
 bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
     __attribute__((weak));
 bool mlak_emulates(const char *kernel) __attribute__((weak));
+bool mlak_emulate_alone(const char *kernel, const void *parameter) __attribute__((weak));
+size_t mlak_emulated_alone(const char *kernel) __attribute__((weak));
 
-enum op_kind { OP_COPY, OP_SET, OP_LAUNCH, OP_CALL, OP_EVENT };
+enum op_kind { OP_COPY, OP_SET, OP_SET_WORDS, OP_LAUNCH, OP_CALL, OP_EVENT };
 struct op {
     struct op *next;
     enum op_kind kind;
@@ -39,7 +41,7 @@ struct fake_stream {
 };
 struct fake_graph { struct op *first, **last; };
 struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
-struct fake_function { struct fake_function *next; char name[128]; int shared; };
+struct fake_function { struct fake_function *next; char name[128]; int shared; size_t parameter; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the above */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
@@ -61,10 +63,14 @@ static void run_op(struct op *op)
     switch (op->kind) {
     case OP_COPY: memmove(op->to, op->from, op->n); break;
     case OP_SET: memset(op->to, op->value, op->n); break;
+    case OP_SET_WORDS:
+        for (size_t i = 0; i < op->n; i++) ((volatile int *)op->to)[i] = op->value;
+        break;
     case OP_CALL: op->call(op->to); break;
     case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
+        else if (mlak_emulate_alone(op->kernel, op->job)) break;
         else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job))
             fake_set_sticky(FAKE_LAUNCH_FAILED);
         break;
@@ -254,6 +260,10 @@ API(cuMemsetD8Async, (CUdeviceptr to, unsigned char v, size_t n, CUstream s), (t
 {
     return enqueue(s, &(struct op){.kind = OP_SET, .to = (void *)to, .value = v, .n = n});
 }
+API(cuMemsetD32Async, (CUdeviceptr to, unsigned v, size_t n, CUstream s), (to, v, n, s))
+{
+    return enqueue(s, &(struct op){.kind = OP_SET_WORDS, .to = (void *)to, .value = (int)v, .n = n});
+}
 API(cuLaunchHostFunc, (CUstream s, void (*call)(void *), void *data), (s, call, data))
 {
     return enqueue(s, &(struct op){.kind = OP_CALL, .call = call, .to = data});
@@ -303,10 +313,12 @@ API(cuModuleLoadData, (CUmodule *out, const void *image), (out, image))
 API(cuModuleUnload, (CUmodule m), (m)) { return m ? FAKE_OK : FAKE_INVALID_HANDLE; }
 API(cuModuleGetFunction, (CUfunction *out, CUmodule m, const char *name), (out, m, name))
 {
-    if (!m || strncmp(name, "mlak_", 5) || strlen(name) >= 128) return FAKE_NOT_FOUND;
-    if (!strncmp(name, "mlak_cuda_", 10) && mlak_emulates && !mlak_emulates(name)) return FAKE_NOT_FOUND;
+    size_t alone = mlak_emulated_alone ? mlak_emulated_alone(name) : 0;
+    if (!m || (strncmp(name, "mlak_", 5) && !alone) || strlen(name) >= 128) return FAKE_NOT_FOUND;
+    if (!strncmp(name, "mlak_cuda_", 10) && mlak_emulates && !mlak_emulates(name) && !alone) return FAKE_NOT_FOUND;
     CUfunction f = calloc(1, sizeof *f);
     if (!f) return FAKE_OUT_OF_MEMORY;
+    f->parameter = alone ? alone : sizeof(struct mlak_cuda_job);
     strcpy(f->name, name);
     pthread_mutex_lock(&lock);
     f->next = functions;
@@ -339,7 +351,7 @@ API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsign
     if (!f || !parameters || extra || !gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 ||
         (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
     struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = gx, .block = bx, .shared = shared};
-    memcpy(op.job, parameters[0], sizeof op.job);
+    memcpy(op.job, parameters[0], f->parameter);
     return enqueue(s, &op);
 }
 
