@@ -241,7 +241,7 @@ struct mlak_backend {
      * time per device; called from any one thread, which takes part in the work. Rows whose code is set are skipped.
      * Never reads or writes outside what the rows' extents allow, whatever client memory holds. */
     enum mlak_code (*launch)(struct mlak_device *device, struct mlak_row *rows, uint32_t count);
-    /* NULL for devices whose kernels read this process's memory; otherwise all five are there.
+    /* NULL for devices whose kernels read this process's memory; otherwise all six are there.
      * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named, or
      *   MLAK_LOST as of launch_batch, `fault` saying why. From any thread.
      * release: undo it; nothing that names the mapping runs any more.
@@ -253,7 +253,8 @@ struct mlak_backend {
      * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
      *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or
      *   MLAK_LOST.
-     * lost: a sentence why, once MLAK_LOST was returned. */
+     * lost: a sentence why, once MLAK_LOST was returned.
+     * mps: is this process a client of an MPS server? 1, 0, or -1 where the driver does not say. */
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
@@ -290,6 +291,7 @@ struct mlak_backend {
     enum mlak_code (*order_poll)(struct mlak_device *device, struct mlak_order *order, bool *ended,
                                  struct mlak_order_outcome *outcome, struct mlak_fault *fault);
     void (*order_free)(struct mlak_device *device, struct mlak_order *order);
+    int (*mps)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.
      * memory_copy: between host and device memory in any direction, done on return; MLAK_OK or MLAK_LOST.

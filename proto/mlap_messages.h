@@ -113,10 +113,22 @@
     E(M, KERNEL, "kernel", "launched to complete") \
     E(M, REPLY, "reply", "complete to completion sent")
 
+#define MLAP_ENUM_placement(E, M) \
+    E(M, SHARED_MPS, "shared_mps", "client and worker on one GPU, under one MPS server: their kernels run side by side") \
+    E(M, OWN_GPU, "own_gpu", "the client has no work on the worker's GPU: it runs on another one, or on none") \
+    E(M, SHARED_TIMESLICED, "shared_timesliced", \
+      "client and worker on one GPU, not under one MPS server: they take turns, which costs each call") \
+    E(M, HOST, "host", "the device is no GPU")
+
+#define MLAP_ENUM_order(E, M) \
+    E(M, HOST, "host", "the client waits for its own work before it submits, and for the decode after") \
+    E(M, STREAM, "stream", "the client's stream and the worker's wait for each other on the GPU")
+
 #define MLAP_ENUMS(X) \
     X(code, "Error codes") X(dtype, "Element types of q and out") X(kv_format, "Forms of a KV row") X(mask, "Masks") \
     X(lse_base, "Bases of the log-sum-exp") X(buffer_kind, "Kinds of buffer") X(access, "Access to a buffer") \
-    X(device_state, "States of a device") X(health_state, "Health") X(phase, "Phases of a decode's latency")
+    X(device_state, "States of a device") X(health_state, "Health") X(phase, "Phases of a decode's latency") \
+    X(placement, "Placements of a client") X(order, "Orders of a client's work and its decodes")
 
 /* ---- nested maps ---- */
 
@@ -221,7 +233,9 @@
     F(M, U64, dropped, _, 0, UINT64_MAX, REQ, "sessions dropped for misbehaviour") \
     F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes") \
     F(M, U64, kv_bytes, _, 0, UINT64_MAX, REQ, "KV bytes of completed decodes") \
-    F(M, LIST, latency, latency, 0, MLAP_MAX_PHASES, REQ, "one entry a phase")
+    F(M, LIST, latency, latency, 0, MLAP_MAX_PHASES, REQ, "one entry a phase") \
+    F(M, STR, mps, _, 1, 127, OPT, "the MPS control daemon's pipe directory, as the worker names it; absent: no MPS") \
+    F(M, STR, mps_log, _, 1, 127, OPT, "its log directory, where the worker's environment names one")
 
 #define MLAP_FIELDS_session(F, M) \
     F(M, U64, session, _, 1, UINT64_MAX, REQ, "id, for evict") \
@@ -235,7 +249,10 @@
     F(M, U32, plans, _, 0, MLAP_U32_MAX, REQ, "plans") \
     F(M, U32, in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes queued or running") \
     F(M, U64, decodes, _, 0, UINT64_MAX, REQ, "decodes completed") \
-    F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes")
+    F(M, U64, kv_tokens, _, 0, UINT64_MAX, REQ, "KV tokens of completed decodes") \
+    F(M, ENUM, placement, placement, 0, 0, REQ, "how its GPU work and the worker's meet") \
+    F(M, ENUM, order, order, 0, 0, REQ, "how its work and its decodes wait for each other") \
+    F(M, STR, why, _, 0, 255, REQ, "why that placement, in one sentence")
 
 /* ---- messages of the public protocol ---- */
 
@@ -243,7 +260,10 @@
     F(M, STR, client, _, 1, 63, REQ, "name of the connecting program, for status and logs") \
     F(M, STR, device, _, 1, 63, OPT, \
       "device to work on; absent: a session with the supervisor, for status and administration") \
-    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; version 1 defines none")
+    F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; version 1 defines none") \
+    F(M, STR, gpu, _, 1, 63, OPT, "UUID of the GPU on which the client works; absent: none so far, or it is not known") \
+    F(M, STR, mps, _, 1, 127, OPT, \
+      "pipe directory of the MPS control daemon that serves, or would serve, the client; absent: none")
 
 #define MLAP_FIELDS_welcome(F, M) \
     F(M, STR, daemon, _, 1, 63, REQ, "name and version of the daemon") \
@@ -254,7 +274,8 @@
     F(M, U32, max_buffers, _, 0, MLAP_U32_MAX, REQ, "buffers a user may register on this device") \
     F(M, U64, max_bytes, _, 0, UINT64_MAX, REQ, "bytes a user may register on this device") \
     F(M, U32, max_plans, _, 0, MLAP_U32_MAX, REQ, "plans a user may hold on this device") \
-    F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running on this device")
+    F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running on this device") \
+    F(M, STR, mps, _, 1, 127, OPT, "pipe directory of the MPS control daemon that serves the worker; absent: none")
 
 #define MLAP_FIELDS_ok(F, M)
 

@@ -116,6 +116,21 @@ MLA_API void mla_close(mla_client *client);
 /* The device's name, valid until mla_close. */
 MLA_API const char *mla_device(const mla_client *client);
 
+/* How the GPU work of this process and the worker's meet; mlad-placements(7) says what each costs. */
+typedef enum mla_placement {
+    MLA_PLACEMENT_SHARED_MPS = 0,       /* on one GPU under one MPS server: side by side */
+    MLA_PLACEMENT_OWN_GPU = 1,          /* this process works on another GPU than the worker, or on none */
+    MLA_PLACEMENT_SHARED_TIMESLICED = 2, /* on one GPU without that: in turns, some 300 us a call */
+    MLA_PLACEMENT_HOST = 3              /* the device is no GPU */
+} mla_placement;
+
+#define MLA_WHY 256
+
+/* The placement, and in `why` (NULL allowed) one sentence why. It is known from the GPU context that was current in the
+ * thread of mla_connect, else from the GPU memory that was registered since; so ask once buffers are made. While the
+ * daemon is away: that of the last session. */
+MLA_API mla_placement mla_client_placement(mla_client *client, char why[MLA_WHY]);
+
 /* ---- buffers: memory shared with the daemon ---- */
 
 typedef struct mla_buffer mla_buffer;

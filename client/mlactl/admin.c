@@ -10,6 +10,9 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Session lists come in pieces; no daemon has a million sessions, a broken one might say so for ever. */
+enum { MAX_SESSION_PAGES = 16384 };
+
 struct admin {
     int socket;
     int timeout_ms;
@@ -187,4 +190,24 @@ const struct mlap_device *admin_find(const struct mlap_status_reply *status, con
         if (strcmp(status->devices[i].name, device) == 0)
             return &status->devices[i];
     return NULL;
+}
+
+int admin_sessions(struct admin *admin, const char *device, session_sink *sink, void *to, struct ctl_fault *fault)
+{
+    struct mlap_sessions ask = {0};
+    snprintf(ask.device, sizeof ask.device, "%s", device);
+    mlap_set(&ask, sessions, after);
+    for (unsigned page = 0; page < MAX_SESSION_PAGES; page++) {
+        const union mlap_body *reply;
+        int code = admin_ask(admin, MLAP_SESSIONS, &ask, MLAP_SESSIONS_REPLY, &reply, fault);
+        if (code)
+            return code;
+        const struct mlap_sessions_reply *part = &reply->sessions_reply_;
+        for (unsigned i = 0; i < part->n_sessions; i++)
+            sink(to, device, &part->sessions[i]);
+        if (!part->more || !part->n_sessions)
+            break;
+        ask.after = part->sessions[part->n_sessions - 1].session;
+    }
+    return CTL_OK;
 }

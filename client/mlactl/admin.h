@@ -30,6 +30,10 @@ int admin_status(struct admin *admin, struct mlap_status_reply **status, struct 
 /* The entry of `device` in a status, NULL if it is not served. */
 const struct mlap_device *admin_find(const struct mlap_status_reply *status, const char *device);
 
+/* Hand every session of the device that this user may see to `sink`, by ascending id. */
+typedef void session_sink(void *to, const char *device, const struct mlap_session *session);
+int admin_sessions(struct admin *admin, const char *device, session_sink *sink, void *to, struct ctl_fault *fault);
+
 static inline void admin_freep(struct admin **admin) { admin_free(*admin); }
 #define admin_auto __attribute__((cleanup(admin_freep)))
 

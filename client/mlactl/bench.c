@@ -1,4 +1,4 @@
-/* bench.c - `mlactl bench`: three questions, each answered by two things measured in turn in one run.
+/* bench.c - `mlactl bench` and its subcommands; the plain one: three questions, each answered by two things measured in turn in one run.
  *
  *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
  *   what does the daemon cost a large decode?                   daemon : direct, slice by slice
@@ -23,7 +23,6 @@ enum {
     MIN_ROUNDS = 5,
     MAX_ROUNDS = 1000,
     MAX_LAUNCHES = 4096,
-    MAX_COPIES = 16,
     ROUND_TRIPS = 20000,
     BURST = 100
 };
@@ -47,113 +46,9 @@ struct bench {
     struct round_trip_result round_trip;
 };
 
-/* ---- batches ---- */
-
-static uint64_t next_random(uint64_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    return *state;
-}
-
-/* Random bf16 of magnitude 0.5 to 2 and either sign. */
-static void fill_bf16(uint16_t *to, uint64_t count, uint64_t *state)
-{
-    for (uint64_t i = 0; i < count; i++)
-        to[i] = (uint16_t)((next_random(state) & 0x80ff) | 0x3f00);
-}
-
-static struct capture *make_batch(uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys)
-{
-    capture_auto struct capture *capture = capture_new();
-    if (!capture)
-        return NULL;
-    mla_batch *batch = &capture->batch;
-    batch->batch = requests, batch->heads = heads, batch->q_rows = (uint64_t)requests * q_len;
-    batch->page_size = BENCH_PAGE;
-    batch->max_pages = (keys + BENCH_PAGE - 1) / BENCH_PAGE;
-    batch->pages = requests * batch->max_pages;
-    batch->softmax_scale = 1 / 24.0;
-    uint16_t *q = capture_add(capture, CAPTURE_Q), *kv = capture_add(capture, CAPTURE_KV);
-    int32_t *table = capture_add(capture, CAPTURE_BLOCK_TABLE), *seqlens = capture_add(capture, CAPTURE_SEQLENS);
-    if (!q || !kv || !table || !seqlens)
-        return NULL;
-    uint64_t state = 88172645463325252u;
-    fill_bf16(q, batch->q_rows * heads * D, &state);
-    fill_bf16(kv, (uint64_t)batch->pages * BENCH_PAGE * D, &state);
-    for (uint32_t i = 0; i < batch->pages; i++) { /* shuffled */
-        uint32_t other = (uint32_t)(next_random(&state) % (i + 1));
-        table[i] = table[other];
-        table[other] = (int32_t)i;
-    }
-    for (uint32_t b = 0; b < requests; b++)
-        seqlens[b] = (int32_t)keys;
-    struct capture *made = capture;
-    capture = NULL;
-    return made;
-}
-
-static int bind_batch(struct bench *bench, uint32_t requests, uint32_t heads, uint32_t q_len, uint32_t keys,
-                      struct run **run)
-{
-    capture_auto struct capture *capture = make_batch(requests, heads, q_len, keys);
-    mla_error error = {.message = "out of memory"};
-    if (!capture || run_new(bench->client, capture, &(struct run_layout){0}, run, &error))
-        return ctl_error(bench->ctl, run_exit_code(error.code), "%s", error.message);
-    return CTL_OK;
-}
-
-static int decode_once(struct bench *bench, struct run *run, double *wall_ns)
-{
-    mla_error error;
-    uint64_t from = bench_now_ns();
-    mla_status status = mla_decode(bench->client, run->plan, bench->ctl->timeout_ms, NULL, &error);
-    *wall_ns = (double)(bench_now_ns() - from);
-    if (status != MLA_OK)
-        return ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
-    return CTL_OK;
-}
-
-static int submit(struct bench *bench, struct run *run, mla_ticket *ticket)
-{
-    mla_error error;
-    mla_status status = mla_submit(bench->client, run->plan, ticket, &error);
-    return status == MLA_OK ? CTL_OK : ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
-}
-
-static int collect(struct bench *bench, mla_ticket ticket)
-{
-    mla_error error;
-    mla_status status = mla_wait(bench->client, ticket, bench->ctl->timeout_ms, NULL, &error);
-    return status == MLA_OK ? CTL_OK : ctl_error(bench->ctl, run_exit_code(status), "%s", error.message);
-}
-
 /* ---- measurements ---- */
 
-static int compare(const void *a, const void *b)
-{
-    double left = *(const double *)a, right = *(const double *)b;
-    return (left > right) - (left < right);
-}
-
-static double percentile(double *values, unsigned count, double share)
-{
-    qsort(values, count, sizeof *values, compare);
-    unsigned index = (unsigned)(share * count);
-    return values[index < count ? index : count - 1];
-}
-
-struct copies { struct run *runs[MAX_COPIES]; unsigned count, next; };
-
-/* As many as exceed the last-level cache twice; smaller batches than the default ones may need more than we make. */
-static unsigned copies_needed(const struct bench *bench)
-{
-    const double kv_bytes = (double)bench->batch * bench->keys * D * 2;
-    double cache = gpu_named(bench->device) ? 128 << 20 /* no GPU served has more L2 */
-                                            : fmin(fmax((double)sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20), 256 << 20);
-    return kv_bytes >= 2 * cache ? 1 : (unsigned)fmin(2 * cache / kv_bytes + 1, MAX_COPIES);
-}
+struct copies { struct run *runs[BENCH_COPIES]; unsigned count, next; };
 
 static struct run *next_copy(struct copies *copies) { return copies->runs[copies->next++ % copies->count]; }
 
@@ -168,20 +63,20 @@ static int run_in_flight(struct bench *bench, struct copies *copies, double *sam
 {
     mla_ticket running, waiting;
     unsigned count = 0;
-    int code = submit(bench, next_copy(copies), &running);
-    code = code ? code : submit(bench, next_copy(copies), &waiting);
-    code = code ? code : collect(bench, running); /* warm */
+    int code = bench_submit(bench->ctl, next_copy(copies), &running);
+    code = code ? code : bench_submit(bench->ctl, next_copy(copies), &waiting);
+    code = code ? code : bench_collect(bench->ctl, bench->client, running, NULL); /* warm */
     double from = (double)bench_now_ns(), end = from + bench->slice_s * 1e9;
     while (!code && slice_goes_on(count, end)) {
         running = waiting;
-        code = submit(bench, next_copy(copies), &waiting);
-        code = code ? code : collect(bench, running);
+        code = bench_submit(bench->ctl, next_copy(copies), &waiting);
+        code = code ? code : bench_collect(bench->ctl, bench->client, running, NULL);
         double now = (double)bench_now_ns();
         samples[count++] = now - from;
         from = now;
     }
-    code = code ? code : collect(bench, waiting);
-    *median_ns = code ? 0 : percentile(samples, count, 0.5);
+    code = code ? code : bench_collect(bench->ctl, bench->client, waiting, NULL);
+    *median_ns = code ? 0 : bench_percentile(samples, count, 0.5);
     return code;
 }
 
@@ -191,8 +86,8 @@ static int run_alone(struct bench *bench, struct copies *copies, double *samples
     unsigned count = 0;
     int code = CTL_OK;
     for (double end = (double)bench_now_ns() + bench->slice_s * 1e9; !code && slice_goes_on(count, end); count++)
-        code = decode_once(bench, next_copy(copies), &samples[count]);
-    *median_ns = code ? 0 : percentile(samples, count, 0.5);
+        code = bench_decode(bench->ctl, next_copy(copies), &samples[count], NULL);
+    *median_ns = code ? 0 : bench_percentile(samples, count, 0.5);
     return code;
 }
 
@@ -218,10 +113,10 @@ static int run_rounds(struct bench *bench, struct direct *direct, struct copies 
         rounds++;
     }
     result->rounds = rounds;
-    result->direct_ns = percentile(direct_ns, rounds, 0.5);
-    result->daemon_ns = percentile(daemon_ns, rounds, 0.5);
-    result->alone_ns = percentile(alone_ns, rounds, 0.5);
-    result->ratio = percentile(ratio, rounds, 0.5);
+    result->direct_ns = bench_percentile(direct_ns, rounds, 0.5);
+    result->daemon_ns = bench_percentile(daemon_ns, rounds, 0.5);
+    result->alone_ns = bench_percentile(alone_ns, rounds, 0.5);
+    result->ratio = bench_percentile(ratio, rounds, 0.5);
     return CTL_OK;
 }
 
@@ -234,14 +129,15 @@ static void note_rates(struct direct_rates *best, const struct direct_rates *rat
 
 static int measure_shape(struct bench *bench, unsigned q_len, double seconds, struct shape_result *result)
 {
-    struct copies copies = {.count = copies_needed(bench)};
+    const struct bench_batch batch = {bench->batch, BENCH_HEADS, q_len, bench->keys};
+    struct copies copies = {.count = bench_copies(bench->device, &batch)};
     const struct bench_shape shape = {bench->batch, bench->keys, q_len, copies.count};
     struct direct *direct = NULL;
     struct ctl_fault fault;
     int code = CTL_OK;
     progress("measuring q_len %u", q_len);
     for (unsigned i = 0; i < copies.count && !code; i++)
-        code = bind_batch(bench, bench->batch, BENCH_HEADS, q_len, bench->keys, &copies.runs[i]);
+        code = bench_bind(bench->ctl, bench->client, &batch, &copies.runs[i]);
     if (!code && direct_new(bench->device, bench->variant, bench->threads, &shape, &direct, &fault))
         code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
     if (!code) {
@@ -263,14 +159,14 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     if (!samples)
         return ctl_error(bench->ctl, CTL_FAILED, "out of memory");
     progress("measuring the round trip");
-    int code = bind_batch(bench, 1, 1, 1, 1, &run);
+    int code = bench_bind(bench->ctl, bench->client, &(struct bench_batch){1, 1, 1, 1}, &run);
     if (!code)
-        code = decode_once(bench, run, &decode[0]); /* warm */
+        code = bench_decode(bench->ctl, run, &decode[0], NULL); /* warm */
     double end = (double)bench_now_ns() + seconds * 1e9;
     unsigned count = 0;
     while (!code && count + BURST <= ROUND_TRIPS && (count == 0 || (double)bench_now_ns() < end)) {
         for (unsigned i = 0; i < BURST && !code; i++)
-            code = decode_once(bench, run, &decode[count + i]);
+            code = bench_decode(bench->ctl, run, &decode[count + i], NULL);
         for (unsigned i = 0; i < BURST && !code; i++)
             if (pingpong_once(bench->pingpong, &raw[count + i], &fault))
                 code = ctl_error(bench->ctl, CTL_FAILED, "%s", fault.text);
@@ -278,8 +174,8 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     }
     if (code)
         return code;
-    *result = (struct round_trip_result){percentile(decode, count, 0.5), percentile(decode, count, 0.99),
-                                         percentile(raw, count, 0.5), percentile(raw, count, 0.99), count};
+    *result = (struct round_trip_result){bench_percentile(decode, count, 0.5), bench_percentile(decode, count, 0.99),
+                                         bench_percentile(raw, count, 0.5), bench_percentile(raw, count, 0.99), count};
     return CTL_OK;
 }
 
@@ -493,7 +389,7 @@ static int measure_all(struct bench *bench, double seconds)
     return code;
 }
 
-int ctl_bench(const struct ctl *ctl)
+static int bench_device(const struct ctl *ctl)
 {
     uint64_t seconds = 10, batch = 0, keys = 0;
     if (ctl_number(ctl, "--seconds", 1, 3600, &seconds) || ctl_number(ctl, "--batch", 1, 1024, &batch) ||
@@ -512,4 +408,25 @@ int ctl_bench(const struct ctl *ctl)
     else if (!code)
         report_text(&bench);
     return code;
+}
+
+/* ---- the subcommands ---- */
+
+int ctl_bench(const struct ctl *ctl)
+{
+    static const struct { const char *name, *options; int (*run)(const struct ctl *ctl); } kinds[] = {
+        {"device", "--device --batch --kv-len --seconds", bench_device},
+        {"tenants", "--device --batch --kv-len --heads --q-len --tenants --seconds", bench_tenants},
+        {"latency", "--device --seconds", bench_latency},
+        {"step", "--device --batch --kv-len --heads --q-len --layers --seconds", bench_step}};
+    const char *name = ctl->arguments[0] ? ctl->arguments[0] : "device";
+    for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        if (strcmp(kinds[i].name, name) != 0)
+            continue;
+        for (const struct ctl_option *option = ctl->command->options; option->name; option++)
+            if (ctl_value(ctl, option->name) && !strstr(kinds[i].options, option->name))
+                return ctl_error(ctl, CTL_USAGE, "bench %s takes no %s, only %s", name, option->name, kinds[i].options);
+        return kinds[i].run(ctl);
+    }
+    return ctl_error(ctl, CTL_USAGE, "bench %s: there are device (the default), tenants, latency and step", name);
 }

@@ -9,9 +9,10 @@
 #include <stdio.h>
 #include <string.h>
 
-#define DEFAULT_SOCKET "/run/mlad/mlad.sock"
 #define DEVICE_OPTION                                                                                                  \
     {"--device", "NAME", "the device to use; default: $MLAD_DEVICE, else the first that is not reference", 0}
+
+#define DEVICE_ONLY {"--device", "NAME", "this device only", 0}
 
 static const struct ctl_command commands[] = {
     {"status", "", 0, 0, 5, ctl_status, "Show the daemon, its devices, their work and what runs where",
@@ -19,7 +20,7 @@ static const struct ctl_command commands[] = {
      "decode; the capability table, grouped.",
      {{"--capabilities", NULL, "every row of the capability table", 0},
       {"--sessions", NULL, "the open sessions too; those of others only for admin users", 0},
-      {"--device", "NAME", "this device only", 0}}},
+      DEVICE_ONLY}},
     {"health", "", 0, 0, 5, ctl_health, "Say in one line whether the daemon is well",
      "Exits with 0 ok, 1 degraded, 2 failed, 3 not running, 4 timed out.",
      {{"--deep", NULL, "decode a batch with a known answer on every device; on reference only if it is alone", 0}}},
@@ -38,14 +39,38 @@ static const struct ctl_command commands[] = {
       {"--save", "DIRECTORY", "where a failing batch is written; default: the current directory", 0}}},
     {"metrics", "", 0, 0, 5, ctl_metrics, "Print the daemon's figures as OpenMetrics text",
      "For a Prometheus textfile or exec collector.", {{0}}},
-    {"bench", "", 0, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
+    {"bench", "[device|tenants|latency|step]", 1, 0, 60, ctl_bench, "Measure a device's speed and the daemon's cost",
      "The cpu backend or a GPU's called directly and through the daemon in turn, cpu's beside the ceilings of this "
      "machine, and the round trip of a one-key decode next to a raw socket ping-pong. A GPU's direct calls are timed "
-     "by its own events, and what it decodes lies in its memory. Needs the machine to itself.",
+     "by its own events, and what it decodes lies in its memory. Needs the machine to itself. `bench tenants`: "
+     "processes with a small batch each, one of them alone and all at once in turn. `bench latency`: percentiles of a "
+     "one-key decode. `bench step`: a model's layers one behind the other, and what each costs beyond its kernels.",
      {DEVICE_OPTION,
-      {"--batch", "N", "requests of a decode; default: 8, on a GPU 64", 0},
+      {"--batch", "N", "requests of a decode; default: 8, on a GPU 64; of tenants and step 1", 0},
       {"--kv-len", "N", "keys of a request; default 4096", 0},
+      {"--heads", "N", "query heads, of tenants and step; default 16", 0},
+      {"--q-len", "N", "query tokens of a request, of tenants and step; default 4, of step 1", 0},
+      {"--tenants", "N", "processes, of tenants; default 8", 0},
+      {"--layers", "N", "decodes of a step; default 61", 0},
       {"--seconds", "N", "measure for about so long; default 10", 0}}},
+    {"top", "", 0, 0, 5, ctl_top, "Watch the daemon at work: rates of each device and client, live",
+     "Decodes and KV tokens a second since the last look, what waits and runs, percentiles of each phase since the "
+     "worker's start. Ends with q or ctrl-c, and goes on when the daemon is started again. Not on a terminal, looks "
+     "follow one another; with --json each is a line.",
+     {{"--interval", "SECONDS", "between two looks; default 2", 0},
+      {"--once", NULL, "one look over one interval, then end; fails if no daemon answers", 0},
+      DEVICE_ONLY}},
+    {"doctor", "", 0, 0, 5, ctl_doctor, "Look at this machine and say how to get a better placement",
+     "The socket, the daemon, its devices, MPS and this process's limits; each finding is ok, warn or fail, with what "
+     "to do about it. Exits with 0 if nothing failed, warnings or not, else with 1; 3 if the daemon is not running.",
+     {DEVICE_ONLY}},
+    {"run", "COMMAND [argument ...]", CTL_WORDS, 1, 5, ctl_engine,
+     "Start a program under the MPS of the daemon's worker",
+     "Sets CUDA_MPS_PIPE_DIRECTORY and CUDA_MPS_LOG_DIRECTORY as the worker has them, MLAD_SOCKET and MLAD_DEVICE as "
+     "given here, and becomes COMMAND. Options of mlactl come before COMMAND. Refuses where the worker is not under "
+     "MPS.",
+     {DEVICE_ONLY,
+      {"--without-mps", NULL, "start it all the same, without MPS, where the worker has none", 0}}},
     {"drain", "DEVICE", 1, 1, 60, ctl_drain, "Let a device finish what it has and take nothing new (admin users)",
      "Returns once nothing is in flight. New decodes are refused until `drain DEVICE --resume`.",
      {{"--resume", NULL, "end the drain", 0}}},
@@ -56,7 +81,7 @@ static const struct ctl_command commands[] = {
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 static const struct ctl_option global_options[] = {
-    {"--socket", "PATH", "the daemon's socket; default: $MLAD_SOCKET, else " DEFAULT_SOCKET, 0},
+    {"--socket", "PATH", "the daemon's socket; default: $MLAD_SOCKET, else " CTL_SOCKET, 0},
     {"--timeout", "SECONDS", "give up after so long", 0},
     {"--json", NULL, "print JSON", 0},
     {"--quiet", NULL, "no progress lines", 'q'},
@@ -136,8 +161,9 @@ static void print_wrapped(const char *text)
 static void print_help(const struct ctl_command *command)
 {
     if (command) {
-        printf("Usage: mlactl %s%s%s [options]\n\n%s.\n", command->name, *command->arguments ? " " : "",
-               command->arguments, command->summary);
+        bool last = command->n_arguments == CTL_WORDS;
+        printf("Usage: mlactl %s%s%s%s%s\n\n%s.\n", command->name, last ? " [options]" : "",
+               *command->arguments ? " " : "", command->arguments, last ? "" : " [options]", command->summary);
         if (*command->details)
             print_wrapped(command->details);
         printf("\nOptions:\n");
@@ -241,6 +267,11 @@ static int parse_and_run(int argc, char **argv)
                 return ctl_error(&ctl, CTL_USAGE, "no command %s; did you mean %s?", word, near);
             if (!ctl.command)
                 return ctl_error(&ctl, CTL_USAGE, "no command %s; `mlactl help` lists them", word);
+        } else if (ctl.command->n_arguments == CTL_WORDS) {
+            ctl.words = argv + i;
+            ctl.json = globals[GLOBAL_JSON] != NULL; /* one behind COMMAND is COMMAND's */
+            n_arguments = CTL_WORDS;
+            break;
         } else if (n_arguments < ctl.command->n_arguments) {
             ctl.arguments[n_arguments++] = word;
         } else {
@@ -259,7 +290,7 @@ static int parse_and_run(int argc, char **argv)
     const char *from_environment = getenv("MLAD_SOCKET");
     ctl.socket = globals[GLOBAL_SOCKET] ? globals[GLOBAL_SOCKET]
                  : from_environment && *from_environment ? from_environment
-                                                         : DEFAULT_SOCKET;
+                                                         : CTL_SOCKET;
     ctl.quiet = globals[GLOBAL_QUIET] != NULL;
     int code = parse_timeout(&ctl, globals[GLOBAL_TIMEOUT]);
     if (code)

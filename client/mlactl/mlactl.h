@@ -20,7 +20,9 @@ enum ctl_exit {
     CTL_USAGE = 64
 };
 
-enum { CTL_MAX_OPTIONS = 6, CTL_MAX_ARGUMENTS = 2 };
+enum { CTL_MAX_OPTIONS = 8, CTL_MAX_ARGUMENTS = 2 };
+
+enum { CTL_WORDS = 1000 };
 
 /* A parsed command line. Strings belong to argv or the environment. */
 struct ctl {
@@ -29,6 +31,7 @@ struct ctl {
     int timeout_ms;                             /* --timeout, else the command's own */
     bool json, quiet;
     const char *arguments[CTL_MAX_ARGUMENTS];   /* NULL where not given */
+    char **words;                               /* of a command that takes a command: argv from its name on */
     const char *values[CTL_MAX_OPTIONS];        /* of command->options: NULL not given, "" a flag */
 };
 
@@ -42,7 +45,7 @@ struct ctl_option {
 struct ctl_command {
     const char *name;
     const char *arguments;      /* as help shows them: "DEVICE SESSION", "" */
-    unsigned n_arguments, n_required;
+    unsigned n_arguments, n_required;           /* CTL_WORDS: another command, with whatever follows it */
     int timeout_s;              /* default of --timeout */
     int (*run)(const struct ctl *ctl);
     const char *summary;        /* one line */
@@ -52,6 +55,9 @@ struct ctl_command {
 
 /* The value of the command's option `name` ("--seconds"): NULL if not given. */
 const char *ctl_value(const struct ctl *ctl, const char *name);
+/* Its --socket where none is given. */
+#define CTL_SOCKET "/run/mlad/mlad.sock"
+
 /* A whole number within [min, max] from option `name` into *value, untouched if not given; CTL_USAGE after complaining.
  */
 int ctl_number(const struct ctl *ctl, const char *name, uint64_t min, uint64_t max, uint64_t *value);
@@ -73,6 +79,9 @@ int ctl_bench(const struct ctl *ctl);
 int ctl_drain(const struct ctl *ctl);
 int ctl_evict(const struct ctl *ctl);
 int ctl_version(const struct ctl *ctl);
+int ctl_doctor(const struct ctl *ctl);
+int ctl_engine(const struct ctl *ctl);
+int ctl_top(const struct ctl *ctl);
 
 static inline void ctl_free(void *pointer) { free(*(void **)pointer); }
 #define ctl_autofree __attribute__((cleanup(ctl_free)))

@@ -6,9 +6,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Session lists come in pieces; no daemon has a million sessions, a broken one might say so for ever. */
-enum { MAX_SESSION_PAGES = 16384 };
-
 struct view {
     const struct ctl *ctl;
     struct admin *admin;
@@ -63,6 +60,8 @@ static void print_devices(const struct view *view)
         const struct mlap_device *d = &view->status->devices[i];
         if (shown(view, d) && *d->reason)
             output_print(state_style(d->state), "  %s: %s\n", d->name, d->reason);
+        if (shown(view, d) && mlap_has(d, device, mps))
+            printf("  %s: under the MPS of %s\n", d->name, d->mps);
     }
 }
 
@@ -199,32 +198,30 @@ static void print_capabilities(const struct view *view)
 
 /* ---- sessions ---- */
 
-typedef void session_sink(void *to, const char *device, const struct mlap_session *session);
+struct session_view {
+    struct table *table;
+    cJSON *reasons; /* lines to print below it */
+};
 
-static int for_each_session(const struct view *view, const char *device, session_sink *sink, void *to,
-                            struct ctl_fault *fault)
+static enum output_style placement_style(enum mlap_placement placement)
 {
-    struct mlap_sessions ask = {0};
-    snprintf(ask.device, sizeof ask.device, "%s", device);
-    mlap_set(&ask, sessions, after);
-    for (unsigned page = 0; page < MAX_SESSION_PAGES; page++) {
-        const union mlap_body *reply;
-        int code = admin_ask(view->admin, MLAP_SESSIONS, &ask, MLAP_SESSIONS_REPLY, &reply, fault);
-        if (code)
-            return code;
-        const struct mlap_sessions_reply *part = &reply->sessions_reply_;
-        for (unsigned i = 0; i < part->n_sessions; i++)
-            sink(to, device, &part->sessions[i]);
-        if (!part->more || !part->n_sessions)
-            break;
-        ask.after = part->sessions[part->n_sessions - 1].session;
-    }
-    return CTL_OK;
+    return placement == MLAP_placement_SHARED_TIMESLICED ? WARN : PLAIN;
+}
+
+static void note_reason(struct session_view *view, const struct mlap_session *s)
+{
+    char line[320];
+    if (s->placement == MLAP_placement_HOST)
+        return; /* says it all */
+    snprintf(line, sizeof line, "  session %llu is %s: %s", (unsigned long long)s->session,
+             mlap_placement_text(s->placement), s->why);
+    cJSON_AddItemToArray(view->reasons, cJSON_CreateString(line));
 }
 
 static void session_cells(void *to, const char *device, const struct mlap_session *s)
 {
-    struct table *table = to;
+    struct table *table = ((struct session_view *)to)->table;
+    note_reason(to, s);
     table_cell(table, BOLD, "%s", device);
     table_cell(table, PLAIN, "%llu", (unsigned long long)s->session);
     table_cell(table, s->draining ? WARN : PLAIN, "%s%s", printable(s->client).s, s->draining ? " (ending)" : "");
@@ -237,20 +234,28 @@ static void session_cells(void *to, const char *device, const struct mlap_sessio
     table_cell(table, PLAIN, "%u", s->in_flight);
     table_cell(table, PLAIN, "%s", human_count(s->decodes).s);
     table_cell(table, PLAIN, "%s", human_count(s->kv_tokens).s);
+    table_cell(table, placement_style(s->placement), "%s", mlap_placement_text(s->placement));
+    table_cell(table, PLAIN, "%s", mlap_order_text(s->order));
 }
 
 static void print_sessions(const struct view *view)
 {
-    struct table *table =
-        table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS");
+    struct session_view sessions = {
+        table_new("SESSIONS|>ID|CLIENT|>UID|>PID|AGE|>BUFFERS|>BYTES|>PLANS|>IN FLIGHT|>DECODES|>KV TOKENS|PLACEMENT|"
+                  "ORDER"),
+        cJSON_CreateArray()};
     for (unsigned i = 0; i < view->status->n_devices; i++) {
         struct ctl_fault fault;
         const struct mlap_device *d = &view->status->devices[i];
-        if (shown(view, d) && for_each_session(view, d->name, session_cells, table, &fault))
+        if (shown(view, d) && admin_sessions(view->admin, d->name, session_cells, &sessions, &fault))
             output_print(WARN, "  %s: %s\n", d->name, fault.text);
     }
     putchar('\n');
-    table_print(table);
+    table_print(sessions.table);
+    const cJSON *reason;
+    cJSON_ArrayForEach(reason, sessions.reasons)
+        puts(reason->valuestring);
+    cJSON_Delete(sessions.reasons);
 }
 
 /* ---- JSON ---- */
@@ -281,7 +286,8 @@ static void print_json(const struct view *view)
                 cJSON_AddItemToArray(rows, wire_json_capability(&reply->capabilities_reply_.rows[j]));
         }
         if (ctl_value(view->ctl, "--sessions") &&
-            for_each_session(view, d->name, session_to_json, cJSON_AddArrayToObject(object, "session_list"), &fault))
+            admin_sessions(view->admin, d->name, session_to_json, cJSON_AddArrayToObject(object, "session_list"),
+                           &fault))
             cJSON_AddStringToObject(object, "session_error", fault.text);
     }
     output_json(root);

@@ -1,7 +1,9 @@
 /* wire_json.c - one printer for each message, expanded from its field list. */
 #include "wire_json.h"
 
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 void wire_json_add(cJSON *object, const char *name, uint64_t value)
 {
@@ -40,3 +42,18 @@ DEFINE(, session)
 DEFINE(, capability)
 DEFINE(, status_reply)
 DEFINE(, health_reply)
+
+static double number(const cJSON *object, const char *name)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, name);
+    return item && item->valuestring ? strtod(item->valuestring, NULL) : NAN;
+}
+
+double wire_json_per_launch(const struct mlap_device *now, const struct mlap_device *then, const char *what)
+{
+    cJSON *to = wire_json_device(now), *from = wire_json_device(then);
+    double launches = number(to, "launches") - number(from, "launches"), grown = number(to, what) - number(from, what);
+    cJSON_Delete(to);
+    cJSON_Delete(from);
+    return launches > 0 ? grown / launches : NAN;
+}

@@ -14,6 +14,10 @@ cJSON *wire_json_capability(const struct mlap_capability *capability);
 cJSON *wire_json_status_reply(const struct mlap_status_reply *status);
 cJSON *wire_json_health_reply(const struct mlap_health_reply *health);
 
+/* How much the counter `what` grew for each launch between two states of a worker. Both are read by their names on the
+ * wire, because a device need not count them: then it is NaN, as it is where nothing was launched. */
+double wire_json_per_launch(const struct mlap_device *now, const struct mlap_device *then, const char *what);
+
 /* Add a 64-bit number with all its digits (a cJSON number is a double). */
 void wire_json_add(cJSON *object, const char *name, uint64_t value);
 

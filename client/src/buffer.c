@@ -100,6 +100,8 @@ static mla_status publish(mla_client *client, mla_buffer *buffer, const struct m
 {
     mlac_lock(client);
     mla_status status = start_register(client, buffer, exported, error);
+    if (status == MLA_OK && exported)
+        mlac_placement_memory(client, exported->gpu);
     mlac_unlock(client);
     if (status == MLA_OK)
         *out = buffer;

@@ -35,7 +35,7 @@ static mla_status take_text(char *to, size_t size, const char *text, const char 
 static mla_status check_utf8(const mla_client *client, mla_error *error)
 {
     struct mlap_hello hello;
-    uint8_t bytes[256];
+    uint8_t bytes[512];
     mlac_hello(client, &hello);
     if (mlap_encode(bytes, sizeof bytes, MLAP_HELLO, 1, &hello) > 0)
         return MLA_OK;
@@ -104,6 +104,7 @@ MLA_API mla_status mla_connect(mla_client **client_out, const mla_options *optio
 
     mla_status status = configure(client, options ? options : &defaults, error);
     if (status == MLA_OK) {
+        mlac_placement_look(client);
         mlac_lock(client);
         status = greet(client, error);
         mlac_unlock(client);

@@ -17,6 +17,7 @@ enum {
     ATTRIBUTE_DEVICE_ORDINAL = 9,
     ATTRIBUTE_IS_LEGACY_IPC_CAPABLE = 10,
     ATTRIBUTE_MEMPOOL_HANDLE = 17,
+    DEVICE_MPS_ENABLED = 133,
     MEMORY_TYPE_DEVICE = 2,
     HANDLE_TYPE_POSIX_FD = 1,
     STREAM_NON_BLOCKING = 1,
@@ -47,6 +48,8 @@ _Static_assert(sizeof(struct properties) == 32, "the driver's");
     D(error_text, cuGetErrorString, (int, const char **))                                                              \
     D(device_get, cuDeviceGet, (int *, int))                                                                           \
     D(device_uuid, cuDeviceGetUuid_v2, (struct uuid *, int))                                                           \
+    D(device_attribute, cuDeviceGetAttribute, (int *, int, int))                                                       \
+    D(context_device, cuCtxGetDevice, (int *))                                                                         \
     D(attribute, cuPointerGetAttribute, (void *, int, uint64_t))                                                       \
     D(range, cuMemGetAddressRange_v2, (uint64_t *, size_t *, uint64_t))                                                \
     D(export, cuIpcGetMemHandle, (struct ipc_handle *, uint64_t))                                                      \
@@ -124,22 +127,45 @@ static uint64_t attribute(int which, uint64_t pointer)
     return driver.attribute(&value, which, pointer) == 0 ? value : 0;
 }
 
-static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
+static int name_device(int device, char name[64])
 {
     struct uuid uuid;
+    int code = driver.device_uuid(&uuid, device);
+    if (code != 0)
+        return code;
+    int length = snprintf(name, 64, "GPU-");
+    for (int i = 0; i < 16; i++)
+        length += snprintf(name + length, (size_t)(64 - length), "%s%02x",
+                           i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", uuid.bytes[i]);
+    return 0;
+}
+
+static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
+{
     int device = 0, ordinal = -1;
     int code = driver.attribute(&ordinal, ATTRIBUTE_DEVICE_ORDINAL, pointer);
     if (code == 0)
         code = driver.device_get(&device, ordinal);
     if (code == 0)
-        code = driver.device_uuid(&uuid, device);
-    if (code != 0)
-        return driver_fail(error, "pointer", "cuDeviceGetUuid", code);
-    int length = snprintf(name, 64, "GPU-");
-    for (int i = 0; i < 16; i++)
-        length += snprintf(name + length, (size_t)(64 - length), "%s%02x",
-                           i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", uuid.bytes[i]);
-    return MLA_OK;
+        code = name_device(device, name);
+    return code == 0 ? MLA_OK : driver_fail(error, "pointer", "cuDeviceGetUuid", code);
+}
+
+bool mlac_cuda_current(char gpu[64], int *mps)
+{
+    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), *context = NULL;
+    if (!library)
+        return false;
+    int (*current)(void **);
+    *(void **)(void *)&current = dlsym(library, "cuCtxGetCurrent");
+    bool found = current && current(&context) == 0 && context; /* it fails where nobody has called cuInit */
+    dlclose(library);
+    int device;
+    if (!found || need_driver(NULL) != MLA_OK || driver.context_device(&device) != 0 || name_device(device, gpu) != 0)
+        return false;
+    int enabled;
+    *mps = driver.device_attribute(&enabled, DEVICE_MPS_ENABLED, device) == 0 ? enabled != 0 : -1;
+    return true;
 }
 
 /* ---- cuMemAlloc ---- */

@@ -5,6 +5,8 @@
 
 #include "mla.h"
 
+#include <stdbool.h>
+
 /* VMM memory (cuMemCreate): `count` allocations of `bytes` each, end to end from `start`. count 0: it is none. */
 struct mlac_vmm {
     uint64_t start, bytes;
@@ -25,6 +27,10 @@ mla_status mlac_cuda_export(const void *pointer, size_t bytes, struct mlac_expor
 /* One new descriptor for each of the allocations, fds[0..vmm->count), the caller's to close; none is left open without
  * success. From any thread: it needs no context. */
 mla_status mlac_cuda_descriptors(const struct mlac_vmm *vmm, int *fds, mla_error *error);
+
+/* The GPU of the context that is current in this thread, and whether its process is a client of MPS: 1, 0, or -1 where
+ * the driver does not say. False without a context; loads no driver and makes no context. */
+bool mlac_cuda_current(char gpu[64], int *mps);
 
 /* Does the context still live in which the memory at `pointer` was made, or, where memory has none of its own
  * (cuMemCreate), the one that is current here? MLA_DEVICE_LOST if the driver says that it does not; MLA_OK also where

@@ -23,6 +23,7 @@
 #include "cuda.h"
 #include "mla.h"
 #include "mlap.h"
+#include "mlap_placement.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -139,6 +140,7 @@ struct mla_client {
     int64_t give_up_at, retry_at, greet_until, delay_ns;
     uint64_t random;            /* jitter */
     bool met;                   /* a session was open at least once */
+    struct mlap_place here, there;  /* where this process works, and the worker of the last session */
     mla_error failure;          /* why the client is dead */
 
     uint64_t last_id;
@@ -227,6 +229,19 @@ mla_status mlac_batch(struct mla_client *client, const mla_batch *batch, struct 
                       struct mla_buffer *uses[MLAC_MAX_TENSORS], uint32_t *n_uses, mla_error *error);
 /* Give a call its buffers. Locked. */
 void mlac_batch_hold(struct mlac_call *call, struct mla_buffer *const *uses, uint32_t n_uses);
+
+/* ---- placement.c ---- */
+
+/* Before the first HELLO: what is to be seen from the thread that connects. */
+void mlac_placement_look(struct mla_client *client);
+/* Tell of it in a HELLO. */
+void mlac_placement_hello(const struct mla_client *client, struct mlap_hello *hello);
+/* A session is open. Locked. */
+void mlac_placement_welcome(struct mla_client *client, const struct mlap_welcome *welcome);
+/* GPU memory was registered. Locked. */
+void mlac_placement_memory(struct mla_client *client, const char *gpu);
+/* The placement as it is known now; `why` may be NULL. Locked. */
+mla_placement mlac_placement(const struct mla_client *client, char why[MLA_WHY]);
 
 /* ---- plan.c, fd.c ---- */
 

@@ -98,6 +98,7 @@ void mlac_hello(const struct mla_client *client, struct mlap_hello *hello)
         snprintf(hello->device, sizeof hello->device, "%s", client->device);
         mlap_set(hello, hello, device);
     }
+    mlac_placement_hello(client, hello);
 }
 
 /* errno of a failed connect, in words. */
@@ -241,6 +242,7 @@ static void greeted(struct mla_client *client, const struct mlap_header *header,
     } else if (header->type == MLAP_WELCOME && !asking && client->device[0]) {
         client->link = MLAC_UP;
         client->met = true;
+        mlac_placement_welcome(client, &body->welcome_);
         mlac_calls_replay(client);
     } else if (header->type == MLAP_WELCOME && !asking) {
         struct mlap_status status = {0};

@@ -52,6 +52,8 @@ static enum mlap_code on_import(struct mlad_session *session, struct mlad_messag
     enum mlap_code code = check_free(session, request->buffer, fault);
     if (code == MLAP_code_OK)
         code = mlad_buffer_import_gpu(&session->holder, request, &buffer, fault);
+    if (code == MLAP_code_OK)
+        mlap_place_memory(&session->place, &session->sessions->place, request->gpu);
     return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
 }
 
@@ -63,6 +65,8 @@ static enum mlap_code on_import_vmm(struct mlad_session *session, struct mlad_me
     enum mlap_code code = check_free(session, request->buffer, fault);
     if (code == MLAP_code_OK)
         code = mlad_buffer_import_vmm(&session->holder, message->fds, message->n_fds, request, &buffer, fault);
+    if (code == MLAP_code_OK)
+        mlap_place_memory(&session->place, &session->sessions->place, request->gpu);
     return code == MLAP_code_OK ? note_buffer(session, message->header.sequence, buffer, fault) : code;
 }
 

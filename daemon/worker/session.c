@@ -121,8 +121,16 @@ static void welcome(struct mlad_session *session, uint32_t sequence)
         .max_in_flight = limits->max_in_flight,
     };
     strncpy(welcome.device, session->sessions->device, sizeof welcome.device - 1);
+    if (session->sessions->place.mps[0]) {
+        memcpy(welcome.mps, session->sessions->place.mps, sizeof welcome.mps);
+        mlap_set(&welcome, welcome, mps);
+    }
     mlad_link_send(&session->link, MLAP_WELCOME, sequence, &welcome);
 }
+
+_Static_assert(sizeof((struct mlap_hello *)0)->gpu == MLAP_GPU && sizeof((struct mlap_hello *)0)->mps == MLAP_MPS &&
+                   sizeof((struct mlap_welcome *)0)->mps == MLAP_MPS &&
+                   sizeof((struct mlap_session *)0)->why == MLAP_WHY, "places go by the wire as they are");
 
 static void enlist(struct mlad_sessions *sessions, struct mlad_session *session)
 {
@@ -161,6 +169,8 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
     session->uid = attach->uid;
     session->pid = attach->pid;
     memcpy(session->client, attach->hello.client, sizeof session->client);
+    memcpy(session->place.gpu, attach->hello.gpu, sizeof session->place.gpu); /* absent: empty */
+    memcpy(session->place.mps, attach->hello.mps, sizeof session->place.mps);
     session->opened = mlad_now_ns();
     session->holder = (struct mlad_holder){.user = user,
                                            .loop = sessions->loop,
@@ -233,8 +243,10 @@ void mlad_sessions_list(const struct mlad_sessions *sessions, uint64_t after, st
             .in_flight = session->queue.in_flight,
             .decodes = session->decodes,
             .kv_tokens = session->kv_tokens,
+            .order = session->order,
         };
         memcpy(entry->client, session->client, sizeof entry->client);
+        entry->placement = mlap_placement_of(&sessions->place, &session->place, entry->why);
     }
 }
 

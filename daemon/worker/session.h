@@ -11,6 +11,7 @@
 #define MLAD_SESSION_H
 
 #include "link.h"
+#include "mlap_placement.h"
 #include "ordered.h"
 #include "scheduler.h"
 
@@ -21,6 +22,7 @@ struct mlad_sessions {
     struct mlad_quota *quota;
     struct mlad_stats *stats;
     struct mlad_capabilities capabilities;
+    struct mlap_place place; /* the worker's own */
     TAILQ_HEAD(mlad_session_list, mlad_session) all; /* by ascending id */
 };
 
@@ -31,6 +33,8 @@ struct mlad_session {
     uint64_t id;
     uint32_t uid, pid;
     char client[sizeof((struct mlap_hello *)0)->client];
+    struct mlap_place place; /* the client's, by its HELLO and its memory */
+    enum mlap_order order;
     uint64_t opened; /* nanoseconds, monotonic */
     struct mlad_holder holder;
     struct mlad_idmap buffers, plans;

@@ -113,6 +113,19 @@ static enum mlap_code on_attach(struct mlad_message *message, struct mlap_fault 
     return MLAP_code_OK;
 }
 
+static void report_mps(struct mlap_device *device)
+{
+    const char *log = getenv("CUDA_MPS_LOG_DIRECTORY");
+    if (!worker.sessions.place.mps[0])
+        return;
+    memcpy(device->mps, worker.sessions.place.mps, sizeof device->mps);
+    mlap_set(device, device, mps);
+    if (log && *log && strlen(log) < sizeof device->mps_log) {
+        strcpy(device->mps_log, log);
+        mlap_set(device, device, mps_log);
+    }
+}
+
 static void on_query(uint32_t sequence)
 {
     static struct mlap_report report;
@@ -132,6 +145,7 @@ static void on_query(uint32_t sequence)
         device->queued = worker.scheduler.queued;
         device->running = worker.scheduler.running;
         mlad_sessions_report(&worker.sessions, device);
+        report_mps(device);
     }
     if (device->state == MLAP_device_state_STARTING)
         strcpy(device->reason, "waiting for the device's lock, which another worker holds");
@@ -295,6 +309,11 @@ static void open_device(void)
                               on_lost)) {
         mlap_fail(&fault, MLAP_code_MEMORY, "", "no memory or no thread for the scheduler");
         give_up(&fault);
+    }
+    if (worker.backend->mps) {
+        struct mlap_place *place = &worker.sessions.place;
+        strncpy(place->gpu, worker.options->device, sizeof place->gpu - 1);
+        mlap_place_mps(place, worker.backend->mps(worker.device));
     }
     worker.ready_ns = mlad_now_ns();
     announce();

@@ -548,6 +548,13 @@ static enum mlak_code cuda_memory_copy(struct mlak_device *device, void *to, con
     return result == CUDA_SUCCESS ? MLAK_OK : cuda_lose(device, "copy", result, NULL);
 }
 
+static int cuda_mps(const struct mlak_device *device)
+{
+    const CUdevice_attribute mps_enabled = 133; /* CU_DEVICE_ATTRIBUTE_MPS_ENABLED; toolkits before 12.4 lack it */
+    int enabled;
+    return device->cu->device_attribute(&enabled, mps_enabled, device->gpu) == CUDA_SUCCESS ? enabled != 0 : -1;
+}
+
 const struct mlak_backend mlak_cuda_backend = {
     .name = "cuda",
     .open = cuda_open,
@@ -568,6 +575,7 @@ const struct mlak_backend mlak_cuda_backend = {
     .order_room = cuda_order_room,
     .order_launch = cuda_order_launch,
     .order_poll = cuda_order_poll,
+    .mps = cuda_mps,
     .order_free = cuda_order_free,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,

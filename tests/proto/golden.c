@@ -30,13 +30,13 @@
     .latency = {{.present = ALL(latency), .phase = MLAP_phase_RECEIVE, .count = 10, .sum_ns = 100000, \
     .p50_ns = 9000, .p90_ns = 15000, .p99_ns = 20000, .max_ns = 8589934592}, {.present = ALL(latency), \
     .phase = MLAP_phase_KERNEL, .count = 10, .sum_ns = 100000, .p50_ns = 9000, .p90_ns = 15000, .p99_ns = 20000, \
-    .max_ns = 8589934592}}}
+    .max_ns = 8589934592}}, .mps = "/run/mps", .mps_log = "/run/log"}
 
 static const struct mlap_hello hello_body = {.present = ALL(hello), .client = "demo", .device = "cpu",
-    .features = 0};
+    .features = 0, .gpu = "GPU-1", .mps = "/run/mps"};
 static const struct mlap_welcome welcome_body = {.present = ALL(welcome), .daemon = "mlad 0.1.0", .session = 5,
     .device = "cpu", .features = 0, .max_message = 65536, .max_buffers = 64, .max_bytes = UINT64_MAX,
-    .max_plans = 1024, .max_in_flight = 64};
+    .max_plans = 1024, .max_in_flight = 64, .mps = "/run/mps"};
 static const struct mlap_ok ok_body = {};
 static const struct mlap_error error_body = {.present = ALL(error), .code = MLAP_code_RANGE, .field = "batch.kv",
     .message = "kv ends 64 bytes past the end of buffer 2"};
@@ -64,7 +64,8 @@ static const struct mlap_status_reply status_reply_body = {.present = ALL(status
     .variant = "avx512", .threads = 2, .pid = 4321, .restarts = 1, .uptime_ms = 123456, .responding = true,
     .sessions = 2, .sessions_draining = 1, .buffers = 3, .plans = 4, .held_bytes = 4294967296, .orphaned_bytes = 0,
     .queued = 5, .running = 1, .queue_limit = 256, .progress = 99999, .decodes = 1000, .decodes_failed = 2,
-    .refused = 3, .busy = 4, .dropped = 5, .kv_tokens = 34359738368, .kv_bytes = 35184372088832, .n_latency = 0}}};
+    .refused = 3, .busy = 4, .dropped = 5, .kv_tokens = 34359738368, .kv_bytes = 35184372088832, .n_latency = 0,
+    .mps = "/run/mps", .mps_log = "/run/log"}}};
 static const struct mlap_capabilities capabilities_body = {.present = ALL(capabilities), .device = "cpu"};
 static const struct mlap_capabilities_reply capabilities_reply_body = {.present = ALL(capabilities_reply),
     .device = "cpu", .n_rows = 2, .rows = {{.present = ALL(capability), .variant = "avx2", .q_dtype = MLAP_dtype_BF16,
@@ -77,10 +78,10 @@ static const struct mlap_sessions_reply sessions_reply_body = {.present = ALL(se
     .n_sessions = 2, .sessions = {{.present = ALL(session), .session = 65, .uid = 1000, .pid = 77, .client =
     "engine ü", .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
-    .kv_tokens = 2000000}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
+    .kv_tokens = 2000000, .placement = MLAP_placement_OWN_GPU, .order = MLAP_order_HOST, .why = "why"}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
     .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
-    .kv_tokens = 2000000}}, .more = true};
+    .kv_tokens = 2000000, .placement = MLAP_placement_OWN_GPU, .order = MLAP_order_HOST, .why = "why"}}, .more = true};
 static const struct mlap_health health_body = {};
 static const struct mlap_health_reply health_reply_body = {.present = ALL(health_reply),
     .health = MLAP_health_state_DEGRADED, .reason = "the worker of cpu has just restarted"};
@@ -90,7 +91,8 @@ static const struct mlap_configure configure_body = {.present = ALL(configure), 
     .max_bytes = 68719476736, .max_buffers = 256, .max_plans = 1024, .max_in_flight = 64, .queue_limit = 1024,
     .log_level = 6, .draining = false, .stopping = true};
 static const struct mlap_attach attach_body = {.present = ALL(attach), .session = 65, .uid = 1000, .pid = 77,
-    .hello_seq = 1, .hello = {.present = ALL(hello), .client = "demo", .device = "cpu", .features = 0}};
+    .hello_seq = 1, .hello = {.present = ALL(hello), .client = "demo", .device = "cpu", .features = 0,
+    .gpu = "GPU-1", .mps = "/run/mps"}};
 static const struct mlap_ready ready_body = {.present = ALL(ready), .variant = "avx512", .threads = 2,
     .n_capabilities = 1, .capabilities = {{.present = ALL(capability), .variant = "avx512", .q_dtype = MLAP_dtype_BF16,
     .kv_format = MLAP_kv_format_E4M3_656, .out_dtype = MLAP_dtype_BF16, .mask = MLAP_mask_TREE, .max_heads = 128,
@@ -100,10 +102,11 @@ static const struct mlap_report report_body = {.present = ALL(report), .device =
 
 const struct golden golden[] = {
     {MLAP_HELLO, 1, &hello_body, sizeof hello_body,
-     "94 01 01 01 83 a6'client' a4'demo' a6'device' a3'cpu' a8'features' 00"},
+     "94 01 01 01 85 a6'client' a4'demo' a6'device' a3'cpu' a8'features' 00 a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
     {MLAP_WELCOME, 2, &welcome_body, sizeof welcome_body,
-     "94 01 02 02 89 a6'daemon' aa'mlad 0.1.0' a7'session' 05 a6'device' a3'cpu' a8'features' 00 ab'max_message' "
-     "ce00010000 ab'max_buffers' 40 a9'max_bytes' cfffffffffffffffff a9'max_plans' cd0400 ad'max_in_flight' 40"},
+     "94 01 02 02 8a a6'daemon' aa'mlad 0.1.0' a7'session' 05 a6'device' a3'cpu' a8'features' 00 ab'max_message' "
+     "ce00010000 ab'max_buffers' 40 a9'max_bytes' cfffffffffffffffff a9'max_plans' cd0400 ad'max_in_flight' 40 "
+     "a3'mps' a8'/run/mps'"},
     {MLAP_OK, 3, &ok_body, sizeof ok_body,
      "94 01 03 03 80"},
     {MLAP_ERROR, 4, &error_body, sizeof error_body,
@@ -150,7 +153,7 @@ const struct golden golden[] = {
      "94 01 0c 0c 80"},
     {MLAP_STATUS_REPLY, 13, &status_reply_body, sizeof status_reply_body,
      "94 01 0d 0d 87 a6'daemon' aa'mlad 0.1.0' a3'pid' 64 a9'uptime_ms' cd03e8 ab'connections' 01 a6'denied' 00 "
-     "a7'devices' 92 de001b a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' a7'threads' "
+     "a7'devices' 92 de001d a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' a7'threads' "
      "02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
@@ -158,12 +161,12 @@ const struct golden golden[] = {
      "cf0000200000000000 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
      "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
      "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
-     "de001b a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
+     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' de001d a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
      "a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a7'latency' 90 a4'note' a6'no GPU'"},
+     "cf0000200000000000 a7'latency' 90 a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' a4'note' a6'no GPU'"},
     {MLAP_CAPABILITIES, 14, &capabilities_body, sizeof capabilities_body,
      "94 01 0e 0e 81 a6'device' a3'cpu'"},
     {MLAP_CAPABILITIES_REPLY, 15, &capabilities_reply_body, sizeof capabilities_reply_body,
@@ -175,11 +178,11 @@ const struct golden golden[] = {
     {MLAP_SESSIONS, 16, &sessions_body, sizeof sessions_body,
      "94 01 10 10 82 a6'device' a3'cpu' a5'after' 40"},
     {MLAP_SESSIONS_REPLY, 17, &sessions_reply_body, sizeof sessions_reply_body,
-     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8c a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8f a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 8c a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' a3'why' a3'why' 8f a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a4'more' c3"},
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' a3'why' a3'why' a4'more' c3"},
     {MLAP_HEALTH, 18, &health_body, sizeof health_body,
      "94 01 12 12 80"},
     {MLAP_HEALTH_REPLY, 19, &health_reply_body, sizeof health_reply_body,
@@ -199,8 +202,8 @@ const struct golden golden[] = {
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},
     {MLAP_ATTACH, 23, &attach_body, sizeof attach_body,
-     "94 01 41 17 85 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a9'hello_seq' 01 a5'hello' 83 a6'client' a4'demo' "
-     "a6'device' a3'cpu' a8'features' 00"},
+     "94 01 41 17 85 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a9'hello_seq' 01 a5'hello' 85 a6'client' a4'demo' "
+     "a6'device' a3'cpu' a8'features' 00 a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
     {MLAP_READY, 24, &ready_body, sizeof ready_body,
      "94 01 42 18 83 a7'variant' a6'avx512' a7'threads' 02 ac'capabilities' 91 89 a7'variant' a6'avx512' a7'q_dtype' "
      "a4'bf16' a9'kv_format' a7'fp8_656' a9'out_dtype' a4'bf16' a4'mask' a4'tree' a9'max_heads' cc80 a9'max_q_len' "
@@ -208,14 +211,15 @@ const struct golden golden[] = {
     {MLAP_QUERY, 25, &query_body, sizeof query_body,
      "94 01 43 19 80"},
     {MLAP_REPORT, 26, &report_body, sizeof report_body,
-     "94 01 44 1a 81 a6'device' de001b a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' "
+     "94 01 44 1a 81 a6'device' de001d a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' "
      "a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
      "cf0000200000000000 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
      "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
-     "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000"},
+     "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
+     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log'"},
 };
 const size_t n_golden = sizeof golden / sizeof golden[0];
 

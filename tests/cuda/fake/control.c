@@ -47,8 +47,8 @@ static void parse_word(const char *word)
     else if (sscanf(word, "cc=%ld.%ld", &a, &b) == 2) control.set.major = (int)a, control.set.minor = (int)b;
     else if (sscanf(word, "smem=%ld", &a) == 1) control.set.smem = (int)a;
     else if (sscanf(word, "memory=%ld", &a) == 1) control.set.memory = (size_t)a;
-    else if (sscanf(word, "mps=%ld", &a) == 1) control.set.mps = (int)a;
     else if (sscanf(word, "own_ipc=%ld", &a) == 1) control.set.own_ipc = (int)a;
+    else if (sscanf(word, "mps=%ld", &a) == 1) control.set.mps = (int)a;
     else if (*word && *word != '#') fprintf(stderr, "fake_cuda: unknown word %s\n", word);
 }
 

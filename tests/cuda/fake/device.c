@@ -95,8 +95,8 @@ API(cuDeviceGetAttribute, (int *out, int attribute, CUdevice d), (out, attribute
     struct fake_settings set = fake_settings();
     if (!is_device(d)) return FAKE_INVALID_DEVICE;
     if (attribute < 1 || attribute >= 148) return FAKE_INVALID_VALUE;
-    *out = attribute == 75 ? set.major : attribute == 76 ? set.minor : attribute == 97 ? set.smem : attribute == 133 ? set.mps
-         : attribute == 33 ? d + 1 : values[attribute];
+    *out = attribute == 75 ? set.major : attribute == 76 ? set.minor : attribute == 97 ? set.smem
+         : attribute == 33 ? d + 1 : attribute == 133 ? set.mps : values[attribute];
     return FAKE_OK;
 }
 API(cuDeviceCanAccessPeer, (int *can, CUdevice a, CUdevice b), (can, a, b))

@@ -15,8 +15,8 @@
  *     no_driver_device=1      cuInit: no device    cc=MAJOR.MINOR     default 9.0
  *     smem=BYTES              opt-in shared memory
  *     memory=BYTES            of each device, counted per process; default 1 GiB
- *     mps=1                   the process is a client of MPS, by the attribute of the device
- *     own_ipc=1               a process may open its own IPC handle */
+ *     own_ipc=1               a process may open its own IPC handle
+ *     mps=0|1                 what the driver says of MPS; default 0 */
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
 
