@@ -93,15 +93,33 @@ void mlac_call_start(struct mla_client *client, struct mlac_call *call)
     client->loose += call->loose;
     if (client->link == MLAC_DEAD) {
         mlac_call_complete(client, call, &client->failure);
+    } else if (client->link == MLAC_UP && call->type == MLAP_ARM && client->holding) {
+        call->held = true;      /* rounds go out in the order in which they were armed */
     } else if (client->link == MLAC_UP) {
         enqueue(client, call);
         mlac_flush(client, mlac_now());
     }
 }
 
+/* Rounds that came too soon for their streams are armed again, in order, once the daemon has let go of all of them. */
+static void arm_again(struct mla_client *client, int64_t now)
+{
+    struct mlac_call *call;
+    TAILQ_FOREACH(call, &client->calls, order)
+        if (call->type == MLAP_ARM && (call->state == MLAC_SENT || call->queued))
+            return;
+    client->holding = false;
+    TAILQ_FOREACH(call, &client->calls, order) {
+        if (call->held)
+            enqueue(client, call);
+        call->held = false;
+    }
+    mlac_flush(client, now);
+}
+
 static bool is_decode(const struct mlac_call *call)
 {
-    return call->type == MLAP_SUBMIT || call->type == MLAP_DECODE;
+    return call->type == MLAP_SUBMIT || call->type == MLAP_DECODE || call->type == MLAP_ARM;
 }
 
 /* What it holds is free for others. */
@@ -111,7 +129,6 @@ static void release(struct mlac_call *call)
         call->uses[i]->uses--;
     call->n_uses = 0;
     struct mla_plan *plan = call->type == MLAP_SUBMIT ? call->plan : NULL;
-    call->plan = NULL;
     if (plan && --plan->in_flight == 0 && plan->destroyed)
         mlac_plan_drop(plan);
 }
@@ -203,7 +220,7 @@ bool mlac_calls_check(struct mla_client *client)
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
     mla_error lost;
-    bool lasting = mlac_registers(call) || call->type == MLAP_PLAN;
+    bool lasting = mlac_registers(call) || call->type == MLAP_PLAN || call->type == MLAP_STEP;
     if (error && registers_gpu(call) && mlac_cuda_check(call->buffer->pointer, &lost) != MLA_OK)
         error = &lost;
     if (error && call->established) {
@@ -272,6 +289,11 @@ static bool try_again(struct mla_client *client, struct mlac_call *call, enum ml
 {
     bool for_the_moment = code == MLAP_code_UNAVAILABLE ||
                           (call->replays && (code == MLAP_code_BUSY || code == MLAP_code_QUOTA));
+    if (call->type == MLAP_ARM && code == MLAP_code_TIMEOUT && now < call->retry_until) {
+        call->state = MLAC_UNSENT;
+        call->held = client->holding = true;
+        return true;
+    }
     if (!is_decode(call) || !for_the_moment)
         return false;
     if (call->retry_until == 0)
@@ -334,6 +356,8 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
         mlac_fail(&error, (mla_status)body->error_.code, body->error_.field, "%s", body->error_.message);
         settle(client, call, &error);
     }
+    if (client->holding)
+        arm_again(client, now);
     return true;
 }
 
@@ -342,12 +366,13 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
     client->unanswered = 0;
     client->replaying = 0;
     client->paused_until = 0;
+    client->holding = false;
     TAILQ_INIT(&client->outbox);
     struct mlac_call *next;
     for (struct mlac_call *call = TAILQ_FIRST(&client->calls); call; call = next) {
         next = TAILQ_NEXT(call, order);     /* what is freed besides `call` comes before it */
         bool in_flight = call->state == MLAC_SENT;
-        call->queued = call->replaying = false;
+        call->queued = call->replaying = call->held = false;
         if (call->state == MLAC_COMPLETE)
             continue;
         call->state = MLAC_UNSENT;

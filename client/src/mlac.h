@@ -75,6 +75,9 @@ struct mlac_call {
     int64_t retry_until;    /* until when to try again what is refused for the moment only; 0: not refused yet */
     struct mla_buffer *buffer;          /* REGISTER, IMPORT, IMPORT_VMM, UNREGISTER */
     struct mla_plan *plan;              /* PLAN, SUBMIT */
+    struct mla_step *step;              /* STEP, ARM */
+    uint32_t round;                     /* ARM */
+    bool held;                          /* ARM: to be sent again, once all that were sent are answered */
     struct mla_buffer *uses[MLAC_MAX_TENSORS];  /* PLAN, DECODE: each counted in buffer->uses */
     uint32_t n_uses;
     mla_error error;                    /* code MLA_OK: none */
@@ -105,8 +108,25 @@ struct mla_plan {
     struct mla_client *client;
     struct mlac_call *call;     /* its PLAN, which holds the buffers */
     struct mlac_call *drop;     /* its DROP, made in advance so that destroying cannot fail */
-    uint32_t in_flight;         /* decodes that are not complete */
+    uint32_t in_flight;         /* decodes that are not complete, and steps that have it */
     bool destroyed;             /* by its owner; kept for decodes in flight, which may have to be sent again */
+    uint64_t out, lse;          /* on the GPU here; 0: not there */
+    uint64_t out_bytes, lse_bytes;
+    struct mla_step *step;      /* that has it as a layer, or NULL */
+    struct mla_step *alone;     /* its own, of one layer, or NULL: not needed yet */
+};
+
+struct mla_step {
+    struct mla_client *client;
+    struct mlac_call *call;     /* its STEP */
+    struct mlac_call *drop;     /* its STEP_DROP, made in advance */
+    uint32_t first, layers;     /* its head is unit `first` of the mailbox, its slots those behind */
+    struct mla_plan **plans;    /* [layers] */
+    uint32_t round;             /* armed last */
+    uint32_t in_flight;         /* rounds that are not complete */
+    bool destroyed;             /* by its owner; kept for rounds in flight */
+    uint32_t noted;             /* notes of its stream that mla_step_status has told */
+    mla_error failure;          /* what the daemon said of a round since it was last told; code MLA_OK: nothing */
 };
 
 /* ---- the client ---- */
@@ -152,6 +172,10 @@ struct mla_client {
     uint32_t replaying;         /* established calls not yet accepted again on this connection */
     uint32_t loose, ready;      /* tickets that mla_fd speaks for, and those of them that are complete */
     TAILQ_HEAD(, mlac_sleeper) sleepers;
+
+    uint32_t arms;              /* calls of type ARM that are not complete, and those that are and not yet collected */
+    bool holding;               /* some of them are held */
+    struct mlac_streams *streams;   /* stream.c's; NULL until stream order is asked for */
 
     int epoll, timer;           /* mla_fd; -1 until first asked for */
     int watched;                /* the socket in the epoll set, or -1 */
@@ -242,6 +266,14 @@ void mlac_placement_welcome(struct mla_client *client, const struct mlap_welcome
 void mlac_placement_memory(struct mla_client *client, const char *gpu);
 /* The placement as it is known now; `why` may be NULL. Locked. */
 mla_placement mlac_placement(const struct mla_client *client, char why[MLA_WHY]);
+
+/* ---- stream.c ---- */
+
+/* Its owner needs it no more: free it, once no round does either. Locked. */
+void mlac_step_destroy(struct mla_step *step);
+/* End what the client has of stream order: whatever waits on a stream is released. Nothing of the client may be called
+ * meanwhile; not locked. */
+void mlac_streams_close(struct mla_client *client);
 
 /* ---- plan.c, fd.c ---- */
 

@@ -39,7 +39,7 @@ struct fake_stream {
     pthread_t capturer;
     int mode;
 };
-struct fake_graph { struct op *first, **last; };
+struct fake_graph { struct op *first, **last; struct op **roots; uint64_t id; }; /* roots: behind the host nodes at its start */
 struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
 struct fake_function { struct fake_function *next; char name[128]; int shared; size_t parameter; };
 
@@ -382,13 +382,46 @@ API(cuStreamBeginCapture_v2, (CUstream s, int mode), (s, mode))
     if (mode < FAKE_CAPTURE_GLOBAL || mode > FAKE_CAPTURE_RELAXED) return FAKE_INVALID_VALUE;
     struct fake_graph *graph = calloc(1, sizeof *graph);
     if (!graph) return FAKE_OUT_OF_MEMORY;
+    static uint64_t captures;
     graph->last = &graph->first;
     pthread_mutex_lock(&lock);
+    graph->id = ++captures;
     s = resolve(s);
     CUresult result = !s ? FAKE_OUT_OF_MEMORY : s->capture ? FAKE_ILLEGAL_STATE : FAKE_OK;
     if (!result) s->capture = graph, s->invalid = false, s->capturer = pthread_self(), s->mode = mode;
     pthread_mutex_unlock(&lock);
     if (result) free(graph);
+    return result;
+}
+API(cuStreamGetCaptureInfo_v2, (CUstream s, int *status, uint64_t *id, CUgraph *out, void *const **from, size_t *n),
+    (s, status, id, out, from, n))
+{
+    static void *const none;
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    *status = s && s->capture ? 1 + s->invalid : 0;
+    if (*status) *id = s->capture->id, *out = s->capture, *from = &none, *n = 0;
+    pthread_mutex_unlock(&lock);
+    return FAKE_OK;
+}
+/* Only at a graph's start, one behind the other, while it is captured. */
+API(cuGraphAddHostNode, (void **node, CUgraph graph, void *const *from, size_t n, void *const *parameters),
+    (node, graph, from, n, parameters))
+{
+    struct op *op = aligned_alloc(64, sizeof *op);
+    if (!op) return FAKE_OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    struct op **at = graph->roots ? graph->roots : &graph->first;
+    bool last = at == graph->last;
+    CUresult result = n == 0 || (n == 1 && (struct op **)from[0] == graph->roots) ? FAKE_OK : FAKE_INVALID_VALUE;
+    if (!result) {
+        *op = (struct op){.next = *at, .kind = OP_CALL, .call = (void (*)(void *))parameters[0], .to = parameters[1]};
+        if (last) op->next = NULL, graph->last = &op->next;
+        *at = op;
+        *node = graph->roots = &op->next;
+    }
+    pthread_mutex_unlock(&lock);
+    if (result) free(op);
     return result;
 }
 API(cuStreamEndCapture, (CUstream s, CUgraph *out), (s, out))
