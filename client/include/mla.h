@@ -316,8 +316,8 @@ MLA_API mla_status mla_step_create(mla_client *client, mla_plan *const *plans, u
                                    mla_error *error);
 
 /* Before each replay of a graph into which all plans of the step were captured, in their order and each once, by
- * mla_submit_stream: arm one round of it. `stream` is that of the replay, which must follow within reconnect_ms. While the
- * stream is being captured: arm a round at each replay, by a host node. A replay that was not armed leaves NaN in the
+ * mla_submit_stream: arm one round of it. `stream` is that of the replay, which must be the client's next work on it, and
+ * follow within reconnect_ms. While the stream is being captured: arm a round at each replay, by a host node. A replay that was not armed leaves NaN in the
  * outputs. */
 MLA_API mla_status mla_step_launch(mla_step *step, void *stream, mla_error *error);
 

@@ -66,9 +66,12 @@ static enum mlap_code need_lane(struct mlad_session *session, struct mlap_fault 
                          "in host order, or try again when one of them has left", MLAD_LANES);
     ordered->lane = backend_of(session)->lane_new(device_of(session), &refusal);
     if (!ordered->lane)
-        return mlap_fail(fault, refusal.code == MLAK_LOST ? MLAP_code_DEVICE_LOST : MLAP_code_MEMORY, "step", "%s",
-                         refusal.message);
+        return refusal.code == MLAK_LOST ? mlap_fail(fault, MLAP_code_DEVICE_LOST, "step", "%s", refusal.message)
+                                         : mlap_fail(fault, MLAP_code_BUSY, "step",
+                                                     "the device has no room for another client's stream order; submit in "
+                                                     "host order, or try again: %s", refusal.message);
     lanes_in_use++;
+    session->order = MLAP_order_STREAM;
     return MLAP_code_OK;
 }
 

@@ -1,0 +1,147 @@
+"""Decodes in the order of a client's CUDA stream, over the fake driver of tests/cuda/fake, whose streams run by
+themselves: gates wait, workers and clients die while they do.
+
+usage: test_streams.py, with MLAD_BIN, MLACTL_BIN, STREAM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.environ["MLAD_SOURCE"], "tests", "mlactl"))
+CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=False)
+os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
+from daemon import Daemon, run  # noqa: E402
+
+GPU = "GPU-fa4e0000-0000-4000-8000-000000000000"
+times = 0
+
+
+def inject(words=""):
+    """What goes wrong in the worker from now on."""
+    global times
+    times += 1  # another size: the file is read again when it changes
+    with open(CONTROL.name, "w") as file:
+        file.write(words + " " * times + "\n")
+
+
+class Client:
+    def __init__(self, daemon, case, order="stream"):
+        environment = {**os.environ, "MLAD_SOCKET": daemon.socket, "MLAD_DEVICE": GPU, "MLAD_ORDER": order,
+                       "MLAD_FAKE_CUDA_CONTROL": ""}
+        self.process = subprocess.Popen([os.environ["STREAM_CLIENT"], case], env=environment, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def line(self):
+        return self.process.stdout.readline().strip()
+
+    def go_on(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        out, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0 and out.endswith("done\n"), (out, err)
+        return out
+
+
+def eager(daemon):
+    Client(daemon, "eager").end()
+
+
+def many_rounds_ahead_of_the_device(daemon):
+    Client(daemon, "ahead").end()
+
+
+def steps_are_armed_by_one_message(daemon):
+    Client(daemon, "step").end()
+
+
+def graphs_arm_themselves(daemon):
+    Client(daemon, "graph").end()
+
+
+def what_fails_is_nan(daemon):
+    Client(daemon, "failures").end()
+
+
+def a_late_stream_is_served(daemon):
+    before = daemon.devices()[GPU]["refused"]
+    Client(daemon, "late").end()
+    assert daemon.devices()[GPU]["refused"] - before >= 4, daemon.devices()[GPU]  # rounds that stopped
+
+
+def host_order_gives_the_same(daemon):
+    out = Client(daemon, "host", order="").end()
+    assert "MPS" in out, out
+    Client(daemon, "host", order="host").end()
+
+
+def a_killed_worker_is_a_delay(daemon):
+    worker = daemon.devices()[GPU]["pid"]
+    client = Client(daemon, "killed")
+    assert client.line() == "ready"
+    inject("hang=8")  # five kernels a layer: within the second
+    client.go_on()
+    assert client.line() == "waiting"
+    time.sleep(0.5)
+    os.kill(worker, signal.SIGKILL)
+    inject()
+    assert client.line() == "right", client.process.stderr.read()
+    client.end()
+    assert daemon.devices()[GPU]["pid"] != worker
+    daemon.wait_ready()
+
+
+def a_killed_client_holds_nothing(daemon):
+    client = Client(daemon, "armed")
+    assert client.line() == "armed", client.process.stderr.read()
+    assert daemon.devices()[GPU]["sessions"] == 1
+    Client(daemon, "eager").end()  # beside its gate
+    began = time.monotonic()
+    client.process.kill()
+    client.process.wait()
+    while daemon.devices()[GPU]["held_bytes"] or daemon.devices()[GPU]["sessions_draining"]:
+        assert time.monotonic() < began + 10, daemon.devices()[GPU]
+        time.sleep(0.02)
+    Client(daemon, "step").end()
+
+
+def more_clients_than_lanes_fall_back(daemon):
+    inject("memory=4000000000")
+    armed = [Client(daemon, "armed") for _ in range(8)]
+    for client in armed:
+        assert client.line() == "armed", client.process.stderr.read()
+    Client(daemon, "eager").end()  # in host order
+    for client in armed:
+        client.process.kill()
+        client.process.wait()
+    inject()
+
+
+def a_daemon_that_stays_away_leaves_nan(_):
+    daemon = Daemon(GPU)
+    try:
+        client = Client(daemon, "gone")
+        assert client.line() == "ready", client.process.stderr.read()
+        inject("hang=2")
+        client.go_on()
+        assert client.line() == "waiting"
+        time.sleep(0.3)
+        worker = daemon.devices()[GPU]["pid"]
+        daemon.process.kill()
+        daemon.process.wait()
+        os.kill(worker, signal.SIGKILL)
+        client.end()
+    finally:
+        inject()
+        daemon.stop()
+
+
+TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_message, graphs_arm_themselves,
+         what_fails_is_nan, a_late_stream_is_served, host_order_gives_the_same, a_killed_worker_is_a_delay,
+         a_killed_client_holds_nothing, more_clients_than_lanes_fall_back, a_daemon_that_stays_away_leaves_nan]
+if __name__ == "__main__":
+    names = sys.argv[1:]
+    run([test for test in TESTS if not names or test.__name__ in names], Daemon(GPU))
