@@ -129,6 +129,7 @@ static void release(struct mlac_call *call)
         call->uses[i]->uses--;
     call->n_uses = 0;
     struct mla_plan *plan = call->type == MLAP_SUBMIT ? call->plan : NULL;
+    call->plan = NULL;
     if (plan && --plan->in_flight == 0 && plan->destroyed)
         mlac_plan_drop(plan);
 }

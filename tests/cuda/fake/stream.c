@@ -166,9 +166,12 @@ static CUresult not_captured(CUstream s)
 {
     return s && s->capture ? invalidate(s, s->invalid ? FAKE_CAPTURE_INVALIDATED : FAKE_CAPTURE_UNSUPPORTED) : FAKE_OK;
 }
+static _Thread_local int thread_mode; /* streams of any thread are captured here, whatever it is */
+
 bool fake_capturing(void)
 {
     bool found = false;
+    if (thread_mode == FAKE_CAPTURE_RELAXED) return false;
     pthread_mutex_lock(&lock);
     for (CUstream s = streams; s; s = s->next)
         if (s->capture && s->mode != FAKE_CAPTURE_RELAXED &&
@@ -241,10 +244,9 @@ API(cuStreamIsCapturing, (CUstream s, int *status), (s, status))
 }
 API(cuThreadExchangeStreamCaptureMode, (int *mode), (mode))
 {
-    static _Thread_local int own; /* streams of any thread are captured here, whatever it is */
-    int before = own;
+    int before = thread_mode;
     if (*mode < 0 || *mode > 2) return FAKE_INVALID_VALUE;
-    own = *mode;
+    thread_mode = *mode;
     *mode = before;
     return FAKE_OK;
 }
