@@ -1,7 +1,8 @@
 /* stream_client.c - a client whose decodes run in the order of a CUDA stream; one case a run, for
  * tests/daemon/test_streams.py. Memory is touched by the driver's copies only, so it runs on a real GPU too.
  *
- * usage: stream-client CASE, with MLAD_SOCKET, MLAD_DEVICE (GPU 0's) and a libcuda.so.1 */
+ * usage: stream-client CASE, with MLAD_SOCKET, MLAD_DEVICE, on which the keys lie, STREAM_GPU, where all else does and
+ * the streams are (absent: the same), and a libcuda.so.1 */
 #include "fake/fake_cuda.h"
 #include "mla.h"
 
@@ -16,8 +17,9 @@
 enum {
     HEADS = 4, ROWS = 4, PAGES = 8, PAGE = 64, COLUMNS = 4, LAYERS = 3, ROUNDS = 4,
     Q_BYTES = ROWS * HEADS * 576 * 2, OUT_BYTES = ROWS * HEADS * 512 * 2, LSE_BYTES = ROWS * HEADS * 4,
-    Q_AT = 0, TABLE_AT = 1 << 16, LENS_AT = TABLE_AT + 4096, KV_AT = LENS_AT + 4096,
-    OUT_AT = KV_AT + PAGES * PAGE * 1152, LSE_AT = OUT_AT + OUT_BYTES, BYTES = LSE_AT + 4096
+    KV_BYTES = PAGES * PAGE * 1152,
+    Q_AT = 0, TABLE_AT = 1 << 16, LENS_AT = TABLE_AT + 4096, OUT_AT = LENS_AT + 4096, LSE_AT = OUT_AT + OUT_BYTES,
+    BYTES = LSE_AT + 4096
 };
 
 #define REQUIRE(condition, why)                                                                                        \
@@ -36,10 +38,10 @@ enum {
         REQUIRE(name##_ && name##_(__VA_ARGS__) == 0, #name);                                                          \
     } while (0)
 
-/* A layer's tensors, all in one allocation, and the bits that it should give in each round. */
+/* A layer's tensors, all but the keys in one allocation, and the bits that it should give in each round. */
 struct layer {
-    CUdeviceptr memory;
-    mla_buffer *buffer;
+    CUdeviceptr memory, keys;
+    mla_buffer *buffer, *kv;
     mla_plan *plan;
     uint8_t q[Q_BYTES];             /* as the stream copies it to the GPU */
     uint8_t out[OUT_BYTES], lse[LSE_BYTES]; /* as it copies them back */
@@ -50,6 +52,7 @@ static struct layer layers[LAYERS];
 static mla_client *client;
 static mla_error error;
 static CUstream stream;
+static CUcontext here, there; /* of the streams, of the keys */
 
 static void copy_in(CUdeviceptr to, const void *from, size_t bytes)
 {
@@ -86,7 +89,7 @@ static void describe(const struct layer *layer, mla_batch *batch)
     batch->max_pages = COLUMNS;
     batch->softmax_scale = 1 / sqrt(192);
     batch->q = (mla_tensor){layer->buffer, Q_AT};
-    batch->kv = (mla_tensor){layer->buffer, KV_AT};
+    batch->kv = (mla_tensor){layer->kv, 0};
     batch->block_table = (mla_tensor){layer->buffer, TABLE_AT};
     batch->seqlens = (mla_tensor){layer->buffer, LENS_AT};
     batch->out = (mla_tensor){layer->buffer, OUT_AT};
@@ -94,21 +97,31 @@ static void describe(const struct layer *layer, mla_batch *batch)
     batch->deterministic = 1;
 }
 
+static void import(CUdeviceptr memory, size_t bytes, mla_buffer **buffer)
+{
+    REQUIRE(mla_buffer_import_device(client, (void *)(uintptr_t)memory, bytes, MLA_READWRITE, buffer, &error) == MLA_OK,
+            error.message);
+}
+
 static void make_layer(struct layer *layer, uint32_t seed)
 {
-    static uint16_t kv[PAGES * PAGE * 576];
+    static uint16_t kv[KV_BYTES / 2];
     const int32_t table[2][COLUMNS] = {{7, 2, 5, 0}, {1, 6, 3, 4}}, lens[2] = {200, 131};
     mla_batch batch;
-    draw(kv, PAGES * PAGE * 576, &seed);
+    draw(kv, KV_BYTES / 2, &seed);
     for (int round = 0; round < ROUNDS; round++)
         draw((uint16_t *)(void *)layer->rounds[round], Q_BYTES / 2, &seed);
+    CU(cuCtxSetCurrent, (CUcontext), there);
+    CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), &layer->keys, KV_BYTES);
+    CU(cuMemcpyHtoD_v2, (CUdeviceptr, const void *, size_t), layer->keys, kv, KV_BYTES);
+    CU(cuCtxSynchronize, (void));
+    import(layer->keys, KV_BYTES, &layer->kv);
+    CU(cuCtxSetCurrent, (CUcontext), here);
     CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), &layer->memory, BYTES);
-    copy_in(layer->memory + KV_AT, kv, sizeof kv);
     copy_in(layer->memory + TABLE_AT, table, sizeof table);
     copy_in(layer->memory + LENS_AT, lens, sizeof lens);
     drain();
-    REQUIRE(mla_buffer_import_device(client, (void *)(uintptr_t)layer->memory, BYTES, MLA_READWRITE, &layer->buffer,
-                                     &error) == MLA_OK, error.message);
+    import(layer->memory, BYTES, &layer->buffer);
     describe(layer, &batch);
     REQUIRE(mla_plan_create(client, &batch, &layer->plan, &error) == MLA_OK, error.message);
     for (int round = 0; round < ROUNDS; round++) { /* what it should be, in host order */
@@ -122,13 +135,37 @@ static void make_layer(struct layer *layer, uint32_t seed)
     }
 }
 
+/* The primary context of the GPU of that name. */
+static CUcontext context_of(const char *name)
+{
+    int count = 0;
+    CU(cuDeviceGetCount, (int *), &count);
+    for (int i = 0; i < count; i++) {
+        CUuuid uuid;
+        CUcontext context;
+        char text[48] = "GPU-", *end = text + 4;
+        CU(cuDeviceGetUuid_v2, (CUuuid *, int), &uuid, i);
+        for (int k = 0; k < 16; k++)
+            end += sprintf(end, "%s%02x", k == 4 || k == 6 || k == 8 || k == 10 ? "-" : "", (uint8_t)uuid.bytes[k]);
+        if (strcmp(text, name) != 0)
+            continue;
+        CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, i);
+        return context;
+    }
+    REQUIRE(!"a GPU of that name", name);
+    return NULL;
+}
+
 static void setup(int reconnect_ms)
 {
     mla_options options;
-    CUcontext context;
+    const char *device = getenv("MLAD_DEVICE"), *gpu = getenv("STREAM_GPU");
+    REQUIRE(device, "MLAD_DEVICE");
     CU(cuInit, (unsigned), 0);
-    CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, 0);
-    CU(cuCtxSetCurrent, (CUcontext), context);
+    there = context_of(device);
+    here = context_of(gpu ? gpu : device);
+    CU(cuCtxSetCurrent, (CUcontext), here);
+    CU(cuMemHostRegister_v2, (void *, size_t, unsigned), layers, sizeof layers, 0); /* copies do not wait for it */
     CU(cuStreamCreate, (CUstream *, unsigned), &stream, 1);
     mla_options_init(&options);
     options.reconnect_ms = reconnect_ms;
@@ -351,6 +388,27 @@ static void run_killed(void)
     mla_close(client);
 }
 
+/* Replay for a while: workers die meanwhile. */
+static void run_loop(void)
+{
+    const time_t end = time(NULL) + 10;
+    unsigned rounds = 0;
+    setup(60000);
+    mla_step *step = make_step();
+    void *exec = capture();
+    say("ready");
+    for (; time(NULL) < end; rounds++) {
+        set_round((int)rounds % ROUNDS);
+        arm(step);
+        replay(exec);
+        drain();
+        require_round((int)rounds % ROUNDS);
+    }
+    REQUIRE(mla_step_status(step, &error) == MLA_OK, error.message);
+    printf("%u rounds\n", rounds);
+    mla_close(client);
+}
+
 /* Killed with a round armed that its stream never comes to. */
 static void run_armed(void)
 {
@@ -451,7 +509,7 @@ int main(int argc, char **argv)
         void (*run)(void);
     } cases[] = {{"eager", run_eager}, {"ahead", run_ahead}, {"step", run_step},         {"graph", run_graph},
                  {"killed", run_killed}, {"armed", run_armed}, {"late", run_late},         {"gone", run_gone},
-                 {"host", run_host},   {"failures", run_failures}};
+                 {"host", run_host},   {"failures", run_failures}, {"loop", run_loop}};
     for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof cases[0]; i++) {
         if (strcmp(argv[1], cases[i].name) != 0)
             continue;

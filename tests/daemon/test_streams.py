@@ -14,7 +14,7 @@ CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=Fals
 os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
 from daemon import Daemon, run  # noqa: E402
 
-GPU = "GPU-fa4e0000-0000-4000-8000-000000000000"
+GPU, SECOND = "GPU-fa4e0000-0000-4000-8000-000000000000", "GPU-fa4e0000-0000-4000-8000-000000000001"
 times = 0
 
 
@@ -27,9 +27,9 @@ def inject(words=""):
 
 
 class Client:
-    def __init__(self, daemon, case, order="stream"):
+    def __init__(self, daemon, case, order="stream", **extra):
         environment = {**os.environ, "MLAD_SOCKET": daemon.socket, "MLAD_DEVICE": GPU, "MLAD_ORDER": order,
-                       "MLAD_FAKE_CUDA_CONTROL": ""}
+                       "MLAD_FAKE_CUDA_CONTROL": "", **extra}
         self.process = subprocess.Popen([os.environ["STREAM_CLIENT"], case], env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -120,6 +120,17 @@ def more_clients_than_lanes_fall_back(daemon):
     inject()
 
 
+def two_gpus_are_stream_order_by_themselves(_):
+    inject("devices=2")
+    daemon = Daemon(SECOND)
+    try:
+        for case in "eager", "graph", "step":
+            Client(daemon, case, "", MLAD_DEVICE=SECOND, STREAM_GPU=GPU, MLAD_FAKE_CUDA="devices=2").end()
+    finally:
+        inject()
+        daemon.stop()
+
+
 def a_daemon_that_stays_away_leaves_nan(_):
     daemon = Daemon(GPU)
     try:
@@ -141,7 +152,8 @@ def a_daemon_that_stays_away_leaves_nan(_):
 
 TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_message, graphs_arm_themselves,
          what_fails_is_nan, a_late_stream_is_served, host_order_gives_the_same, a_killed_worker_is_a_delay,
-         a_killed_client_holds_nothing, more_clients_than_lanes_fall_back, a_daemon_that_stays_away_leaves_nan]
+         a_killed_client_holds_nothing, more_clients_than_lanes_fall_back,
+         two_gpus_are_stream_order_by_themselves, a_daemon_that_stays_away_leaves_nan]
 if __name__ == "__main__":
     names = sys.argv[1:]
     run([test for test in TESTS if not names or test.__name__ in names], Daemon(GPU))
