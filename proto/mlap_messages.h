@@ -459,7 +459,8 @@
     X(IMPORT, import, 22, 0, CLIENT, "Map a buffer in GPU memory, on a GPU's device. Answer: OK.") \
     X(IMPORT_VMM, import_vmm, 23, MLAP_MAX_FDS, CLIENT, \
       "Map a buffer in GPU memory from cuMemCreate, by descriptors from cuMemExportToShareableHandle. Answer: OK.") \
-    X(STEP, step, 26, 0, CLIENT, "Keep plans that a client's stream runs one after the other, and their flags. Answer: OK.") \
+    X(STEP, step, 26, 0, CLIENT, \
+      "Keep plans that a client's stream runs one after the other, and their flags. Answer: OK.") \
     X(STEP_DROP, step_drop, 27, 0, CLIENT, "Forget a step. Answer: OK.") \
     X(ARM, arm, 28, 0, CLIENT, \
       "Run a step's layers, each once its flag says that its inputs are written. Answer: DONE, with the failures of " \

@@ -1,4 +1,5 @@
-/* mlac_gates.cu - the client's side of stream order, three kernels of one block that libmla puts on its caller's stream:
+/* mlac_gates.cu - the client's side of stream order, three kernels of one block that libmla puts on its caller's
+ * stream:
  *
  *     mlac_arm      begins a round of a step
  *     mlac_signal   says that a layer's inputs are written

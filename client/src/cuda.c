@@ -1,4 +1,4 @@
-/* cuda.c - see cuda.h. The few driver functions that are needed, declared here with the driver's ABI. */
+/* cuda.c - see cuda.h and driver.h. */
 #include "cuda.h"
 #include "driver.h"
 #include "mlac.h"
@@ -40,8 +40,8 @@ static void load(void)
         return;
     }
 #define FIND(member, symbol, parameters)                                                                               \
-    *(void **)(void *)&mlac_driver.member = dlsym(library, #symbol);                                                        \
-    if (!mlac_driver.member)                                                                                                \
+    *(void **)(void *)&mlac_driver.member = dlsym(library, #symbol);                                                   \
+    if (!mlac_driver.member)                                                                                           \
         mlac_driver.missing = "it lacks " #symbol;
     MLAC_DRIVER(FIND)
 #undef FIND
@@ -54,7 +54,8 @@ mla_status mlac_need_driver(mla_error *error)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, load);
     return mlac_driver.missing
-               ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s", mlac_driver.missing)
+               ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s",
+                           mlac_driver.missing)
                : MLA_OK;
 }
 
@@ -119,7 +120,8 @@ bool mlac_cuda_current(char gpu[64], int *mps)
     bool found = current && current(&context) == 0 && context; /* it fails where nobody has called cuInit */
     dlclose(library);
     int device;
-    if (!found || mlac_need_driver(NULL) != MLA_OK || mlac_driver.context_device(&device) != 0 || name_device(device, gpu) != 0)
+    if (!found || mlac_need_driver(NULL) != MLA_OK || mlac_driver.context_device(&device) != 0 ||
+        name_device(device, gpu) != 0)
         return false;
     int enabled;
     *mps = mlac_driver.device_attribute(&enabled, DEVICE_MPS_ENABLED, device) == 0 ? enabled != 0 : -1;
@@ -238,14 +240,11 @@ static mla_status export_vmm(uint64_t pointer, uint64_t base, size_t size, size_
 
 /* ---- the door ---- */
 
-mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
+static mla_status export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
 {
     uint64_t pointer = (uintptr_t)memory, base = 0;
     size_t size = 0;
-    *out = (struct mlac_export){0};
-    mla_status status = mlac_need_driver(error);
-    if (status != MLA_OK)
-        return status;
+    mla_status status;
     unsigned type = 0;
     int code = mlac_driver.attribute(&type, ATTRIBUTE_MEMORY_TYPE, pointer);
     if (is_lost(code))
@@ -264,6 +263,19 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     status = (legacy ? export_legacy : export_vmm)(pointer, base, size, bytes, out, error);
     out->offset = pointer - base;
     return status == MLA_OK ? name_gpu(pointer, out->gpu, error) : status;
+}
+
+mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
+{
+    *out = (struct mlac_export){0};
+    mla_status status = mlac_need_driver(error);
+    if (status != MLA_OK)
+        return status;
+    int mode = MLAC_CAPTURE_RELAXED; /* it is no work of a stream's, which this thread may be capturing */
+    mlac_driver.capture_mode(&mode);
+    status = export(memory, bytes, out, error);
+    mlac_driver.capture_mode(&mode);
+    return status;
 }
 
 /* Let others run: at first until they yield in turn, as the work is that of one step and nearly done; later for

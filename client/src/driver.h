@@ -1,5 +1,5 @@
-/* driver.h - the CUDA driver's functions that libmla calls, found at run time, for cuda.c and stream.c. Declared here with
- * the driver's ABI. */
+/* driver.h - the CUDA driver's functions that libmla calls, found at run time, for cuda.c and stream.c. Declared here
+ * with the driver's ABI. */
 #ifndef MLAC_DRIVER_H
 #define MLAC_DRIVER_H
 

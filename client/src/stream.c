@@ -26,7 +26,8 @@
 #include <string.h>
 #include <time.h>
 
-extern const unsigned char mlac_gates_image[] __attribute__((weak)); /* the fatbin, gates_image.c; absent without nvcc */
+/* The fatbin, gates_image.c; absent without nvcc. */
+extern const unsigned char mlac_gates_image[] __attribute__((weak));
 
 enum {
     UNITS = 4096,     /* of the mailbox, 128 bytes each */
@@ -79,6 +80,12 @@ static void unrelax(struct relaxed before)
 
 /* ---- the watcher ---- */
 
+static uint64_t release_word(const struct mla_step *step)
+{
+    return step->client->streams->mailbox + step->first * sizeof(struct mlap_mail_head) +
+           offsetof(struct mlap_mail_head, release);
+}
+
 /* What became of a round. Locked. True: its stream may wait for it still. */
 static bool collect(struct mla_client *client, struct mlac_call *call, struct release *release)
 {
@@ -86,9 +93,7 @@ static bool collect(struct mla_client *client, struct mlac_call *call, struct re
     const bool told = call->error.code == MLA_OK || call->error.code == MLA_REQUESTS || call->error.code == MLA_BATCH;
     if (call->error.code != MLA_OK && step->failure.code == MLA_OK)
         step->failure = call->error;
-    *release = (struct release){client->streams->mailbox + step->first * sizeof(struct mlap_mail_head) +
-                                    offsetof(struct mlap_mail_head, release),
-                                call->round};
+    *release = (struct release){release_word(step), call->round};
     client->arms--;
     mlac_call_free(client, call);
     if (--step->in_flight == 0 && step->destroyed) {
@@ -222,9 +227,10 @@ static mla_status open_streams(struct mla_client *client, void *context, mla_err
     pthread_cond_init(&streams->work, NULL);
     streams->context = context;
     mla_status status = take_memory(streams, error);
+    const size_t bytes = UNITS * sizeof(struct mlap_mail_slot);
     if (status == MLA_OK)
-        status = mla_buffer_import_device(client, (void *)(uintptr_t)streams->mailbox,
-                                          UNITS * sizeof(struct mlap_mail_slot), MLA_READWRITE, &streams->buffer, error);
+        status = mla_buffer_import_device(client, (void *)(uintptr_t)streams->mailbox, bytes, MLA_READWRITE,
+                                          &streams->buffer, error);
     if (status != MLA_OK) {
         give_memory(streams);
         return status;
@@ -275,8 +281,7 @@ void mlac_streams_close(struct mla_client *client)
     struct mlac_call *call;
     TAILQ_FOREACH(call, &client->calls, order)
         if (call->type == MLAP_ARM)
-            release_rounds(streams, &(struct release){streams->mailbox + call->step->first * sizeof(struct mlap_mail_head) +
-                                                          offsetof(struct mlap_mail_head, release), call->step->round}, 1);
+            release_rounds(streams, &(struct release){release_word(call->step), call->step->round}, 1);
     struct relaxed before = relax(streams->context);
     mlac_poll_stream(streams->side, mlac_deadline(MARGIN_MS));
     give_memory(streams);
@@ -499,8 +504,8 @@ MLA_API mla_status mla_step_status(mla_step *step, mla_error *error)
     static const char *const texts[] = {
         [MLAP_MAIL_REQUESTS] = "some requests of layer %u failed; their outputs are NaN",
         [MLAP_MAIL_BATCH] = "the batch of layer %u was refused; its outputs are NaN",
-        [MLAP_MAIL_UNARMED] = "layer %u ran in a round that nobody had armed; its outputs are NaN: call mla_step_launch "
-                              "before each replay",
+        [MLAP_MAIL_UNARMED] = "layer %u ran in a round that nobody had armed; its outputs are NaN: call "
+                              "mla_step_launch before each replay",
         [MLAP_MAIL_RELEASED] = "layer %u was given up; its outputs are NaN",
         [MLAP_MAIL_LATE] = "layer %u was not decoded in time; its outputs are NaN",
     };

@@ -66,10 +66,11 @@ static enum mlap_code need_lane(struct mlad_session *session, struct mlap_fault 
                          "in host order, or try again when one of them has left", MLAD_LANES);
     ordered->lane = backend_of(session)->lane_new(device_of(session), &refusal);
     if (!ordered->lane)
-        return refusal.code == MLAK_LOST ? mlap_fail(fault, MLAP_code_DEVICE_LOST, "step", "%s", refusal.message)
-                                         : mlap_fail(fault, MLAP_code_BUSY, "step",
-                                                     "the device has no room for another client's stream order; submit in "
-                                                     "host order, or try again: %s", refusal.message);
+        return refusal.code == MLAK_LOST
+                   ? mlap_fail(fault, MLAP_code_DEVICE_LOST, "step", "%s", refusal.message)
+                   : mlap_fail(fault, MLAP_code_BUSY, "step",
+                               "the device has no room for another client's stream order; submit in host order, or try "
+                               "again: %s", refusal.message);
     lanes_in_use++;
     session->order = MLAP_order_STREAM;
     return MLAP_code_OK;
@@ -82,8 +83,8 @@ static enum mlap_code find_slots(struct mlad_session *session, const struct mlap
     const uint64_t bytes = request->n_layers * sizeof(struct mlap_mail_slot), offset = request->slots.offset;
     struct mlad_buffer *buffer = mlad_idmap_get(&session->buffers, request->slots.buffer);
     if (!buffer)
-        return mlap_fail(fault, MLAP_code_NOT_FOUND, "slots.buffer", "no buffer %" PRIu32 " is registered in this session",
-                         request->slots.buffer);
+        return mlap_fail(fault, MLAP_code_NOT_FOUND, "slots.buffer",
+                         "no buffer %" PRIu32 " is registered in this session", request->slots.buffer);
     if (buffer->data || !buffer->writable)
         return mlap_fail(fault, MLAP_code_INVALID, "slots.buffer",
                          "flags must lie in GPU memory that is registered with access readwrite");
@@ -91,8 +92,9 @@ static enum mlap_code find_slots(struct mlad_session *session, const struct mlap
         return mlap_fail(fault, MLAP_code_INVALID, "slots.offset", "%" PRIu64 " is no multiple of %zu bytes", offset,
                          sizeof(struct mlap_mail_slot));
     if (offset > buffer->bytes || bytes > buffer->bytes - offset)
-        return mlap_fail(fault, MLAP_code_RANGE, "slots", "%" PRIu32 " layers need %" PRIu64 " bytes from offset %" PRIu64
-                         " of buffer %" PRIu32 ", which is shorter", request->n_layers, bytes, offset, buffer->id);
+        return mlap_fail(fault, MLAP_code_RANGE, "slots",
+                         "%" PRIu32 " layers need %" PRIu64 " bytes from offset %" PRIu64 " of buffer %" PRIu32
+                         ", which is shorter", request->n_layers, bytes, offset, buffer->id);
     mlad_buffer_ref(buffer);
     step->slots = buffer;
     return MLAP_code_OK;
@@ -108,8 +110,8 @@ static enum mlap_code find_plans(struct mlad_session *session, const struct mlap
     for (uint32_t i = 0; i < step->count; i++) {
         struct mlad_plan *plan = mlad_idmap_get(&session->plans, request->layers[i].plan);
         if (!plan)
-            return mlap_fail(fault, MLAP_code_NOT_FOUND, "layers", "layer %" PRIu32 ": this session has no plan %" PRIu32,
-                             i, request->layers[i].plan);
+            return mlap_fail(fault, MLAP_code_NOT_FOUND, "layers",
+                             "layer %" PRIu32 ": this session has no plan %" PRIu32, i, request->layers[i].plan);
         mlad_plan_ref(plan);
         step->plans[i] = plan;
     }

@@ -2,11 +2,12 @@
  *
  * A session that makes a step gets a lane of the device, in which all its rounds run in the order they were armed, each
  * layer once its flag in the client's memory says so. Lanes are few (MLAD_LANES), since each may hold a hardware queue
- * and a processor while it waits. A round whose flags do not come within MLAD_ORDER_WAIT_MS is answered with TIMEOUT, and
- * so are those behind it, so that the client arms them again in order; nothing waits longer for a client that died.
+ * and a processor while it waits. A round whose flags do not come within MLAD_ORDER_WAIT_MS is answered with TIMEOUT,
+ * and so are those behind it, so that the client arms them again in order; nothing waits longer for a client that died.
  *
- * A session embeds one mlad_ordered. Its end abandons the lane: what waits gives up at once, and the session drains until
- * the device has told so. Loop thread only; completions are looked for every MLAD_ORDER_POLL_MS and with each message. */
+ * A session embeds one mlad_ordered. Its end abandons the lane: what waits gives up at once, and the session drains
+ * until the device has told so. Loop thread only; completions are looked for every MLAD_ORDER_POLL_MS and with each
+ * message. */
 #ifndef MLAD_ORDERED_H
 #define MLAD_ORDERED_H
 

@@ -86,7 +86,8 @@ static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_me
                              "plan %" PRIu32 " names buffer %" PRIu32 "; drop it first", plan->id, id);
     }
     if (mlad_ordered_names(session, buffer))
-        return mlap_fail(fault, MLAP_code_IN_USE, "buffer", "a step has its flags in buffer %" PRIu32 "; drop it first", id);
+        return mlap_fail(fault, MLAP_code_IN_USE, "buffer", "a step has its flags in buffer %" PRIu32 "; drop it first",
+                         id);
     mlad_idmap_take(&session->buffers, id);
     mlad_buffer_retire(buffer, message->header.sequence); /* answered by session.c once it is unmapped */
     return MLAP_code_OK;

@@ -50,8 +50,8 @@ enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresu
 /* Requests of such a batch that one launch takes. */
 uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch);
 
-/* A launch of requests [first, first + count) in `room`, whose scratch, grid and tickets it has; in the device's own, on
- * the processors that no gate may hold. Then its three kernels on a stream. */
+/* A launch of requests [first, first + count) in `room`, whose scratch, grid and tickets it has; in the device's own,
+ * on the processors that no gate may hold. Then its three kernels on a stream. */
 struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
                                  const struct mlak_batch *batch, uint32_t first, uint32_t count);
 struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct mlak_batch *batch, uint32_t first,

@@ -319,8 +319,9 @@ static CUresult launch_layer(const struct mlak_device *device, struct mlak_order
     code = launch_one(device, device->ordered->gate, 1, &parameter, stream);
     if (code == CUDA_SUCCESS)
         code = cuda_launch(device, &job, stream);
-    return code == CUDA_SUCCESS ? launch_one(device, device->ordered->signal, MLAK_CUDA_SIGNAL_THREADS, &parameter, stream)
-                                : code;
+    if (code == CUDA_SUCCESS)
+        code = launch_one(device, device->ordered->signal, MLAK_CUDA_SIGNAL_THREADS, &parameter, stream);
+    return code;
 }
 
 static CUresult capture(const struct mlak_device *device, struct mlak_order *order, uint32_t unit, CUgraph *captured)
@@ -349,7 +350,8 @@ static enum mlak_code add_instance(struct mlak_device *device, struct mlak_order
     struct instance *instance = &order->instances[order->made];
     uint32_t unit = find_units(lane, order->count);
     if (unit == UNITS)
-        return mlak_fail(fault, MLAK_MEMORY, "layers", "the client's steps have more than %d layers", UNITS / INSTANCES);
+        return mlak_fail(fault, MLAK_MEMORY, "layers", "the client's steps have %d layers together at most",
+                         UNITS - FIRST_UNIT);
     lane->room.grid = cuda_grid_beside(device, device->ordered->lanes);
     CUgraph captured = NULL;
     CUresult result = capture(device, order, unit, &captured);
@@ -372,8 +374,8 @@ static enum mlak_code check(const struct mlak_device *device, const struct mlak_
         uint32_t most = cuda_most_requests(device, batches[i]);
         if (batches[i]->batch > most)
             return mlak_fail(fault, MLAK_UNSUPPORTED, "layers",
-                             "layer %u has %u requests, and one launch in stream order takes %u%s; split it, or use host "
-                             "order", i, batches[i]->batch, most,
+                             "layer %u has %u requests, and one launch in stream order takes %u%s; split it, or use "
+                             "host order", i, batches[i]->batch, most,
                              batches[i]->deterministic ? " of a deterministic batch" : "");
     }
     return MLAK_OK;

@@ -1,7 +1,7 @@
 /* mlak_order.cuh - the two kernels around a launch in a client's stream order: see mlak_order.h.
  *
- * Client memory is as hostile here as anywhere: the flags decide when something runs and for whom it is signalled, never
- * an address. */
+ * Client memory is as hostile here as anywhere: the flags decide when something runs and for whom it is signalled,
+ * never an address. */
 #include "mlak_order.h"
 #include "mlak_order_ptx.cuh"
 

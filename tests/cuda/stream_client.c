@@ -391,11 +391,11 @@ static void run_killed(void)
 /* Replay for a while: workers die meanwhile. */
 static void run_loop(void)
 {
-    const time_t end = time(NULL) + 10;
     unsigned rounds = 0;
     setup(60000);
     mla_step *step = make_step();
     void *exec = capture();
+    const time_t end = time(NULL) + 10;
     say("ready");
     for (; time(NULL) < end; rounds++) {
         set_round((int)rounds % ROUNDS);

@@ -175,9 +175,9 @@ static void instantiate(struct side *side)
 
 static struct mlak_batch batch_of(const struct side *side)
 {
-    struct mlak_batch batch = {.batch = given.batch, .heads = given.heads, .q_rows = (uint64_t)given.batch * given.q_len,
-                               .pages = given.batch * columns(), .page_size = PAGE, .max_pages = columns(),
-                               .softmax_scale = 1 / sqrt(192)};
+    struct mlak_batch batch = {.batch = given.batch, .heads = given.heads,
+                               .q_rows = (uint64_t)given.batch * given.q_len, .pages = given.batch * columns(),
+                               .page_size = PAGE, .max_pages = columns(), .softmax_scale = 1 / sqrt(192)};
     mlak_batch_defaults(&batch);
     batch.q = (void *)side->q;
     batch.kv = (void *)keys;
@@ -375,8 +375,9 @@ int main(int argc, char **argv)
         local_alone = before_alone < local_alone ? before_alone : local_alone;
     }
     printf("{\"order\": \"%s\", \"why\": \"%s\", \"right\": %s, \"layers\": %u, \"batch\": %u, \"heads\": %u, "
-           "\"q_len\": %u, \"kv_len\": %u, \"work_us\": %.1f, \"local_us_per_layer\": %.3f, \"stream_us_per_layer\": %.3f, "
-           "\"overhead_us_per_layer\": %.3f, \"local_alone_us_per_layer\": %.3f, \"stream_alone_us_per_layer\": %.3f, "
+           "\"q_len\": %u, \"kv_len\": %u, \"work_us\": %.1f, \"local_us_per_layer\": %.3f, "
+           "\"stream_us_per_layer\": %.3f, \"overhead_us_per_layer\": %.3f, "
+           "\"local_alone_us_per_layer\": %.3f, \"stream_alone_us_per_layer\": %.3f, "
            "\"overhead_alone_us_per_layer\": %.3f, \"host_local_p50_us\": %.2f, \"host_local_p99_us\": %.2f, "
            "\"host_p50_us\": %.2f, \"host_p99_us\": %.2f, \"host_ratio_p50\": %.3f, \"host_ratio_p99\": %.3f}\n",
            order == MLA_ORDER_STREAM ? "stream" : "host", why, right ? "true" : "false", given.layers, given.batch,

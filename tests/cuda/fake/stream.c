@@ -39,7 +39,7 @@ struct fake_stream {
     pthread_t capturer;
     int mode;
 };
-struct fake_graph { struct op *first, **last; struct op **roots; uint64_t id; }; /* roots: behind the host nodes at its start */
+struct fake_graph { struct op *first, **last, **roots; uint64_t id; }; /* roots: behind the host nodes at its start */
 struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
 struct fake_function { struct fake_function *next; char name[128]; int shared; size_t parameter; };
 
