@@ -207,9 +207,9 @@ struct mlak_mapping {
 };
 
 /* Where a launch in stream order meets its client's stream: words of client memory, as the device sees them. Rounds are
- * compared as by (int32_t)(a - b). The launch of round n runs once *go has reached n, unless *done has; then it writes
- * *status (enum mlak_mail) and *done = n. */
-struct mlak_flags { uint32_t *go, *done, *status; };
+ * compared as by (int32_t)(a - b). The launch of round n runs once *go has reached n, unless the low half of *done has;
+ * then it writes n there, with an enum mlak_mail in the high half. */
+struct mlak_flags { uint32_t *go; uint64_t *done; };
 enum mlak_mail { MLAK_MAIL_OK, MLAK_MAIL_REQUESTS, MLAK_MAIL_BATCH };
 
 /* What came of a round. */

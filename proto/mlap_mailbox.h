@@ -4,8 +4,8 @@
  * A mailbox is a head and, for each layer of a step, a slot. Each word has one writer:
  *
  *     slot.go     client   the round whose inputs are written
- *     slot.done   daemon   the round whose outputs are written, or have been given up: `status` says which
- *     slot.status daemon   of that round, enum mlap_mail; written before `done`
+ *     slot.done   daemon   the round whose outputs are written
+ *     slot.status daemon   of that round, enum mlap_mail; written with `done`, as one word of 64 bits
  *
  * Rounds count up from 1 and wrap; a is after b if (int32_t)(a - b) > 0. The daemon runs round n of a layer once `go`
  * has reached it, unless `done` has: so arming a round again, with another worker, runs what is missing and nothing

@@ -25,17 +25,19 @@ GATE_KERNEL(mlac_signal, 1, struct mlac_gate gate)
 {
     uint32_t round = gate.advance ? ++gate.head->round : gate.head->round;
     gate.slot->unarmed = gate.slot->go == round;
-    gate_fence();
-    gate_release(&gate.slot->go, round);
+    gate_release(&gate.slot->go, round); /* after all that the stream did before */
 }
 
 __device__ static uint32_t await(const struct mlac_gate *gate, uint32_t round)
 {
-    enum { LOOKS = 32 }; /* at the flag for each at the clock and at what libmla says */
+    enum { LOOKS = 128 }; /* at the flag for each at the clock and at what libmla says */
     if (gate->slot->unarmed)
         return MLAP_MAIL_UNARMED;
-    const uint64_t start = gate_now_ns();
-    for (uint32_t looks = 1; !reached(gate_acquire(&gate->slot->done), round); looks++) {
+    const uint64_t *done = (const uint64_t *)&gate->slot->done, start = gate_now_ns();
+    for (uint32_t looks = 1;; looks++) {
+        const uint64_t said = gate_acquire_64(done); /* with the status in the high half */
+        if (reached((uint32_t)said, round))
+            return (uint32_t)(said >> 32);
         if (looks % LOOKS == 0) {
             if (reached(gate_acquire(&gate->head->release), round))
                 return MLAP_MAIL_RELEASED;
@@ -44,7 +46,6 @@ __device__ static uint32_t await(const struct mlac_gate *gate, uint32_t round)
         }
         gate_pause();
     }
-    return gate_acquire(&gate->slot->status);
 }
 
 __device__ static void fill(void *memory, uint64_t bytes)

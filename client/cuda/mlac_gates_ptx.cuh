@@ -16,15 +16,15 @@
 #define GATE_THREADS 1u
 
 static inline void gate_barrier() {}
-static inline void gate_fence()
-{
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
 static inline void gate_pause()
 {
     sched_yield();
 }
 static inline uint32_t gate_acquire(const uint32_t *pointer)
+{
+    return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
+}
+static inline uint64_t gate_acquire_64(const uint64_t *pointer)
 {
     return __atomic_load_n(pointer, __ATOMIC_ACQUIRE);
 }
@@ -51,15 +51,17 @@ __device__ static inline void gate_barrier()
 {
     __syncthreads();
 }
-__device__ static inline void gate_fence()
-{
-    __threadfence_system();
-}
 __device__ static inline void gate_pause() {}
 __device__ static inline uint32_t gate_acquire(const uint32_t *pointer)
 {
     uint32_t value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+__device__ static inline uint64_t gate_acquire_64(const uint64_t *pointer)
+{
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
     return value;
 }
 __device__ static inline void gate_release(uint32_t *pointer, uint32_t value)

@@ -33,6 +33,7 @@ enum {
     UNITS = 4096,     /* of the mailbox, 128 bytes each */
     WATCH_NS = 1000000,
     MARGIN_MS = 5000, /* what a gate waits beyond reconnect_ms: libmla should be the one to give up */
+    LEGACY = 1,       /* CU_STREAM_LEGACY; 0 is the same, unless compiled otherwise */
     CARVEOUT = 9,     /* CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT */
     HOST_MAPPED = 3   /* CU_MEMHOSTALLOC_PORTABLE | DEVICEMAP */
 };
@@ -571,6 +572,9 @@ static int is_capturing(void *stream, bool *capturing, uint64_t *id, void **grap
     int status = 0;
     void *const *dependencies;
     size_t count;
+    *capturing = false;
+    if ((uintptr_t)stream <= LEGACY) /* never is, and to ask would end others' captures */
+        return 0;
     int code = mlac_driver.capture_info(stream, &status, id, graph, &dependencies, &count);
     *capturing = status == 1;
     return code;

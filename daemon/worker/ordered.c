@@ -126,7 +126,7 @@ static enum mlap_code make_order(struct mlad_session *session, const struct mlap
     struct mlap_mail_slot *slots = (void *)(step->slots->pointer + request->slots.offset);
     for (uint32_t i = 0; i < step->count; i++) {
         batches[i] = &step->plans[i]->batch;
-        flags[i] = (struct mlak_flags){&slots[i].go, &slots[i].done, &slots[i].status};
+        flags[i] = (struct mlak_flags){&slots[i].go, (uint64_t *)(void *)&slots[i].done};
     }
     struct mlak_fault refusal = {0};
     step->order = backend_of(session)->order_new(device_of(session), session->ordered.lane, batches, flags, step->count,

@@ -300,7 +300,6 @@ static CUresult launch_layer(const struct mlak_device *device, struct mlak_order
     struct mlak_cuda_order parameter = {
         .go = order->flags[i].go,
         .done = order->flags[i].done,
-        .status = order->flags[i].status,
         .round = (const uint32_t *)lane->words + (size_t)unit * UNIT_WORDS,
         .lane = lane_words(lane),
         .wait_ns = order->wait_ms * UINT64_C(1000000),

@@ -10,16 +10,11 @@ __device__ static inline bool order_reached(uint32_t at, uint32_t round)
     return (int32_t)(at - round) >= 0;
 }
 
-__device__ static void order_live(const struct mlak_cuda_order *order)
-{
-    order_write_64(order->life, ++order->lane->life);
-}
-
 /* Whether the launch is to run, once that is known. */
 __device__ static uint32_t order_wait(const struct mlak_cuda_order *order, uint32_t round)
 {
-    enum { LOOKS = 32 }; /* at the flag for each at the clock and the lane */
-    if (order_reached(order_acquire(order->done), round))
+    enum { LOOKS = 128 }; /* at the flag for each at the clock and the lane */
+    if (order_reached(order_acquire((const uint32_t *)order->done), round)) /* the low half */
         return MLAK_ORDER_SERVED;
     const uint64_t start = order_now_ns();
     for (uint32_t looks = 0;; looks++) {
@@ -39,8 +34,7 @@ ORDER_KERNEL(mlak_cuda_gate, 1, struct mlak_cuda_order order)
 {
     uint32_t outcome = order_wait(&order, *order.round);
     order.schedule->cancelled = outcome == MLAK_ORDER_RAN ? 0 : order.ticket;
-    order_write_32(&order.result->outcome, outcome);
-    order_live(&order);
+    order.lane->outcome = outcome;
 }
 
 __device__ static void order_fill(void *memory, uint64_t bytes)
@@ -56,6 +50,32 @@ __device__ static void order_fill_row(const struct mlak_row *row)
     order_fill(row->out, folded * MLAK_V * 2);
     if (row->lse != NULL)
         order_fill(row->lse, folded * sizeof *row->lse);
+}
+
+/* Whether one of this thread's requests failed. */
+__device__ static bool order_failed(const struct mlak_cuda_order *order)
+{
+    bool failed = false;
+    for (uint32_t i = ORDER_THREAD; i < order->count; i += ORDER_THREADS)
+        failed |= order->rows[i].code != MLAK_ROW_OK;
+    return failed;
+}
+
+/* Tell the client's stream, as soon as may be. */
+__device__ static void order_signal(const struct mlak_cuda_order *order, bool refused, bool failed)
+{
+    if (refused) {
+        order_fill(order->out, order->out_bytes);
+        order_fill(order->lse, order->lse_bytes);
+    }
+    for (uint32_t i = 0; failed && i < order->count; i++)
+        if (order->rows[i].code != MLAK_ROW_OK)
+            order_fill_row(&order->rows[i]);
+    if (refused || failed)
+        order_barrier();
+    uint64_t status = refused ? MLAK_MAIL_BATCH : failed ? MLAK_MAIL_REQUESTS : MLAK_MAIL_OK;
+    if (ORDER_THREAD == 0)
+        order_release_64(order->done, status << 32 | *order->round);
 }
 
 struct order_sums {
@@ -76,11 +96,11 @@ __device__ static void order_count(const struct mlak_cuda_order *order, struct o
     }
 }
 
-__device__ static void order_report(const struct mlak_cuda_order *order, const struct order_sums *sums, bool ran,
-                                    int32_t refused)
+__device__ static void order_report(const struct mlak_cuda_order *order, const struct order_sums *sums, int32_t refused)
 {
     struct mlak_cuda_order_result *result = order->result;
-    result->batch_code = ran ? refused : MLAK_OK;
+    result->outcome = order->lane->outcome;
+    result->batch_code = refused;
     result->batch_index = order->launched->batch_index;
     result->batch_value = order->launched->batch_value;
     result->batch_before = order->launched->batch_before;
@@ -93,7 +113,7 @@ __device__ static void order_report(const struct mlak_cuda_order *order, const s
         result->detail[0] = row->detail[0];
         result->detail[1] = row->detail[1];
     }
-    order_live(order);
+    order_write_64(order->life, ++order->lane->life);
     order_release(&result->ended, *order->round);
 }
 
@@ -101,31 +121,20 @@ ORDER_KERNEL(mlak_cuda_signal, MLAK_CUDA_SIGNAL_THREADS, struct mlak_cuda_order 
 {
     ORDER_SHARED struct order_sums sums;
     const bool ran = order.schedule->cancelled != order.ticket;
-    const int32_t refused = order.schedule->refused;
+    const int32_t refused = ran ? order.schedule->refused : MLAK_OK;
     if (ORDER_THREAD == 0) {
         sums.failed = 0;
         sums.first = UINT32_MAX;
         sums.kv_tokens = 0;
     }
-    order_barrier();
+    const bool failed = order_any(order_failed(&order)) && ran && !refused; /* else the rows are an earlier launch's */
+    if (ran)
+        order_signal(&order, refused, failed);
     if (ran && !refused)
         order_count(&order, &sums);
     order_barrier();
-    if (ran && refused) {
-        order_fill(order.out, order.out_bytes);
-        order_fill(order.lse, order.lse_bytes);
-    }
-    for (uint32_t i = 0; sums.failed && i < order.count; i++)
-        if (order.rows[i].code != MLAK_ROW_OK)
-            order_fill_row(&order.rows[i]);
-    order_barrier();
     if (ORDER_THREAD != 0)
         return;
-    if (ran) {
-        order_fence();
-        *order.status = refused ? MLAK_MAIL_BATCH : sums.failed ? MLAK_MAIL_REQUESTS : MLAK_MAIL_OK;
-        order_release(order.done, *order.round);
-    }
     order.schedule->cancelled = 0;
-    order_report(&order, &sums, ran, refused);
+    order_report(&order, &sums, refused);
 }

@@ -1,7 +1,8 @@
 /* mlak_order.h - what the host side (cuda_ordered.c) and the kernels (mlak_order.cuh) of ordered launches agree on.
  *
  * A launch in a client's stream order is five kernels on a stream of its own:
- *     mlak_cuda_gate    1 thread: waits until the client's stream says that the inputs are written
+ *     mlak_cuda_gate    1 thread: waits until the client's stream says that the inputs are written. Writes nothing to
+ *                       the host, which the end of a kernel would wait for
  *     prepare, split, combine      as of any launch (mlak_cuda.h)
  *     mlak_cuda_signal  1 block: NaN into what failed; tells the client's stream, then the host
  * A gate that gives up makes the launch behind it cancelled before it begins: nothing of it runs, nothing is
@@ -23,7 +24,8 @@ enum mlak_cuda_order_outcome {
 struct mlak_cuda_lane {
     uint32_t stopped, reserved_a[7];
     uint32_t abandoned, reserved_b[7]; /* the host's: nobody waits for anything of the lane */
-    unsigned long long life, reserved_c[3]; /* grows with each kernel of the lane */
+    unsigned long long life;       /* grows with each launch of the lane */
+    uint32_t outcome, reserved_c[5]; /* enum mlak_cuda_order_outcome, of the gate that was last */
 };
 
 /* Pinned host memory, of one layer: what came of its last round. */
@@ -43,7 +45,8 @@ struct mlak_cuda_order_result {
 
 /* The parameter of gate and signal. */
 struct mlak_cuda_order {
-    uint32_t *go, *done, *status;  /* client memory, see mlak_mail */
+    uint32_t *go;                  /* client memory, see struct mlak_flags */
+    uint64_t *done;
     const uint32_t *round;         /* the one to run */
     struct mlak_cuda_lane *lane;
     uint64_t wait_ns;              /* a gate gives up after it */
@@ -56,7 +59,7 @@ struct mlak_cuda_order {
     uint64_t out_bytes, lse_bytes;
     void *lse;
     struct mlak_cuda_order_result *result;
-    uint64_t *life;                /* pinned: lane->life now and then */
+    uint64_t *life;                /* pinned: lane->life */
 };
 
 #endif

@@ -16,9 +16,9 @@
 #define ORDER_THREADS 1u
 
 static inline void order_barrier() {}
-static inline void order_fence()
+static inline bool order_any(bool own)
 {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return own;
 }
 static inline void order_pause()
 {
@@ -32,13 +32,13 @@ static inline void order_release(uint32_t *pointer, uint32_t value)
 {
     __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
 }
+static inline void order_release_64(uint64_t *pointer, uint64_t value)
+{
+    __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
+}
 static inline uint32_t order_look(const uint32_t *pointer)
 {
     return __atomic_load_n(pointer, __ATOMIC_RELAXED);
-}
-static inline void order_write_32(uint32_t *pointer, uint32_t value)
-{
-    __atomic_store_n(pointer, value, __ATOMIC_RELAXED);
 }
 static inline void order_write_64(uint64_t *pointer, uint64_t value)
 {
@@ -71,9 +71,10 @@ __device__ static inline void order_barrier()
 {
     __syncthreads();
 }
-__device__ static inline void order_fence()
+/* A barrier; whether any thread of the block says so. */
+__device__ static inline bool order_any(bool own)
 {
-    __threadfence_system();
+    return __syncthreads_or(own);
 }
 __device__ static inline void order_pause() {}
 __device__ static inline uint32_t order_acquire(const uint32_t *pointer)
@@ -86,16 +87,16 @@ __device__ static inline void order_release(uint32_t *pointer, uint32_t value)
 {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
+__device__ static inline void order_release_64(uint64_t *pointer, uint64_t value)
+{
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
 /* What the host writes now and then, in no order with anything else. */
 __device__ static inline uint32_t order_look(const uint32_t *pointer)
 {
     uint32_t value;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
     return value;
-}
-__device__ static inline void order_write_32(uint32_t *pointer, uint32_t value)
-{
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 __device__ static inline void order_write_64(uint64_t *pointer, uint64_t value)
 {

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -58,6 +59,19 @@ class Scene:
         if must:
             self.part.check(code == 0, said)
         return code == 0
+
+    def torch(self):
+        """The drop-in on CUDA tensors, in torch's graphs too."""
+        given = self.part.tree.environment(True, MLAD_SOCKET=self.daemon.socket, MLAD_DEVICE=self.device,
+                                           STREAM_GPU=self.gpu, **self.environment, **self.extra)
+        process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("torch_stream.py"))], env=given,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        code, out, err = self.finish(process, CASE_SECONDS)
+        if "No module named 'torch'" in err:
+            self.part.not_run(f"{self.name} torch", "no torch")
+        elif self.part.check(code == 0, f"{self.name}, torch: {code} {out[-300:]} {err[-800:]}"):
+            found = self.figures["torch"] = json.loads(out)
+            self.part.check(found["order"][0] == "stream" and max(found["worst"].values()) < 0.05, f"torch: {found}")
 
     def bench(self):
         found = []
@@ -152,6 +166,7 @@ def between_gpus(part, gpus):
     try:
         for name in ALWAYS:
             scene.case(name)
+        scene.torch()
         scene.bench()
         scene.kill_worker_before_it_answers()
         scene.kill_client_with_a_round_armed()
@@ -179,6 +194,7 @@ def under_mps(part, gpu):
             try:
                 for name in ALWAYS:
                     scene.case(name)
+                scene.torch()
                 scene.bench()
                 scene.kill_client_with_a_round_armed(must=False)    # one fault domain: the worker may not survive it
             finally:
