@@ -289,17 +289,17 @@ MLA_API mla_order mla_client_order(mla_client *client, char why[MLA_WHY]);
  * thread in which the stream's context is current; all streams of a client are of one context. The first call of a
  * client takes milliseconds, and the first of a plan too.
  *
- * * In MLA_ORDER_HOST, or when too many clients use stream order already, it does the same from the host: it waits
+ * In MLA_ORDER_HOST, or when too many clients use stream order already, it does the same from the host: it waits
  * until the stream has come here, decodes, and returns then, with the decode's own status.
  *
- * * While the stream is being captured, the decode becomes part of the graph: of a plan that is in a step, for rounds
+ * While the stream is being captured, the decode becomes part of the graph: of a plan that is in a step, for rounds
  * that mla_step_launch arms; of any other, with a host node that arms it at the start of each replay. Without stream
  * order that fails with MLA_UNSUPPORTED or MLA_BUSY, and the capture is left as it was.
  *
- * * Submissions of one client run in the order of the calls, whatever their streams: streams that wait for each
- * other's decodes the other way round wait for ever. In flight are at most as many as WELCOME's max_in_flight.
+ * Submissions of one client run in the order of the calls, whatever their streams: streams that wait for each
+ * other's decodes the other way round wait until those are given up.
  *
- * * What goes wrong afterwards is not seen by the stream but in out and lse, which then hold NaN (the rows of the
+ * What goes wrong afterwards is not seen by the stream but in out and lse, which then hold NaN (the rows of the
  * requests that failed; all, if the decode was given up), never what they held before; mla_plan_status and
  * mla_step_status say why. A worker's death is a delay. A decode is given up when the daemon refuses it, is away
  * for mla_options.reconnect_ms, or has not answered 5 seconds later. */

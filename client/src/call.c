@@ -73,7 +73,18 @@ static void enqueue(struct mla_client *client, struct mlac_call *call)
 {
     call->state = MLAC_UNSENT;
     call->queued = true;
+    client->arms_sent += call->type == MLAP_ARM;
     TAILQ_INSERT_TAIL(&client->outbox, call, out);
+}
+
+/* Rounds go out in the order in which they were armed, so many at a time that a user's limit is far. */
+static void enqueue_or_hold(struct mla_client *client, struct mlac_call *call)
+{
+    if (call->type == MLAP_ARM &&
+        (client->arms_held || client->arms_stopped || client->arms_sent >= MLAC_MOST_ARMS))
+        call->held = client->arms_held = true;
+    else
+        enqueue(client, call);
 }
 
 static void dequeue(struct mla_client *client, struct mlac_call *call)
@@ -93,26 +104,25 @@ void mlac_call_start(struct mla_client *client, struct mlac_call *call)
     client->loose += call->loose;
     if (client->link == MLAC_DEAD) {
         mlac_call_complete(client, call, &client->failure);
-    } else if (client->link == MLAC_UP && call->type == MLAP_ARM && client->holding) {
-        call->held = true;      /* rounds go out in the order in which they were armed */
     } else if (client->link == MLAC_UP) {
-        enqueue(client, call);
+        enqueue_or_hold(client, call);
         mlac_flush(client, mlac_now());
     }
 }
 
-/* Rounds that came too soon for their streams are armed again, in order, once the daemon has let go of all of them. */
-static void arm_again(struct mla_client *client, int64_t now)
+/* Send rounds that were held back, as far as may be: those that came too soon for their streams once the daemon has let
+ * go of all of them. */
+static void send_held(struct mla_client *client, int64_t now)
 {
     struct mlac_call *call;
-    TAILQ_FOREACH(call, &client->calls, order)
-        if (call->type == MLAP_ARM && (call->state == MLAC_SENT || call->queued))
-            return;
-    client->holding = false;
+    if (client->arms_stopped && client->arms_sent > 0)
+        return;
+    client->arms_stopped = client->arms_held = false;
     TAILQ_FOREACH(call, &client->calls, order) {
-        if (call->held)
-            enqueue(client, call);
+        if (!call->held)
+            continue;
         call->held = false;
+        enqueue_or_hold(client, call);
     }
     mlac_flush(client, now);
 }
@@ -270,7 +280,7 @@ void mlac_flush(struct mla_client *client, int64_t now)
             call->state = MLAC_SENT;
             client->unanswered++;
             mlac_wake(client, call->id);
-        } else if (sent > 0) {
+        } else if (sent > 0) {      /* of an IMPORT_VMM */
             settle(client, call, &error);
         } else if (errno == EAGAIN) {
             if (client->unanswered == 0)    /* no answer will bring us back here, so time must */
@@ -279,6 +289,7 @@ void mlac_flush(struct mla_client *client, int64_t now)
         } else if (errno == EPIPE || errno == ECONNRESET) {
             client->broken = true;          /* the receiver finds the end of file, and what was said before it */
         } else if (errno != EINTR) {
+            client->arms_sent -= call->type == MLAP_ARM;
             mlac_fail(&error, MLA_INTERNAL, "", "the socket to the daemon fails: %s", strerror(errno));
             settle(client, call, &error);
         }
@@ -290,9 +301,10 @@ static bool try_again(struct mla_client *client, struct mlac_call *call, enum ml
 {
     bool for_the_moment = code == MLAP_code_UNAVAILABLE ||
                           (call->replays && (code == MLAP_code_BUSY || code == MLAP_code_QUOTA));
-    if (call->type == MLAP_ARM && code == MLAP_code_TIMEOUT && now < call->retry_until) {
+    bool let_go = code == MLAP_code_TIMEOUT || code == MLAP_code_BUSY || code == MLAP_code_QUOTA;
+    if (call->type == MLAP_ARM && let_go && now < client->arms_progress + client->reconnect_ns) {
         call->state = MLAC_UNSENT;
-        call->held = client->holding = true;
+        call->held = client->arms_held = client->arms_stopped = true;
         return true;
     }
     if (!is_decode(call) || !for_the_moment)
@@ -342,9 +354,13 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
     if (header->type == MLAP_ERROR ? body->error_.code == MLAP_code_OK
                                    : header->type != (is_decode(call) ? MLAP_DONE : MLAP_OK))
         return false;
+    bool arm = call->type == MLAP_ARM;
     client->unanswered--;
+    client->arms_sent -= arm;
     if (header->type == MLAP_DONE)
         client->paused_until = 0;
+    if (header->type == MLAP_DONE && arm)
+        client->arms_progress = now;
     if (call->detached) {
         mlac_call_free(client, call);
     } else if (header->type == MLAP_DONE) {
@@ -357,8 +373,8 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
         mlac_fail(&error, (mla_status)body->error_.code, body->error_.field, "%s", body->error_.message);
         settle(client, call, &error);
     }
-    if (client->holding)
-        arm_again(client, now);
+    if (client->arms_held)
+        send_held(client, now);
     return true;
 }
 
@@ -367,7 +383,8 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
     client->unanswered = 0;
     client->replaying = 0;
     client->paused_until = 0;
-    client->holding = false;
+    client->arms_sent = 0;
+    client->arms_held = client->arms_stopped = false;
     TAILQ_INIT(&client->outbox);
     struct mlac_call *next;
     for (struct mlac_call *call = TAILQ_FIRST(&client->calls); call; call = next) {
@@ -406,7 +423,7 @@ void mlac_calls_replay(struct mla_client *client)
             mlac_call_complete(client, call, NULL);
             continue;
         }
-        enqueue(client, call);
+        enqueue_or_hold(client, call);
         call->replaying = call->established;
         client->replaying += call->established;
     }

@@ -31,7 +31,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-enum { MLAC_MAX_TENSORS = 12, MLAC_BUCKETS = 1024, MLAC_MAX_DEATHS = 3 };
+enum { MLAC_MAX_TENSORS = 12, MLAC_BUCKETS = 1024, MLAC_MAX_DEATHS = 3, MLAC_MOST_ARMS = 64 };
 
 /* Times are CLOCK_MONOTONIC nanoseconds. */
 #define MLAC_NEVER INT64_MAX
@@ -77,7 +77,7 @@ struct mlac_call {
     struct mla_plan *plan;              /* PLAN, SUBMIT */
     struct mla_step *step;              /* STEP, ARM */
     uint32_t round;                     /* ARM */
-    bool held;                          /* ARM: to be sent again, once all that were sent are answered */
+    bool held;                          /* ARM: to be sent once others are answered */
     struct mla_buffer *uses[MLAC_MAX_TENSORS];  /* PLAN, DECODE: each counted in buffer->uses */
     uint32_t n_uses;
     mla_error error;                    /* code MLA_OK: none */
@@ -173,8 +173,11 @@ struct mla_client {
     uint32_t loose, ready;      /* tickets that mla_fd speaks for, and those of them that are complete */
     TAILQ_HEAD(, mlac_sleeper) sleepers;
 
-    uint32_t arms;              /* calls of type ARM that are not complete, and those that are and not yet collected */
-    bool holding;               /* some of them are held */
+    uint32_t arms;              /* calls of type ARM that are not collected yet */
+    uint32_t arms_sent;         /* of them sent and not answered, or in the outbox */
+    bool arms_held;             /* others are held back */
+    bool arms_stopped;          /* because the daemon let go of rounds: until it has let go of all */
+    int64_t arms_progress;      /* when one was done last, or the first of them armed */
     struct mlac_streams *streams;   /* stream.c's; NULL until stream order is asked for */
 
     int epoll, timer;           /* mla_fd; -1 until first asked for */

@@ -548,9 +548,9 @@ static mla_status arm(struct mla_step *step, mla_error *error)
         return MLA_MEMORY;
     call->step = step;
     call->round = ++step->round;
-    call->retry_until = mlac_now() + client->reconnect_ns;
     step->in_flight++;
-    client->arms++;
+    if (client->arms++ == 0)
+        client->arms_progress = mlac_now();
     mlac_call_start(client, call);
     pthread_cond_signal(&client->streams->work);
     return MLA_OK;

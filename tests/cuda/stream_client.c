@@ -287,7 +287,7 @@ static void run_eager(void)
 /* Many rounds queued before the first has run. */
 static void run_ahead(void)
 {
-    enum { AHEAD = 12 };
+    enum { AHEAD = 100 }; /* more decodes than a user may have in flight */
     setup(30000);
     set_round(2);
     for (int n = 0; n < AHEAD; n++)
