@@ -114,7 +114,8 @@
     E(M, REPLY, "reply", "complete to completion sent")
 
 #define MLAP_ENUM_placement(E, M) \
-    E(M, SHARED_MPS, "shared_mps", "client and worker on one GPU, under one MPS server: their kernels run side by side") \
+    E(M, SHARED_MPS, "shared_mps", \
+      "client and worker on one GPU, under one MPS server: their kernels run side by side") \
     E(M, OWN_GPU, "own_gpu", "the client has no work on the worker's GPU: it runs on another one, or on none") \
     E(M, SHARED_TIMESLICED, "shared_timesliced", \
       "client and worker on one GPU, not under one MPS server: they take turns, which costs each call") \
@@ -261,7 +262,8 @@
     F(M, STR, device, _, 1, 63, OPT, \
       "device to work on; absent: a session with the supervisor, for status and administration") \
     F(M, U64, features, _, 0, UINT64_MAX, OPT, "bit set of optional features wanted; version 1 defines none") \
-    F(M, STR, gpu, _, 1, 63, OPT, "UUID of the GPU on which the client works; absent: none so far, or it is not known") \
+    F(M, STR, gpu, _, 1, 63, OPT, \
+      "UUID of the GPU on which the client works; absent: none so far, or it is not known") \
     F(M, STR, mps, _, 1, 127, OPT, \
       "pipe directory of the MPS control daemon that serves, or would serve, the client; absent: none")
 

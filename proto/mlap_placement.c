@@ -35,6 +35,16 @@ void mlap_place_memory(struct mlap_place *client, const struct mlap_place *worke
         snprintf(client->gpu, sizeof client->gpu, "%s", gpu);
 }
 
+/* A client's own word, for a terminal: printable ASCII. */
+static const char *printable(const char *from, char to[MLAP_GPU])
+{
+    size_t i = 0;
+    for (; from[i] && i + 1 < MLAP_GPU; i++)
+        to[i] = (char)(from[i] < ' ' || from[i] > '~' ? '?' : from[i]);
+    to[i] = '\0';
+    return to;
+}
+
 enum mlap_placement mlap_placement_of(const struct mlap_place *worker, const struct mlap_place *client,
                                       char why[MLAP_WHY])
 {
@@ -47,7 +57,8 @@ enum mlap_placement mlap_placement_of(const struct mlap_place *worker, const str
         return MLAP_placement_OWN_GPU;
     }
     if (strcmp(client->gpu, worker->gpu) != 0) {
-        snprintf(why, MLAP_WHY, "the client works on %s", client->gpu);
+        char gpu[MLAP_GPU];
+        snprintf(why, MLAP_WHY, "the client works on %s", printable(client->gpu, gpu));
         return MLAP_placement_OWN_GPU;
     }
     if (worker->mps[0] && strcmp(worker->mps, client->mps) == 0) {

@@ -1,4 +1,5 @@
-/* bench.c - `mlactl bench` and its subcommands; the plain one: three questions, each answered by two things measured in turn in one run.
+/* bench.c - `mlactl bench`: its subcommands, and the plain one: three questions, each answered by two things measured
+ * in turn in one run.
  *
  *   how close is the cpu backend to what this machine can do?   direct decode : ceilings
  *   what does the daemon cost a large decode?                   daemon : direct, slice by slice

@@ -12,7 +12,7 @@ enum { SHARES = sizeof shares / sizeof *shares };
 struct latency {
     char device[64];
     unsigned count;
-    double *samples[PARTS]; /* [MOST] nanoseconds; rest: of the call, what is none of the others: wire, wake-ups, reply */
+    double *samples[PARTS]; /* [MOST] nanoseconds; rest: of the call none of the others: wire, wake-ups, reply */
     double values[PARTS][SHARES];
 };
 

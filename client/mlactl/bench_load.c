@@ -1,5 +1,5 @@
-/* bench_load.c - what the benchmarks decode, and how: random bf16 batches over shuffled pages, in buffers of the device.
- */
+/* bench_load.c - what the benchmarks decode, and how: random bf16 batches over shuffled pages, in buffers of the
+ * device. */
 #include "bench.h"
 #include "gpu.h"
 

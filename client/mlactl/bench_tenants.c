@@ -286,7 +286,8 @@ static int choose_device(struct tenants *tenants)
         if (status->devices[i].state != MLAP_device_state_ABSENT && strcmp(status->devices[i].name, "reference"))
             device = &status->devices[i];
     if (!device)
-        return ctl_error(tenants->ctl, CTL_FAILED, "no device %s is served here", name && *name ? name : "but reference");
+        return ctl_error(tenants->ctl, CTL_FAILED, "no device %s is served here",
+                         name && *name ? name : "but reference");
     snprintf(tenants->device, sizeof tenants->device, "%s", device->name);
     return CTL_OK;
 }

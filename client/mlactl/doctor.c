@@ -166,8 +166,8 @@ static bool find_control(const char *directory, struct control *control)
 static void check_users(struct doctor *doctor, const char *directory, const struct control *control, uid_t worker)
 {
     if (control->pid && control->multiuser)
-        found(doctor, OK, "mps", "", "the control daemon of %s serves all users at once (-multiuser-server): they share "
-              "one fault domain with weaker isolation", directory);
+        found(doctor, OK, "mps", "", "the control daemon of %s serves all users at once (-multiuser-server): they "
+              "share one fault domain with weaker isolation", directory);
     else if (control->uid != 0 && control->uid != geteuid())
         found(doctor, WARNING, "mps", "run mlad, MPS and the engine as one user, or MPS as root with -multiuser-server",
               "the control daemon of %s is user %u's and serves nobody else; this is user %u", directory, control->uid,
@@ -177,7 +177,8 @@ static void check_users(struct doctor *doctor, const char *directory, const stru
               "the worker is user %u's and this is user %u: MPS serves one user at a time, and makes others wait",
               worker, geteuid());
     else
-        found(doctor, OK, "mps", "", "its control daemon runs as user %u and can serve user %u", control->uid, geteuid());
+        found(doctor, OK, "mps", "", "its control daemon runs as user %u and can serve user %u", control->uid,
+              geteuid());
 }
 
 static uid_t owner_of(uint32_t pid)
@@ -210,8 +211,8 @@ static void check_worker_mps(struct doctor *doctor, const struct mlap_device *d)
         found(doctor, OK, "mps", "", "the worker of %s is under the MPS of %s, and so are engines of this environment",
               d->name, d->mps);
     if (!find_control(d->mps, &control))
-        found(doctor, FAILURE, "mps", "choose a directory that engines see too: a PrivateTmp= service has a /tmp of its "
-              "own", "there is no pipe of a control daemon in %s here", d->mps);
+        found(doctor, FAILURE, "mps", "choose a directory that engines see too: a PrivateTmp= service has a /tmp of "
+              "its own", "there is no pipe of a control daemon in %s here", d->mps);
     else if (!control.pid)
         found(doctor, WARNING, "mps", "start the control daemon again, then mlad", "%s has a pipe, and its control "
               "daemon does not run here", d->mps);
@@ -225,8 +226,8 @@ static void check_limits(struct doctor *doctor, bool gpu)
 {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_max < 1024)
-        found(doctor, WARNING, "limits", "raise it (LimitNOFILE=, ulimit -n)", "at most %llu descriptors: GPU memory of "
-              "cuMemCreate goes by up to 252 of them a buffer", (unsigned long long)limit.rlim_max);
+        found(doctor, WARNING, "limits", "raise it (LimitNOFILE=, ulimit -n)", "at most %llu descriptors: GPU memory "
+              "of cuMemCreate goes by up to 252 of them a buffer", (unsigned long long)limit.rlim_max);
     else
         found(doctor, OK, "limits", "", "enough descriptors for buffers");
     if (gpu && getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < 64 << 20)

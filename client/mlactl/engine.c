@@ -35,9 +35,10 @@ static int refuse(const struct ctl *ctl, const struct mlap_device *device)
         return ctl_error(ctl, CTL_FAILED, "mlad serves no GPU, so there is no MPS to join; --without-mps starts %s all "
                          "the same", ctl->words[0]);
     if (device->state == MLAP_device_state_READY || device->state == MLAP_device_state_DRAINING)
-        return ctl_error(ctl, CTL_FAILED, "the worker of %s is not under MPS: start the control daemon (mlad-mps.service"
-                         ", or nvidia-cuda-mps-control -d) before mlad, with one CUDA_MPS_PIPE_DIRECTORY for both; "
-                         "`mlactl doctor` says more, --without-mps starts %s all the same", device->name, ctl->words[0]);
+        return ctl_error(ctl, CTL_FAILED, "the worker of %s is not under MPS: start the control daemon "
+                         "(mlad-mps.service, or nvidia-cuda-mps-control -d) before mlad, with one "
+                         "CUDA_MPS_PIPE_DIRECTORY for both; `mlactl doctor` says more, --without-mps starts %s all the "
+                         "same", device->name, ctl->words[0]);
     return ctl_error(ctl, CTL_FAILED, "%s is %s, so that its worker's MPS is not known%s%s; try again", device->name,
                      mlap_device_state_text(device->state), *device->reason ? ": " : "", device->reason);
 }

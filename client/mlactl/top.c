@@ -150,6 +150,14 @@ static void number_cell(struct table *table, double value)
         table_cell(table, PLAIN, "%s", human_count((uint64_t)llround(value)).s);
 }
 
+static const struct mlap_latency *find_phase(const struct mlap_device *device, int phase)
+{
+    for (unsigned i = 0; i < device->n_latency; i++)
+        if ((int)device->latency[i].phase == phase)
+            return &device->latency[i];
+    return NULL;
+}
+
 static void print_devices(const struct look *before, const struct look *now, const char *only)
 {
     char headings[256] = "PHASES, P50 / P99";
@@ -174,8 +182,8 @@ static void print_devices(const struct look *before, const struct look *now, con
         table_cell(table, PLAIN, "%u", d->running);
         table_cell(table, PLAIN, "%u", d->sessions);
         table_cell(phases, BOLD, "%s", d->name);
-        for (unsigned j = 0; j < MLAP_phase_COUNT; j++) {
-            const struct mlap_latency *l = j < d->n_latency ? &d->latency[j] : NULL;
+        for (int phase = 0; phase < MLAP_phase_COUNT; phase++) {
+            const struct mlap_latency *l = find_phase(d, phase);
             if (l && l->count)
                 table_cell(phases, PLAIN, "%s / %s", human_ns((double)l->p50_ns).s, human_ns((double)l->p99_ns).s);
             else

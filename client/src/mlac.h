@@ -8,7 +8,7 @@
  * There are no threads of our own. A thread that waits either leads, which is to sit in recvmsg for everybody, or
  * sleeps until the leader has its answer or leaves (wait.c). One mutex guards all of it; it is not held in recvmsg.
  *
- *   public functions: client.c buffer.c batch.c plan.c ticket.c fd.c error.c
+ *   public functions: client.c placement.c buffer.c batch.c plan.c ticket.c fd.c error.c
  *            |
  *         wait.c        leader and followers
  *            |

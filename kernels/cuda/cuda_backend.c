@@ -550,7 +550,7 @@ static enum mlak_code cuda_memory_copy(struct mlak_device *device, void *to, con
 
 static int cuda_mps(const struct mlak_device *device)
 {
-    const CUdevice_attribute mps_enabled = 133; /* CU_DEVICE_ATTRIBUTE_MPS_ENABLED; toolkits before 12.4 lack it */
+    const CUdevice_attribute mps_enabled = 133; /* CU_DEVICE_ATTRIBUTE_MPS_ENABLED; older toolkits lack it */
     int enabled;
     return device->cu->device_attribute(&enabled, mps_enabled, device->gpu) == CUDA_SUCCESS ? enabled != 0 : -1;
 }

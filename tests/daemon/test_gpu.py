@@ -247,8 +247,9 @@ def a_buffer_takes_252_allocations(daemon):
 def any_driver_call_of_a_vmm_registration_may_fail(daemon):
     for call, count in (("cuMemGetAddressRange", 3), ("cuMemRetainAllocationHandle", 4), ("cuPointerGetAttribute", 5),
                         ("cuMemGetAllocationPropertiesFromHandle", 4), ("cuMemExportToShareableHandle", 3),
-                        ("cuDeviceGetUuid", 1)):
-        for n in range(count, 0, -1 if count < 5 else -count):  # of the attributes only the last one must not fail
+                        ("cuDeviceGetUuid", 2)):  # the first one is asked at connect, which goes on without
+        last_only = call in ("cuPointerGetAttribute", "cuDeviceGetUuid")  # of the attributes, too, others may fail
+        for n in range(count, 0, -count if last_only else -1):
             word = "pass the end" if call == "cuMemGetAddressRange" and n > 1 else \
                 "cuDeviceGetUuid" if call == "cuPointerGetAttribute" else call
             vmm(daemon, "failing", word, MLAD_FAKE_CUDA=f"fail={call}:{n}")

@@ -61,6 +61,9 @@ def without_mps_a_shared_gpu_is_timesliced():
         for words in (("context", "0"), ("memory", "0")):
             said = client(daemon, *words)
             assert said.startswith("shared_timesliced: the worker is not under MPS"), said
+        # A driver that does not tell which GPU it is does no harm: memory tells later.
+        said = client(daemon, "context", "0", fake="fail=cuDeviceGetUuid:1")
+        assert said == "own_gpu: the client is known to use host memory only", said
         assert "mps" not in daemon.devices()[GPU]
 
 

@@ -5,7 +5,7 @@ import subprocess
 
 from daemon import MLACTL, MLAD, SOURCE, Daemon, mlactl, run
 
-PAGES = ("mlactl.1", "mlad.8", "mlad.conf.5")
+PAGES = ("mlactl.1", "mlad.8", "mlad.conf.5", "mlad-placements.7")
 COMPLETION = os.path.join(SOURCE, "deploy/completion/mlactl")
 
 
@@ -87,8 +87,23 @@ def completion_knows_commands_options_and_devices(daemon):
     assert complete(daemon, "mlactl", "drain", "") == {"cpu", "reference"}
     assert complete(daemon, "mlactl", "--json", "decode", "--device", "r") == {"reference"}
     assert complete(daemon, "mlactl", "verify", "--cases", "") == set()
+    assert complete(daemon, "mlactl", "bench", "--tenants", "") == set()
+    assert complete(daemon, "mlactl", "bench", "--layers", "3", "t") == {"tenants"}
+    assert "ls" in complete(daemon, "mlactl", "run", "l")
+    assert "/etc/passwd" in complete(daemon, "mlactl", "run", "--device", "cpu", "ls", "/etc/pass")
+
+
+def mlad_placements_7_names_every_placement(daemon):
+    text = rendered("mlad-placements.7")
+    with open(os.path.join(SOURCE, "proto/PROTOCOL.md"), encoding="utf-8") as file:
+        section = file.read().split("Placements of a client", 1)[1].split("\n#", 1)[0]
+    names = re.findall(r"^\| `([a-z_]+)` \|", section, re.M)
+    assert {"shared_mps", "own_gpu", "shared_timesliced", "host"} <= set(names), section
+    for name in names:
+        assert re.search(rf"\b{name}\b", text), name
 
 
 if __name__ == "__main__":
     run([pages_have_no_warnings, mlactl_1_names_every_command_and_option, mlad_8_names_every_option,
-         mlad_conf_5_has_every_option_with_its_default, completion_knows_commands_options_and_devices], Daemon())
+         mlad_conf_5_has_every_option_with_its_default, completion_knows_commands_options_and_devices,
+         mlad_placements_7_names_every_placement], Daemon())

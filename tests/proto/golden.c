@@ -82,7 +82,8 @@ static const struct mlap_sessions_reply sessions_reply_body = {.present = ALL(se
     .n_sessions = 2, .sessions = {{.present = ALL(session), .session = 65, .uid = 1000, .pid = 77, .client =
     "engine ü", .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
-    .kv_tokens = 2000000, .placement = MLAP_placement_OWN_GPU, .order = MLAP_order_HOST, .why = "why"}, {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
+    .kv_tokens = 2000000, .placement = MLAP_placement_OWN_GPU, .order = MLAP_order_HOST, .why = "why"},
+    {.present = ALL(session), .session = 70, .uid = 1000, .pid = 77, .client = "engine ü",
     .age_ms = 5000, .draining = false, .buffers = 2, .bytes = 1048576, .plans = 1, .in_flight = 1,
     .decodes = 500,
     .kv_tokens = 2000000, .placement = MLAP_placement_OWN_GPU, .order = MLAP_order_HOST, .why = "why"}}, .more = true};
@@ -165,7 +166,8 @@ const struct golden golden[] = {
      "cf0000200000000000 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
      "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
      "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
-     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' de001d a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
+     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' "
+     "de001d a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
      "a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
@@ -184,9 +186,11 @@ const struct golden golden[] = {
     {MLAP_SESSIONS_REPLY, 17, &sessions_reply_body, sizeof sessions_reply_body,
      "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8f a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' a3'why' a3'why' 8f a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' "
+     "a3'why' a3'why' 8f a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' a3'why' a3'why' a4'more' c3"},
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' "
+     "a3'why' a3'why' a4'more' c3"},
     {MLAP_HEALTH, 18, &health_body, sizeof health_body,
      "94 01 12 12 80"},
     {MLAP_HEALTH_REPLY, 19, &health_reply_body, sizeof health_reply_body,

@@ -48,6 +48,15 @@ static void the_longest_reason_fits(void **state)
     assert_non_null(strstr(why, "mlactl run"));
 }
 
+static void a_clients_word_does_not_reach_a_terminal_as_it_is(void **state)
+{
+    (void)state;
+    const struct mlap_place worker = {A, ""}, client = {"GPU\033[2J\n\xc3\xbc", ""};
+    char why[MLAP_WHY];
+    assert_int_equal(mlap_placement_of(&worker, &client, why), MLAP_placement_OWN_GPU);
+    assert_string_equal(why, "the client works on GPU?[2J???");
+}
+
 static void memory_elsewhere_outweighs_kv_on_the_workers_gpu(void **state)
 {
     (void)state;
@@ -107,6 +116,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_rule_covers_every_pair_of_places),
         cmocka_unit_test(the_longest_reason_fits),
+        cmocka_unit_test(a_clients_word_does_not_reach_a_terminal_as_it_is),
         cmocka_unit_test(memory_elsewhere_outweighs_kv_on_the_workers_gpu),
         cmocka_unit_test(the_directory_is_the_environments_or_the_drivers),
         cmocka_unit_test(the_driver_decides_and_else_the_control_pipe),

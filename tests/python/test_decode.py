@@ -158,6 +158,7 @@ class Decode(unittest.TestCase):
 
     def test_identity(self):
         self.assertEqual(self.client.device, "cpu")
+        self.assertEqual(self.client.placement, ("host", "the device is no GPU"))
         os.fstat(self.client.fileno())
         self.assertEqual(mlad.library_version(), "0.1.0")
 

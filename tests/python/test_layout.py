@@ -25,5 +25,6 @@ for structure in _libmla.STRUCTURES:
     assert names == [name for name, *_ in structure._fields_], structure.__name__
 codes = dict(re.findall(r"^ +MLA_(\w+) = (\d+)", header, re.M))
 assert all(int(codes[name]) == getattr(_libmla, name) for name in ("OK", "BUSY", "REQUESTS", "TIMEOUT", "IN_USE"))
+assert f"MLA_WHY {256}\n" in header
 _libmla.library()
 print("ok")

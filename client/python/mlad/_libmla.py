@@ -74,6 +74,7 @@ _FUNCTIONS = {
     "mla_connect": (c_int, POINTER(_client), POINTER(mla_options), _error),
     "mla_close": (None, _client),
     "mla_device": (c_char_p, _client),
+    "mla_client_placement": (c_int, _client, c_char_p),
     "mla_buffer_alloc": (c_int, _client, c_size_t, POINTER(_buffer), _error),
     "mla_buffer_import": (c_int, _client, c_int, c_uint64, c_size_t, c_int, POINTER(_buffer), _error),
     "mla_buffer_import_device": (c_int, _client, c_void_p, c_size_t, c_int, POINTER(_buffer), _error),

@@ -201,6 +201,15 @@ class Client(_Closing):
         self._use()
         return _libmla.library().mla_device(self._handle).decode()
 
+    @property
+    def placement(self):
+        """How this process's GPU work and the worker's meet, and why: ("shared_mps", "own_gpu", "shared_timesliced" or
+        "host", a sentence). mlad-placements(7) says what each costs. Known once GPU memory has been registered."""
+        self._use()
+        why = ctypes.create_string_buffer(256)
+        number = _libmla.library().mla_client_placement(self._handle, why)
+        return ("shared_mps", "own_gpu", "shared_timesliced", "host")[number], why.value.decode()
+
     def fileno(self):
         """A descriptor that polls readable when Pending.done() may have news, for an event loop. It belongs to the
         client."""
