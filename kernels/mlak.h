@@ -177,6 +177,8 @@ int64_t mlak_local_count(const struct mlak_row *row, int64_t g);
 
 struct mlak_device;
 struct mlak_graph; /* captured launches of a device */
+struct mlak_lane;  /* what runs in one client's stream order */
+struct mlak_order; /* launches in a lane, each between two flags */
 
 /* Memory of another process that a device can be given. Offsets and lengths in bytes. */
 enum mlak_memory_kind {
@@ -204,6 +206,23 @@ struct mlak_mapping {
     uint64_t first;               /* the buffer's first byte within what `identity` names */
     void *owner;                  /* the backend's */
 };
+
+/* Where a launch in stream order meets its client's stream: words of client memory, as the device sees them. Rounds are
+ * compared as by (int32_t)(a - b). The launch of round n runs once *go has reached n, unless the low half of *done has;
+ * then it writes n there, with an enum mlak_mail in the high half. */
+struct mlak_flags { uint32_t *go; uint64_t *done; };
+enum mlak_mail { MLAK_MAIL_OK, MLAK_MAIL_REQUESTS, MLAK_MAIL_BATCH };
+
+/* What came of a round. */
+struct mlak_order_outcome {
+    uint32_t round;
+    bool stopped;            /* not all of it ran: a flag did not come in time, for it or for a round before it */
+    uint32_t failed;         /* requests, of all launches */
+    uint64_t kv_tokens;      /* of the requests that completed */
+    enum mlak_code code;     /* MLAK_OK, MLAK_REQUESTS, MLAK_BATCH */
+    struct mlak_fault fault; /* the first of them, "layers[3].seqlens[7]" */
+};
+
 struct mlak_options {
     uint32_t threads;                /* 0: one per processor this process may run on */
     const char *device;  /* the device's name: a GPU's UUID */
@@ -259,6 +278,35 @@ struct mlak_backend {
     bool (*mergeable)(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b);
     enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
+    /* Launches in the order of a client's stream, without a word from or to a host. NULL, all of them, for a device
+     * that has none; all are called from one thread, which need not be that of launch_batches, and do not wait for what
+     * runs.
+     * lane_new: room for one client; its launches run one after the other, beside those of other lanes. Takes some 140
+     *   MB of the device's memory. A launch that waits holds a queue of the hardware: have few. NULL and `fault`:
+     *   MEMORY, LOST.
+     * lane_abandon: from now on nothing of the lane is run, and what waits gives up.
+     * lane_restart: after an outcome said `stopped`, and all that was launched in the lane has been told: the next
+     *   launch runs. MLAK_OK or MLAK_LOST.
+     * lane_free: once all that was launched in it has been told, or the device is lost.
+     * order_new: launches of batches[0..count), checked, one after the other, the i-th between flags[i]. Limits as of
+     *   graph_new. `wait_ms`: how long a flag is waited for. NULL and `fault` as graph_new.
+     * order_room: would order_launch take another round? Of one order a few are in flight at a time.
+     * order_launch: queue round `round`. MLAK_OK, MEMORY or LOST.
+     * order_poll: has the oldest round in flight ended? MLAK_OK with *ended saying so and the outcome, or MLAK_LOST.
+     * order_free: with no round in flight. */
+    struct mlak_lane *(*lane_new)(struct mlak_device *device, struct mlak_fault *fault);
+    void (*lane_abandon)(struct mlak_device *device, struct mlak_lane *lane);
+    enum mlak_code (*lane_restart)(struct mlak_device *device, struct mlak_lane *lane, struct mlak_fault *fault);
+    void (*lane_free)(struct mlak_device *device, struct mlak_lane *lane);
+    struct mlak_order *(*order_new)(struct mlak_device *device, struct mlak_lane *lane,
+                                    const struct mlak_batch *const *batches, const struct mlak_flags *flags,
+                                    uint32_t count, uint32_t wait_ms, struct mlak_fault *fault);
+    bool (*order_room)(struct mlak_device *device, struct mlak_order *order);
+    enum mlak_code (*order_launch)(struct mlak_device *device, struct mlak_order *order, uint32_t round,
+                                   struct mlak_fault *fault);
+    enum mlak_code (*order_poll)(struct mlak_device *device, struct mlak_order *order, bool *ended,
+                                 struct mlak_order_outcome *outcome, struct mlak_fault *fault);
+    void (*order_free)(struct mlak_device *device, struct mlak_order *order);
     int (*mps)(const struct mlak_device *device);
     /* For programs that bring no client's memory: tests and benchmarks. NULL where `import` is.
      * memory_new: `bytes` of the device's own memory, 256-byte aligned, contents unspecified; NULL and `fault` without.

@@ -29,6 +29,7 @@
 #define MLAP_MAX_SESSIONS_LISTED 64
 #define MLAP_MAX_FAILURES_LISTED 32
 #define MLAP_MAX_PHASES 4
+#define MLAP_MAX_LAYERS 256
 #define MLAP_I64_MAX INT64_MAX
 #define MLAP_U32_MAX UINT32_MAX
 
@@ -187,6 +188,9 @@
     F(M, U32, request, _, 0, 65535, REQ, "index of the request in its batch") \
     F(M, STR, field, _, 0, 63, REQ, "the field and index at fault, such as block_table[3][7]") \
     F(M, STR, message, _, 0, 255, REQ, "one sentence for a person")
+
+#define MLAP_FIELDS_layer(F, M) \
+    F(M, U32, plan, _, 1, MLAP_U32_MAX, REQ, "a plan of the session")
 
 #define MLAP_FIELDS_latency(F, M) \
     F(M, ENUM, phase, phase, 0, 0, REQ, "which phase") \
@@ -355,6 +359,19 @@
 #define MLAP_FIELDS_submit(F, M) \
     F(M, U32, plan, _, 1, MLAP_U32_MAX, REQ, "the plan to run with what its buffers now hold")
 
+#define MLAP_FIELDS_step(F, M) \
+    F(M, U32, step, _, 1, MLAP_U32_MAX, REQ, "id chosen by the client, unique in its session") \
+    F(M, MSG, slots, tensor, 0, 0, REQ, \
+      "128 bytes a layer, 128-byte aligned, in a readwrite buffer of GPU memory: the flags, see Stream order") \
+    F(M, LIST, layers, layer, 0, MLAP_MAX_LAYERS, REQ, "what runs, in order; one at least")
+
+#define MLAP_FIELDS_step_drop(F, M) \
+    F(M, U32, step, _, 1, MLAP_U32_MAX, REQ, "a step; its rounds in flight complete")
+
+#define MLAP_FIELDS_arm(F, M) \
+    F(M, U32, step, _, 1, MLAP_U32_MAX, REQ, "the step to run once its flags say so") \
+    F(M, U32, round, _, 0, MLAP_U32_MAX, REQ, "which round of its flags")
+
 #define MLAP_FIELDS_done(F, M) \
     F(M, U64, receive_ns, _, 0, UINT64_MAX, REQ, "datagram read to queued") \
     F(M, U64, queue_ns, _, 0, UINT64_MAX, REQ, "queued to launched") \
@@ -467,13 +484,20 @@
     X(RING_MEMORY, ring_memory, 24, 1, DAEMON, "Unasked, before a WELCOME that grants rings: their memfd.") \
     X(KNOCK, knock, 25, 0, CLIENT, "Look at the submission ring. Sequence 0 and no answer.") \
     X(NEWS, news, 26, 0, DAEMON, "Unasked: look at the completion ring.") \
+    X(STEP, step, 27, 0, CLIENT, \
+      "Keep plans that a client's stream runs one after the other, and their flags. Answer: OK.") \
+    X(STEP_DROP, step_drop, 28, 0, CLIENT, "Forget a step. Answer: OK.") \
+    X(ARM, arm, 29, 0, CLIENT, \
+      "Run a step's layers, each once its flag says that its inputs are written. Answer: DONE, with the failures of " \
+      "all layers; TIMEOUT: the flags did not come for so long that nothing waits for them any more: arm the round " \
+      "again.") \
     X(CONFIGURE, configure, 64, 0, INTERNAL, "Limits, at start and after a reload.") \
     X(ATTACH, attach, 65, 1, INTERNAL, "An accepted connection for this worker.") \
     X(READY, ready, 66, 0, INTERNAL, "The worker serves; its capability table.") \
     X(QUERY, query, 67, 0, INTERNAL, "Ask for a REPORT of the same sequence.") \
     X(REPORT, report, 68, 0, INTERNAL, "The worker's state; also its sign of life.")
 
-#define MLAP_NESTED(X) X(tensor) X(scale) X(batch) X(failure) X(latency) X(capability) X(device) X(session)
+#define MLAP_NESTED(X) X(tensor) X(scale) X(batch) X(failure) X(layer) X(latency) X(capability) X(device) X(session)
 
 /* ---- C declarations drawn from the lists ---- */
 

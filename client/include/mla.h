@@ -13,11 +13,11 @@
  * Errors. A function that can fail returns an mla_status, MLA_OK being 0, and fills *error (which may be NULL) with the
  * code, the path of the field at fault and one sentence. On failure outputs are untouched unless stated.
  *
- * Threads. Every function may be called from any thread at any time, on the same client too, except that
- * a client, plan or buffer must not be used during or after its own destruction. No thread is started by the library:
- * of the threads that wait on a client, one receives for all. After fork() the child must not use the parent's clients,
- * not even to close them; until it calls exec (every descriptor is close-on-exec) or exits, it holds their connections
- * open.
+ * Threads. Every function may be called from any thread at any time, on the same client too, except that a client,
+ * plan, step or buffer must not be used during or after its own destruction. Of the threads that wait on a client, one
+ * receives for all; the library starts a thread of its own only for clients that use stream order. After fork() the
+ * child must not use the parent's clients, not even to close them; until it calls exec (every descriptor is
+ * close-on-exec) or exits, it holds their connections open.
  *
  * Recovery. When the device's worker or the whole daemon dies, the library reconnects, registers and plans again and
  * submits again what had not completed: a caller sees a delay and no error. This is safe because a decode only reads
@@ -291,6 +291,58 @@ MLA_API mla_status mla_wait(mla_client *client, mla_ticket ticket, int timeout_m
 MLA_API mla_status mla_decode(mla_client *client, mla_plan *plan, int timeout_ms, mla_result *result, mla_error *error);
 MLA_API mla_status mla_decode_batch(mla_client *client, const mla_batch *batch, int timeout_ms, mla_result *result,
                                     mla_error *error);
+
+/* ---- in the order of a CUDA stream ---- */
+
+/* Whether decodes can take their place in a CUDA stream as kernels do, with no wait of a host: what the stream did
+ * before happens before them, and they before what it does after. That needs a placement in which both sides'
+ * kernels run side by side (MLA_PLACEMENT_SHARED_MPS, MLA_PLACEMENT_OWN_GPU), and out and lse on a GPU.
+ * $MLAD_ORDER, "stream" or "host", decides without looking at the placement. `why` (NULL allowed): one sentence. */
+typedef enum mla_order { MLA_ORDER_STREAM = 0, MLA_ORDER_HOST = 1 } mla_order;
+MLA_API mla_order mla_client_order(mla_client *client, char why[MLA_WHY]);
+
+/* Decode `plan` in the order of `stream` (a cudaStream_t; NULL: the default one) and return at once. Call it in a
+ * thread in which the stream's context is current; all streams of a client are of one context. The first call of a
+ * client takes milliseconds, and the first of a plan too.
+ *
+ * In MLA_ORDER_HOST, or when too many clients use stream order already, it does the same from the host: it waits
+ * until the stream has come here, decodes, and returns then, with the decode's own status.
+ *
+ * While the stream is being captured, the decode becomes part of the graph: of a plan that is in a step, for rounds
+ * that mla_step_launch arms; of any other, with a host node that arms it at the start of each replay. Without stream
+ * order that fails with MLA_UNSUPPORTED or MLA_BUSY, and the capture is left as it was.
+ *
+ * Submissions of one client run in the order of the calls, whatever their streams: streams that wait for each
+ * other's decodes the other way round wait until those are given up.
+ *
+ * What goes wrong afterwards is not seen by the stream but in out and lse, which then hold NaN (the rows of the
+ * requests that failed; all, if the decode was given up), never what they held before; mla_plan_status and
+ * mla_step_status say why. A worker's death is a delay. A decode is given up when the daemon refuses it, is away
+ * for mla_options.reconnect_ms, or has not answered 5 seconds later. */
+MLA_API mla_status mla_submit_stream(mla_plan *plan, void *stream, mla_error *error);
+
+/* The first error since the last call of decodes of the plan by mla_submit_stream, those of a step excepted, or
+ * MLA_OK. Never blocks; tells of a decode some milliseconds after it has ended. */
+MLA_API mla_status mla_plan_status(mla_plan *plan, mla_error *error);
+
+/* A step: plans (1..256) that a stream runs one after the other, such as a model's layers. One message arms them
+ * all. A plan is in one step at most, and stays until the step is destroyed. */
+typedef struct mla_step mla_step;
+MLA_API mla_status mla_step_create(mla_client *client, mla_plan *const *plans, uint32_t count, mla_step **step,
+                                   mla_error *error);
+
+/* Before each replay of a graph into which all plans of the step were captured, in their order and each once, by
+ * mla_submit_stream: arm one round of it. `stream` is that of the replay, which must be the client's next work on
+ * it, and follow within reconnect_ms. While the stream is being captured: arm a round at each replay, by a host
+ * node. A replay that was not armed leaves NaN in the outputs. */
+MLA_API mla_status mla_step_launch(mla_step *step, void *stream, mla_error *error);
+
+/* As mla_plan_status, for the step's rounds. MLA_STATE: a replay was not armed. */
+MLA_API mla_status mla_step_status(mla_step *step, mla_error *error);
+
+/* Free it, once rounds in flight have ended; its stream must have come past them, and no graph with its plans may be
+ * replayed any more. NULL is allowed. The plans stay. */
+MLA_API void mla_step_destroy(mla_step *step);
 
 /* A descriptor that polls readable when mla_poll may have news for some ticket, or has to be called for a reconnect to
  * go on; then poll each. Silent while no ticket is uncollected. It stays the same over reconnects and belongs to the

@@ -73,7 +73,18 @@ static void enqueue(struct mla_client *client, struct mlac_call *call)
 {
     call->state = MLAC_UNSENT;
     call->queued = true;
+    client->arms_sent += call->type == MLAP_ARM;
     TAILQ_INSERT_TAIL(&client->outbox, call, out);
+}
+
+/* Rounds go out in the order in which they were armed, so many at a time that a user's limit is far. */
+static void enqueue_or_hold(struct mla_client *client, struct mlac_call *call)
+{
+    if (call->type == MLAP_ARM &&
+        (client->arms_held || client->arms_stopped || client->arms_sent >= MLAC_MOST_ARMS))
+        call->held = client->arms_held = true;
+    else
+        enqueue(client, call);
 }
 
 static void dequeue(struct mla_client *client, struct mlac_call *call)
@@ -94,14 +105,31 @@ void mlac_call_start(struct mla_client *client, struct mlac_call *call)
     if (client->link == MLAC_DEAD) {
         mlac_call_complete(client, call, &client->failure);
     } else if (client->link == MLAC_UP) {
-        enqueue(client, call);
+        enqueue_or_hold(client, call);
         mlac_flush(client, mlac_now());
     }
 }
 
+/* Send rounds that were held back, as far as may be: those that came too soon for their streams once the daemon has let
+ * go of all of them. */
+static void send_held(struct mla_client *client, int64_t now)
+{
+    struct mlac_call *call;
+    if (client->arms_stopped && client->arms_sent > 0)
+        return;
+    client->arms_stopped = client->arms_held = false;
+    TAILQ_FOREACH(call, &client->calls, order) {
+        if (!call->held)
+            continue;
+        call->held = false;
+        enqueue_or_hold(client, call);
+    }
+    mlac_flush(client, now);
+}
+
 static bool is_decode(const struct mlac_call *call)
 {
-    return call->type == MLAP_SUBMIT || call->type == MLAP_DECODE;
+    return call->type == MLAP_SUBMIT || call->type == MLAP_DECODE || call->type == MLAP_ARM;
 }
 
 /* What it holds is free for others. */
@@ -203,7 +231,7 @@ bool mlac_calls_check(struct mla_client *client)
 static void settle(struct mla_client *client, struct mlac_call *call, const mla_error *error)
 {
     mla_error lost;
-    bool lasting = mlac_registers(call) || call->type == MLAP_PLAN;
+    bool lasting = mlac_registers(call) || call->type == MLAP_PLAN || call->type == MLAP_STEP;
     if (error && registers_gpu(call) && mlac_cuda_check(call->buffer->pointer, &lost) != MLA_OK)
         error = &lost;
     if (error && call->established) {
@@ -254,7 +282,7 @@ void mlac_flush(struct mla_client *client, int64_t now)
             call->state = MLAC_SENT;
             client->unanswered++;
             mlac_wake(client, call->id);
-        } else if (sent > 0) {
+        } else if (sent > 0) {      /* of an IMPORT_VMM */
             settle(client, call, &error);
         } else if (errno == EAGAIN) {
             if (client->unanswered == 0)    /* no answer will bring us back here, so time must */
@@ -263,6 +291,7 @@ void mlac_flush(struct mla_client *client, int64_t now)
         } else if (errno == EPIPE || errno == ECONNRESET) {
             client->broken = true;          /* the receiver finds the end of file, and what was said before it */
         } else if (errno != EINTR) {
+            client->arms_sent -= call->type == MLAP_ARM;
             mlac_fail(&error, MLA_INTERNAL, "", "the socket to the daemon fails: %s", strerror(errno));
             settle(client, call, &error);
         }
@@ -274,6 +303,12 @@ static bool try_again(struct mla_client *client, struct mlac_call *call, enum ml
 {
     bool for_the_moment = code == MLAP_code_UNAVAILABLE ||
                           (call->replays && (code == MLAP_code_BUSY || code == MLAP_code_QUOTA));
+    bool let_go = code == MLAP_code_TIMEOUT || code == MLAP_code_BUSY || code == MLAP_code_QUOTA;
+    if (call->type == MLAP_ARM && let_go && now < client->arms_progress + client->reconnect_ns) {
+        call->state = MLAC_UNSENT;
+        call->held = client->arms_held = client->arms_stopped = true;
+        return true;
+    }
     if (!is_decode(call) || !for_the_moment)
         return false;
     if (call->retry_until == 0)
@@ -323,6 +358,7 @@ static struct mlac_call *find_owed(struct mla_client *client, uint32_t sequence)
 static void note_answer(struct mla_client *client, struct mlac_call *call)
 {
     client->unanswered--;
+    client->arms_sent -= call->type == MLAP_ARM;
     client->ringed -= call->ringed;
     call->ringed = false;
 }
@@ -332,14 +368,19 @@ bool mlac_done(struct mla_client *client, uint32_t sequence, const struct mlap_d
     struct mlac_call *call = find_owed(client, sequence);
     if (!call || !is_decode(call))
         return false;
+    int64_t now = call->type == MLAP_ARM || client->arms_held ? mlac_now() : 0;
     note_answer(client, call);
     client->paused_until = 0;
+    if (call->type == MLAP_ARM)
+        client->arms_progress = now;
     if (call->detached) {
         mlac_call_free(client, call);
     } else {
         keep_result(call, done);
         mlac_call_complete(client, call, NULL);
     }
+    if (client->arms_held)
+        send_held(client, now);
     return true;
 }
 
@@ -362,6 +403,8 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
         mlac_fail(&error, (mla_status)body->error_.code, body->error_.field, "%s", body->error_.message);
         settle(client, call, &error);
     }
+    if (client->arms_held)
+        send_held(client, now);
     return true;
 }
 
@@ -370,12 +413,14 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
     client->unanswered = client->ringed = 0;
     client->replaying = 0;
     client->paused_until = 0;
+    client->arms_sent = 0;
+    client->arms_held = client->arms_stopped = false;
     TAILQ_INIT(&client->outbox);
     struct mlac_call *next;
     for (struct mlac_call *call = TAILQ_FIRST(&client->calls); call; call = next) {
         next = TAILQ_NEXT(call, order);     /* what is freed besides `call` comes before it */
         bool in_flight = call->state == MLAC_SENT;
-        call->queued = call->replaying = call->ringed = false;
+        call->queued = call->replaying = call->ringed = call->held = false;
         if (call->state == MLAC_COMPLETE)
             continue;
         call->state = MLAC_UNSENT;
@@ -408,7 +453,7 @@ void mlac_calls_replay(struct mla_client *client)
             mlac_call_complete(client, call, NULL);
             continue;
         }
-        enqueue(client, call);
+        enqueue_or_hold(client, call);
         call->replaying = call->established;
         client->replaying += call->established;
     }

@@ -140,11 +140,13 @@ MLA_API void mla_close(mla_client *client)
 {
     if (!client)
         return;
+    mlac_streams_close(client);
     client->link = MLAC_DEAD;           /* nothing is sent any more; the daemon cleans up at the end of file */
     struct mlac_call *call;
     while ((call = TAILQ_LAST(&client->calls, mlac_calls))) {   /* users before what they use */
         mla_buffer *buffer = mlac_registers(call) ? call->buffer : NULL;
         mla_plan *plan = call->type == MLAP_PLAN ? call->plan : NULL;
+        mla_step *step = call->type == MLAP_STEP ? call->step : NULL;
         mlac_call_free(client, call);
         if (buffer) {
             buffer->call = NULL;
@@ -153,6 +155,11 @@ MLA_API void mla_close(mla_client *client)
         if (plan) {
             free(plan->drop);
             free(plan);
+        }
+        if (step) {
+            free(step->drop);
+            free(step->plans);
+            free(step);
         }
     }
     mlac_rings_close(client);

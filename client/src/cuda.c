@@ -1,5 +1,6 @@
-/* cuda.c - see cuda.h. The few driver functions that are needed, declared here with the driver's ABI. */
+/* cuda.c - see cuda.h and driver.h. */
 #include "cuda.h"
+#include "driver.h"
 #include "mlac.h"
 
 #include <dlfcn.h>
@@ -29,74 +30,32 @@ enum {
 
 enum { PROBE_MS = 20 };
 
-struct ipc_handle {
-    unsigned char bytes[64];
-};
-struct uuid {
-    unsigned char bytes[16];
-};
-struct properties { /* CUmemAllocationProp */
-    int type, handle_types, location[2];
-    void *windows;
-    unsigned char flags[8];
-};
-_Static_assert(sizeof(struct properties) == 32, "the driver's");
-
-/* D(member, symbol, parameters); all return a CUresult, 0 for success. */
-#define DRIVER(D)                                                                                                      \
-    D(init, cuInit, (unsigned))                                                                                        \
-    D(error_text, cuGetErrorString, (int, const char **))                                                              \
-    D(device_get, cuDeviceGet, (int *, int))                                                                           \
-    D(device_uuid, cuDeviceGetUuid_v2, (struct uuid *, int))                                                           \
-    D(device_attribute, cuDeviceGetAttribute, (int *, int, int))                                                       \
-    D(context_device, cuCtxGetDevice, (int *))                                                                         \
-    D(attribute, cuPointerGetAttribute, (void *, int, uint64_t))                                                       \
-    D(range, cuMemGetAddressRange_v2, (uint64_t *, size_t *, uint64_t))                                                \
-    D(export, cuIpcGetMemHandle, (struct ipc_handle *, uint64_t))                                                      \
-    D(retain, cuMemRetainAllocationHandle, (uint64_t *, void *))                                                       \
-    D(release, cuMemRelease, (uint64_t))                                                                               \
-    D(properties, cuMemGetAllocationPropertiesFromHandle, (struct properties *, uint64_t))                             \
-    D(export_fd, cuMemExportToShareableHandle, (void *, uint64_t, int, unsigned long long))                            \
-    D(push, cuCtxPushCurrent_v2, (void *))                                                                             \
-    D(pop, cuCtxPopCurrent_v2, (void **))                                                                              \
-    D(capture_mode, cuThreadExchangeStreamCaptureMode, (int *))                                                        \
-    D(stream_new, cuStreamCreate, (void **, unsigned))                                                                 \
-    D(stream_query, cuStreamQuery, (void *))                                                                           \
-    D(stream_free, cuStreamDestroy_v2, (void *))                                                                       \
-    D(event_new, cuEventCreate, (void **, unsigned))                                                                   \
-    D(event_record, cuEventRecord, (void *, void *))                                                                   \
-    D(event_free, cuEventDestroy_v2, (void *))
-
-static struct {
-    const char *missing; /* why there is no driver; NULL: there is */
-#define MEMBER(member, symbol, parameters) int(*member) parameters;
-    DRIVER(MEMBER)
-#undef MEMBER
-} driver;
+struct mlac_driver mlac_driver;
 
 static void load(void)
 {
     void *library = dlopen("libcuda.so.1", RTLD_NOW);
     if (!library) {
-        driver.missing = "libcuda.so.1 cannot be loaded";
+        mlac_driver.missing = "libcuda.so.1 cannot be loaded";
         return;
     }
 #define FIND(member, symbol, parameters)                                                                               \
-    *(void **)(void *)&driver.member = dlsym(library, #symbol);                                                        \
-    if (!driver.member)                                                                                                \
-        driver.missing = "it lacks " #symbol;
-    DRIVER(FIND)
+    *(void **)(void *)&mlac_driver.member = dlsym(library, #symbol);                                                   \
+    if (!mlac_driver.member)                                                                                           \
+        mlac_driver.missing = "it lacks " #symbol;
+    MLAC_DRIVER(FIND)
 #undef FIND
-    if (!driver.missing && driver.init(0) != 0)
-        driver.missing = "cuInit failed";
+    if (!mlac_driver.missing && mlac_driver.init(0) != 0)
+        mlac_driver.missing = "cuInit failed";
 }
 
-static mla_status need_driver(mla_error *error)
+mla_status mlac_need_driver(mla_error *error)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, load);
-    return driver.missing
-               ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s", driver.missing)
+    return mlac_driver.missing
+               ? mlac_fail(error, MLA_NO_DEVICE, "", "this process has no usable NVIDIA driver: %s",
+                           mlac_driver.missing)
                : MLA_OK;
 }
 
@@ -107,10 +66,10 @@ static bool is_lost(int code)
            (code >= 805 && code <= 810);
 }
 
-static mla_status driver_fail(mla_error *error, const char *field, const char *call, int code)
+mla_status mlac_driver_fail(mla_error *error, const char *field, const char *call, int code)
 {
     const char *text = NULL;
-    driver.error_text(code, &text);
+    mlac_driver.error_text(code, &text);
     if (is_lost(code))
         return mlac_fail(error, MLA_DEVICE_LOST, field,
                          "%s: %s (%d); this process's own CUDA context is lost: start the process again (under MPS a "
@@ -124,13 +83,13 @@ static mla_status driver_fail(mla_error *error, const char *field, const char *c
 static uint64_t attribute(int which, uint64_t pointer)
 {
     uint64_t value = 0; /* some drivers do not know every attribute; those are then not set */
-    return driver.attribute(&value, which, pointer) == 0 ? value : 0;
+    return mlac_driver.attribute(&value, which, pointer) == 0 ? value : 0;
 }
 
 static int name_device(int device, char name[64])
 {
-    struct uuid uuid;
-    int code = driver.device_uuid(&uuid, device);
+    struct mlac_uuid uuid;
+    int code = mlac_driver.device_uuid(&uuid, device);
     if (code != 0)
         return code;
     int length = snprintf(name, 64, "GPU-");
@@ -143,12 +102,12 @@ static int name_device(int device, char name[64])
 static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
 {
     int device = 0, ordinal = -1;
-    int code = driver.attribute(&ordinal, ATTRIBUTE_DEVICE_ORDINAL, pointer);
+    int code = mlac_driver.attribute(&ordinal, ATTRIBUTE_DEVICE_ORDINAL, pointer);
     if (code == 0)
-        code = driver.device_get(&device, ordinal);
+        code = mlac_driver.device_get(&device, ordinal);
     if (code == 0)
         code = name_device(device, name);
-    return code == 0 ? MLA_OK : driver_fail(error, "pointer", "cuDeviceGetUuid", code);
+    return code == 0 ? MLA_OK : mlac_driver_fail(error, "pointer", "cuDeviceGetUuid", code);
 }
 
 bool mlac_cuda_current(char gpu[64], int *mps)
@@ -161,10 +120,11 @@ bool mlac_cuda_current(char gpu[64], int *mps)
     bool found = current && current(&context) == 0 && context; /* it fails where nobody has called cuInit */
     dlclose(library);
     int device;
-    if (!found || need_driver(NULL) != MLA_OK || driver.context_device(&device) != 0 || name_device(device, gpu) != 0)
+    if (!found || mlac_need_driver(NULL) != MLA_OK || mlac_driver.context_device(&device) != 0 ||
+        name_device(device, gpu) != 0)
         return false;
     int enabled;
-    *mps = driver.device_attribute(&enabled, DEVICE_MPS_ENABLED, device) == 0 ? enabled != 0 : -1;
+    *mps = mlac_driver.device_attribute(&enabled, DEVICE_MPS_ENABLED, device) == 0 ? enabled != 0 : -1;
     return true;
 }
 
@@ -173,14 +133,14 @@ bool mlac_cuda_current(char gpu[64], int *mps)
 static mla_status export_legacy(uint64_t pointer, uint64_t base, size_t size, size_t bytes, struct mlac_export *out,
                                 mla_error *error)
 {
-    struct ipc_handle handle;
+    struct mlac_ipc_handle handle;
     if (bytes > size - (pointer - base))
         return mlac_fail(error, MLA_BUFFER, "bytes",
                          "%zu bytes pass the end of the allocation, which has %zu from there on", bytes,
                          size - (size_t)(pointer - base));
-    int code = driver.export(&handle, pointer);
+    int code = mlac_driver.export(&handle, pointer);
     if (code != 0)
-        return driver_fail(error, "pointer", "cuIpcGetMemHandle", code);
+        return mlac_driver_fail(error, "pointer", "cuIpcGetMemHandle", code);
     for (unsigned i = 0; i < sizeof handle; i++)
         snprintf(out->handle + i * 2, 3, "%02x", handle.bytes[i]);
     explicit_bzero(&handle, sizeof handle);
@@ -192,10 +152,10 @@ static mla_status export_legacy(uint64_t pointer, uint64_t base, size_t size, si
 /* Can this allocation be exported? `object` is one that was retained. */
 static mla_status check_object(uint64_t object, mla_error *error)
 {
-    struct properties properties = {0};
-    int code = driver.properties(&properties, object);
+    struct mlac_properties properties = {0};
+    int code = mlac_driver.properties(&properties, object);
     if (code != 0)
-        return driver_fail(error, "pointer", "cuMemGetAllocationPropertiesFromHandle", code);
+        return mlac_driver_fail(error, "pointer", "cuMemGetAllocationPropertiesFromHandle", code);
     if (properties.handle_types & HANDLE_TYPE_POSIX_FD)
         return MLA_OK;
     return mlac_fail(error, MLA_BUFFER, "pointer",
@@ -208,16 +168,16 @@ static mla_status check_object(uint64_t object, mla_error *error)
 static mla_status export_one(uint64_t at, int *fd, mla_error *error)
 {
     uint64_t object;
-    int code = driver.retain(&object, (void *)(uintptr_t)at);
+    int code = mlac_driver.retain(&object, (void *)(uintptr_t)at);
     if (code != 0)
-        return driver_fail(error, "pointer", "cuMemRetainAllocationHandle", code);
+        return mlac_driver_fail(error, "pointer", "cuMemRetainAllocationHandle", code);
     mla_status status = check_object(object, error);
     if (status == MLA_OK) {
-        code = driver.export_fd(fd, object, HANDLE_TYPE_POSIX_FD, 0);
+        code = mlac_driver.export_fd(fd, object, HANDLE_TYPE_POSIX_FD, 0);
         if (code != 0)
-            status = driver_fail(error, "pointer", "cuMemExportToShareableHandle", code);
+            status = mlac_driver_fail(error, "pointer", "cuMemExportToShareableHandle", code);
     }
-    driver.release(object);
+    mlac_driver.release(object);
     return status;
 }
 
@@ -246,7 +206,7 @@ static mla_status list_allocations(uint64_t pointer, uint64_t base, size_t size,
     for (uint64_t i = 1; i < needed; i++) {
         uint64_t next = base + i * size, start = 0;
         size_t length = 0;
-        int code = driver.range(&start, &length, next);
+        int code = mlac_driver.range(&start, &length, next);
         if (code != 0 || start != next)
             return mlac_fail(error, MLA_BUFFER, "bytes",
                              "%zu bytes pass the end of the memory that is mapped there, which has %llu from there on",
@@ -269,29 +229,26 @@ static mla_status export_vmm(uint64_t pointer, uint64_t base, size_t size, size_
         return mlac_fail(error, MLA_BUFFER, "pointer",
                          "its allocator (cudaMallocAsync, or PyTorch with backend:cudaMallocAsync) makes memory that "
                          "has no handle of its own to share; use cudaMalloc, or PyTorch with backend:native");
-    int code = driver.retain(&object, (void *)(uintptr_t)pointer);
+    int code = mlac_driver.retain(&object, (void *)(uintptr_t)pointer);
     if (code != 0)
-        return driver_fail(error, "pointer", "its allocator is neither cuMemAlloc nor cuMemCreate: "
+        return mlac_driver_fail(error, "pointer", "its allocator is neither cuMemAlloc nor cuMemCreate: "
                                              "cuMemRetainAllocationHandle", code);
     mla_status status = check_object(object, error);
-    driver.release(object);
+    mlac_driver.release(object);
     return status == MLA_OK ? list_allocations(pointer, base, size, bytes, &out->vmm, error) : status;
 }
 
 /* ---- the door ---- */
 
-mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
+static mla_status export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
 {
     uint64_t pointer = (uintptr_t)memory, base = 0;
     size_t size = 0;
-    *out = (struct mlac_export){0};
-    mla_status status = need_driver(error);
-    if (status != MLA_OK)
-        return status;
+    mla_status status;
     unsigned type = 0;
-    int code = driver.attribute(&type, ATTRIBUTE_MEMORY_TYPE, pointer);
+    int code = mlac_driver.attribute(&type, ATTRIBUTE_MEMORY_TYPE, pointer);
     if (is_lost(code))
-        return driver_fail(error, "pointer", "cuPointerGetAttribute", code);
+        return mlac_driver_fail(error, "pointer", "cuPointerGetAttribute", code);
     if (code != 0 || type != MEMORY_TYPE_DEVICE)
         return mlac_fail(
             error, MLA_BUFFER, "pointer",
@@ -299,13 +256,26 @@ mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export
     if (attribute(ATTRIBUTE_IS_MANAGED, pointer))
         return mlac_fail(error, MLA_BUFFER, "pointer",
                          "managed memory (cudaMallocManaged) cannot be shared between processes; use cudaMalloc");
-    code = driver.range(&base, &size, pointer);
+    code = mlac_driver.range(&base, &size, pointer);
     if (code != 0)
-        return driver_fail(error, "pointer", "cuMemGetAddressRange", code);
+        return mlac_driver_fail(error, "pointer", "cuMemGetAddressRange", code);
     bool legacy = attribute(ATTRIBUTE_IS_LEGACY_IPC_CAPABLE, pointer);
     status = (legacy ? export_legacy : export_vmm)(pointer, base, size, bytes, out, error);
     out->offset = pointer - base;
     return status == MLA_OK ? name_gpu(pointer, out->gpu, error) : status;
+}
+
+mla_status mlac_cuda_export(const void *memory, size_t bytes, struct mlac_export *out, mla_error *error)
+{
+    *out = (struct mlac_export){0};
+    mla_status status = mlac_need_driver(error);
+    if (status != MLA_OK)
+        return status;
+    int mode = MLAC_CAPTURE_RELAXED; /* it is no work of a stream's, which this thread may be capturing */
+    mlac_driver.capture_mode(&mode);
+    status = export(memory, bytes, out, error);
+    mlac_driver.capture_mode(&mode);
+    return status;
 }
 
 /* Let others run: at first until they yield in turn, as the work is that of one step and nearly done; later for
@@ -319,11 +289,11 @@ static void pause_since(int64_t start)
 }
 
 /* What has become of a stream's work once it is done, or at the deadline: 0, ERROR_NOT_READY or an error. */
-static int poll_stream(void *stream, int64_t deadline)
+int mlac_poll_stream(void *stream, int64_t deadline)
 {
     int64_t start = mlac_now();
     int code;
-    while ((code = driver.stream_query(stream)) == ERROR_NOT_READY && mlac_now() < deadline)
+    while ((code = mlac_driver.stream_query(stream)) == ERROR_NOT_READY && mlac_now() < deadline)
         pause_since(start);
     return code;
 }
@@ -333,17 +303,17 @@ static int poll_stream(void *stream, int64_t deadline)
 static int try_work(void)
 {
     void *stream, *event;
-    int code = driver.stream_new(&stream, STREAM_NON_BLOCKING);
+    int code = mlac_driver.stream_new(&stream, STREAM_NON_BLOCKING);
     if (code != 0)
         return code;
-    code = driver.event_new(&event, EVENT_DISABLE_TIMING);
+    code = mlac_driver.event_new(&event, EVENT_DISABLE_TIMING);
     if (code == 0) {
-        code = driver.event_record(event, stream);
+        code = mlac_driver.event_record(event, stream);
         if (code == 0)
-            code = poll_stream(stream, mlac_deadline(PROBE_MS));
-        driver.event_free(event);
+            code = mlac_poll_stream(stream, mlac_deadline(PROBE_MS));
+        mlac_driver.event_free(event);
     }
-    driver.stream_free(stream);
+    mlac_driver.stream_free(stream);
     return code;
 }
 
@@ -351,34 +321,34 @@ mla_status mlac_cuda_check(uint64_t pointer, mla_error *error)
 {
     void *context = NULL;
     int mode = CAPTURE_RELAXED; /* or what we do might spoil another thread's capture */
-    int code = driver.attribute(&context, ATTRIBUTE_CONTEXT, pointer);
+    int code = mlac_driver.attribute(&context, ATTRIBUTE_CONTEXT, pointer);
     bool pushed = false;
     if (!is_lost(code) && context) {
-        code = driver.push(context);
+        code = mlac_driver.push(context);
         pushed = code == 0;
     }
     if (!is_lost(code)) {
-        bool relaxed = driver.capture_mode(&mode) == 0;
+        bool relaxed = mlac_driver.capture_mode(&mode) == 0;
         code = try_work();
         if (relaxed)
-            driver.capture_mode(&mode);
+            mlac_driver.capture_mode(&mode);
     }
     if (pushed)
-        driver.pop(&context);
-    return is_lost(code) ? driver_fail(error, "", "work given to the context", code) : MLA_OK;
+        mlac_driver.pop(&context);
+    return is_lost(code) ? mlac_driver_fail(error, "", "work given to the context", code) : MLA_OK;
 }
 
 MLA_API mla_status mla_stream_drain(void *stream, int timeout_ms, mla_error *error)
 {
     if (timeout_ms < MLA_FOREVER)
         return mlac_fail(error, MLA_INVALID, "timeout_ms", "%d is neither MLA_FOREVER nor 0 or more", timeout_ms);
-    mla_status status = need_driver(error);
+    mla_status status = mlac_need_driver(error);
     if (status != MLA_OK)
         return status;
-    int code = poll_stream(stream, mlac_deadline(timeout_ms));
+    int code = mlac_poll_stream(stream, mlac_deadline(timeout_ms));
     if (code == ERROR_NOT_READY)
         return mlac_fail(error, MLA_TIMEOUT, "stream",
                          "the work on stream %p did not complete within %d ms; it goes on: drain the stream again "
                          "before submitting what reads its results", stream, timeout_ms);
-    return code == 0 ? MLA_OK : driver_fail(error, "stream", "cuStreamQuery", code);
+    return code == 0 ? MLA_OK : mlac_driver_fail(error, "stream", "cuStreamQuery", code);
 }

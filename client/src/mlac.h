@@ -34,7 +34,13 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-enum { MLAC_MAX_TENSORS = 12, MLAC_BUCKETS = 1024, MLAC_MAX_DEATHS = 3, MLAC_TAKE = 16 };
+enum {
+    MLAC_MAX_TENSORS = 12,
+    MLAC_BUCKETS = 1024,
+    MLAC_MAX_DEATHS = 3,
+    MLAC_TAKE = 16,
+    MLAC_MOST_ARMS = 64
+};
 
 /* Times are CLOCK_MONOTONIC nanoseconds. */
 #define MLAC_NEVER INT64_MAX
@@ -79,6 +85,9 @@ struct mlac_call {
     int64_t retry_until;    /* until when to try again what is refused for the moment only; 0: not refused yet */
     struct mla_buffer *buffer;          /* REGISTER, IMPORT, IMPORT_VMM, UNREGISTER */
     struct mla_plan *plan;              /* PLAN, SUBMIT */
+    struct mla_step *step;              /* STEP, ARM */
+    uint32_t round;                     /* ARM */
+    bool held;                          /* ARM: to be sent once others are answered */
     struct mla_buffer *uses[MLAC_MAX_TENSORS];  /* PLAN, DECODE: each counted in buffer->uses */
     uint32_t n_uses;
     mla_error error;                    /* code MLA_OK: none */
@@ -109,8 +118,25 @@ struct mla_plan {
     struct mla_client *client;
     struct mlac_call *call;     /* its PLAN, which holds the buffers */
     struct mlac_call *drop;     /* its DROP, made in advance so that destroying cannot fail */
-    uint32_t in_flight;         /* decodes that are not complete */
+    uint32_t in_flight;         /* decodes that are not complete, and steps that have it */
     bool destroyed;             /* by its owner; kept for decodes in flight, which may have to be sent again */
+    uint64_t out, lse;          /* on the GPU here; 0: not there */
+    uint64_t out_bytes, lse_bytes;
+    struct mla_step *step;      /* that has it as a layer, or NULL */
+    struct mla_step *alone;     /* its own, of one layer, or NULL: not needed yet */
+};
+
+struct mla_step {
+    struct mla_client *client;
+    struct mlac_call *call;     /* its STEP */
+    struct mlac_call *drop;     /* its STEP_DROP, made in advance */
+    uint32_t first, layers;     /* its head is unit `first` of the mailbox, its slots those behind */
+    struct mla_plan **plans;    /* [layers] */
+    uint32_t round;             /* armed last */
+    uint32_t in_flight;         /* rounds that are not complete */
+    bool destroyed;             /* by its owner; kept for rounds in flight */
+    uint32_t noted;             /* notes of its stream that mla_step_status has told */
+    mla_error failure;          /* what the daemon said of a round since it was last told; code MLA_OK: nothing */
 };
 
 /* ---- the client ---- */
@@ -161,6 +187,13 @@ struct mla_client {
     uint32_t replaying;         /* established calls not yet accepted again on this connection */
     uint32_t loose, ready;      /* tickets that mla_fd speaks for, and those of them that are complete */
     TAILQ_HEAD(, mlac_sleeper) sleepers;
+
+    uint32_t arms;              /* calls of type ARM that are not collected yet */
+    uint32_t arms_sent;         /* of them sent and not answered, or in the outbox */
+    bool arms_held;             /* others are held back */
+    bool arms_stopped;          /* because the daemon let go of rounds: until it has let go of all */
+    int64_t arms_progress;      /* when one was done last, or the first of them armed */
+    struct mlac_streams *streams;   /* stream.c's; NULL until stream order is asked for */
 
     int epoll, timer;           /* mla_fd; -1 until first asked for */
     int watched;                /* the socket in the epoll set, or -1 */
@@ -276,6 +309,14 @@ void mlac_placement_welcome(struct mla_client *client, const struct mlap_welcome
 void mlac_placement_memory(struct mla_client *client, const char *gpu);
 /* The placement as it is known now; `why` may be NULL. Locked. */
 mla_placement mlac_placement(const struct mla_client *client, char why[MLA_WHY]);
+
+/* ---- stream.c ---- */
+
+/* Its owner needs it no more: free it, once no round does either. Locked. */
+void mlac_step_destroy(struct mla_step *step);
+/* End what the client has of stream order: whatever waits on a stream is released. Nothing of the client may be called
+ * meanwhile; not locked. */
+void mlac_streams_close(struct mla_client *client);
 
 /* ---- plan.c, fd.c ---- */
 

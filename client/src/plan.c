@@ -28,6 +28,20 @@ static mla_plan *new_plan(mla_client *client, struct mlap_plan *body, mla_error 
     return NULL;
 }
 
+/* Where its outputs are on the GPU, as far as they are there. */
+static void note_outputs(mla_plan *plan, const mla_batch *batch)
+{
+    const uint64_t rows = batch->q_rows * batch->heads;
+    const mla_buffer *out = batch->out.buffer, *lse = batch->lse.buffer;
+    plan->out = out->memfd < 0 ? out->pointer + batch->out.offset : 0;
+    plan->out_bytes = rows * 512 * 2;
+    if (lse)
+        plan->lse = lse->memfd < 0 ? lse->pointer + batch->lse.offset : 0;
+    if (lse && !plan->lse)
+        plan->out = 0;
+    plan->lse_bytes = plan->lse ? rows * 4 : 0;
+}
+
 /* Locked. */
 static mla_status create(mla_client *client, const mla_batch *batch, mla_plan **out, mla_error *error)
 {
@@ -41,6 +55,7 @@ static mla_status create(mla_client *client, const mla_batch *batch, mla_plan **
     if (!plan)
         return MLA_MEMORY;
     plan->call->plan = plan;
+    note_outputs(plan, batch);
     mlac_batch_hold(plan->call, uses, n_uses);
     mlac_call_start(client, plan->call);
     mlac_await(client, plan->call->id, MLAC_KEPT, MLAC_NEVER);
@@ -87,7 +102,9 @@ MLA_API void mla_plan_destroy(mla_plan *plan)
     mla_client *client = plan->client;
     mlac_lock(client);
     plan->destroyed = true;
-    if (plan->in_flight == 0)
+    if (plan->alone)
+        mlac_step_destroy(plan->alone);     /* frees the plan, if nothing else has it */
+    else if (plan->in_flight == 0)
         mlac_plan_drop(plan);
     mlac_unlock(client);
 }

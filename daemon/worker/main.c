@@ -50,6 +50,10 @@ static void become_worker(const char *device)
     for (unsigned i = 0; i < sizeof ignored / sizeof ignored[0]; i++)
         signal(ignored[i], SIG_IGN);
     setenv("UV_THREADPOOL_SIZE", "1", 1); /* libuv's: it unmaps buffers */
+    /* A gate of one client must neither hold the hardware queue of another's stream, nor wait for a kernel that is
+     * loaded once everything else has ended. */
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    setenv("CUDA_MODULE_LOADING", "EAGER", 1);
     struct rlimit files;                  /* one descriptor a session */
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
         files.rlim_cur = files.rlim_max;

@@ -85,6 +85,9 @@ static enum mlap_code on_unregister(struct mlad_session *session, struct mlad_me
             return mlap_fail(fault, MLAP_code_IN_USE, "buffer",
                              "plan %" PRIu32 " names buffer %" PRIu32 "; drop it first", plan->id, id);
     }
+    if (mlad_ordered_names(session, buffer))
+        return mlap_fail(fault, MLAP_code_IN_USE, "buffer", "a step has its flags in buffer %" PRIu32 "; drop it first",
+                         id);
     mlad_idmap_take(&session->buffers, id);
     mlad_buffer_retire(buffer, message->header.sequence); /* answered by session.c once it is unmapped */
     return MLAP_code_OK;
@@ -163,6 +166,27 @@ static enum mlap_code on_decode(struct mlad_session *session, struct mlad_messag
     return code;
 }
 
+static enum mlap_code on_step(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    enum mlap_code code = mlad_ordered_step(session, &message->body->step_, fault);
+    if (code == MLAP_code_OK)
+        answer_ok(session, message->header.sequence);
+    return code;
+}
+
+static enum mlap_code on_step_drop(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    enum mlap_code code = mlad_ordered_drop(session, message->body->step_drop_.step, fault);
+    if (code == MLAP_code_OK)
+        answer_ok(session, message->header.sequence);
+    return code;
+}
+
+static enum mlap_code on_arm(struct mlad_session *session, struct mlad_message *message, struct mlap_fault *fault)
+{
+    return mlad_ordered_arm(session, &message->body->arm_, message->header.sequence, message->received, fault);
+}
+
 static handler *find_handler(uint32_t type)
 {
     switch (type) {
@@ -174,6 +198,9 @@ static handler *find_handler(uint32_t type)
     case MLAP_DROP: return on_drop;
     case MLAP_DECODE: return on_decode;
     case MLAP_SUBMIT: return on_submit;
+    case MLAP_STEP: return on_step;
+    case MLAP_STEP_DROP: return on_step_drop;
+    case MLAP_ARM: return on_arm;
     default: return NULL;
     }
 }

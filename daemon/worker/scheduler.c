@@ -317,7 +317,8 @@ static void idle_if_nothing_is_left(struct mlad_scheduler *scheduler)
     if (scheduler->queued + scheduler->running > 0)
         return;
     scheduler->period++;
-    scheduler->idle(scheduler);
+    if (scheduler->ordered == 0)
+        scheduler->idle(scheduler);
 }
 
 /* Run what can be run: small launches here while they fit in MLAD_INLINE_NS together, else one on the launch thread. */
@@ -426,6 +427,12 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
 bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler)
 {
     return !scheduler->launching && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
+}
+
+void mlad_scheduler_ordered(struct mlad_scheduler *scheduler, int more)
+{
+    scheduler->ordered += (uint32_t)more;
+    idle_if_nothing_is_left(scheduler);
 }
 
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue)

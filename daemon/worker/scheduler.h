@@ -92,6 +92,7 @@ struct mlad_scheduler {
     uint32_t queue_limit;           /* decodes that may wait */
     bool draining;                  /* refuse new decodes */
     uint32_t queued, running;       /* decodes not yet started; started and not complete */
+    uint32_t ordered;               /* rounds in stream order, see ordered.h */
     struct mlad_turns turns[MLAD_PRIORITIES]; /* queues with a decode to run, the next one first */
     uint32_t passed_over; /* launches in a row that took nothing of the normal queue that had waited longest */
     uint64_t launches;                        /* so far */
@@ -125,6 +126,9 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
 
 /* Whether a decode has just ended and nothing runs: the next one is likely to come at once. */
 bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler);
+
+/* So many rounds in stream order more, or less. */
+void mlad_scheduler_ordered(struct mlad_scheduler *scheduler, int more);
 
 /* Drop all decodes of the queue; one that is running stays in flight until its slice has ended. */
 void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *queue);

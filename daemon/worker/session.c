@@ -12,9 +12,10 @@
 
 /* Close a draining session's socket once nothing of it runs or is mapped; the session is freed in a later turn of the
  * loop. */
-static void settle(struct mlad_session *session)
+void mlad_session_settle(struct mlad_session *session)
 {
-    if (session->draining && session->queue.in_flight == 0 && session->holder.buffers == 0)
+    if (session->draining && session->queue.in_flight == 0 && session->holder.buffers == 0 &&
+        mlad_ordered_idle(session))
         mlad_link_close(&session->link);
 }
 
@@ -33,6 +34,7 @@ void mlad_session_end(struct mlad_session *session, const char *why)
     mlad_link_shutdown(&session->link);
     mlad_rings_close(session);
     session->draining = true;
+    mlad_ordered_end(session);
     uint32_t position = 0;
     struct mlad_plan *plan;
     while ((plan = mlad_idmap_next(&session->plans, &position))) {
@@ -46,7 +48,7 @@ void mlad_session_end(struct mlad_session *session, const char *why)
         mlad_buffer_unref(buffer);
     mlad_idmap_deinit(&session->buffers);
     mlad_scheduler_cancel(session->sessions->scheduler, &session->queue);
-    settle(session);
+    mlad_session_settle(session);
 }
 
 void mlad_session_drop(struct mlad_session *session, const struct mlap_fault *fault)
@@ -77,7 +79,7 @@ static void on_unmapped(struct mlad_holder *holder, uint32_t answer)
     struct mlad_session *session = (struct mlad_session *)((char *)holder - offsetof(struct mlad_session, holder));
     if (answer)
         mlad_link_send(&session->link, MLAP_OK, answer, &(struct mlap_ok){0});
-    settle(session);
+    mlad_session_settle(session);
 }
 
 static void on_decode_ended(struct mlad_queue *queue, const struct mlad_decode *decode, const struct mlap_fault *fault)
@@ -85,7 +87,7 @@ static void on_decode_ended(struct mlad_queue *queue, const struct mlad_decode *
     struct mlad_session *session = (struct mlad_session *)((char *)queue - offsetof(struct mlad_session, queue));
     if (decode)
         mlad_session_answer(session, decode, fault);
-    settle(session);
+    mlad_session_settle(session);
 }
 
 void mlad_session_refuse(struct mlad_session *session, uint32_t sequence, const struct mlap_fault *fault)
@@ -189,6 +191,7 @@ void mlad_session_open(struct mlad_sessions *sessions, const struct mlap_attach 
                                            .unmapped = on_unmapped};
     bool high = mlap_has(&attach->hello, hello, priority) && attach->hello.priority == MLAP_priority_HIGH;
     mlad_queue_init(&session->queue, user, high ? MLAD_HIGH : MLAD_NORMAL, on_decode_ended);
+    mlad_ordered_init(session);
     enlist(sessions, session);
     mlad_log_provoked(LOG_INFO, "session opened", MLAD_KV("session", session->id), MLAD_KV("uid", session->uid),
              MLAD_KV("pid", session->pid), MLAD_KV("client", session->client));

@@ -12,6 +12,7 @@
 
 #include "link.h"
 #include "mlap_placement.h"
+#include "ordered.h"
 #include "rings.h"
 #include "scheduler.h"
 
@@ -41,6 +42,7 @@ struct mlad_session {
     struct mlad_idmap buffers, plans;
     struct mlad_queue queue;
     struct mlad_rings rings;
+    struct mlad_ordered ordered;
     uint64_t decodes, kv_tokens;
     bool draining; /* ended; freed once nothing of it runs */
 };
@@ -57,6 +59,9 @@ void mlad_session_end(struct mlad_session *session, const char *why);
 
 /* End it for a break of the protocol, of which the peer was told. */
 void mlad_session_drop(struct mlad_session *session, const struct mlap_fault *fault);
+
+/* Close a session that has ended, once nothing of it runs or is mapped. Something of it has just ended. */
+void mlad_session_settle(struct mlad_session *session);
 
 /* Read nothing more from any of them: the daemon ends, and what they send next is the next daemon's to answer. */
 void mlad_sessions_deafen(struct mlad_sessions *sessions);

@@ -167,7 +167,7 @@ static enum mlap_code on_drain(uint32_t sequence, const struct mlap_drain *drain
     if (!resume && worker.n_drains == MAX_DRAINS)
         return mlap_fail(fault, MLAP_code_BUSY, "", "%d drains are being waited for already", MAX_DRAINS);
     set_draining(!resume);
-    if (resume || worker.scheduler.queued + worker.scheduler.running == 0)
+    if (resume || worker.scheduler.queued + worker.scheduler.running + worker.scheduler.ordered == 0)
         control_ok(sequence);
     else
         worker.drains[worker.n_drains++] = sequence;

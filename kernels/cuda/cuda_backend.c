@@ -183,6 +183,7 @@ static void cuda_close(struct mlak_device *device)
                                    device->cu_q, device->parts,    device->sources};
     if (device->context)
         cu->context_set(device->context);
+    cuda_ordered_close(device);
     if (device->stream)
         cu->stream_free(device->stream);
     if (device->control)
@@ -343,13 +344,20 @@ static struct mlak_cuda_source *source_of(const struct mlak_device *device, stru
     return job->n_sources == 1 ? &job->source : &device->staged[index];
 }
 
-struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count)
+unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates)
 {
-    struct mlak_cuda_job job = device->job;
+    unsigned most = device->split_grid / 4;
+    return device->split_grid - (gates < most ? gates : most);
+}
+
+struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
+                                 const struct cuda_slice *slices, uint32_t count)
+{
+    struct mlak_cuda_job job = *room;
     uint64_t folded = 0;
     uint32_t cu_q = 0;
     job.n_sources = count;
-    job.ticket = ++device->job.ticket;
+    job.ticket = ++room->ticket;
     job.rows_per_item = mlak_cuda_rows(slices[0].batch, device->most_shared, device->wgmma);
     for (uint32_t i = 0; i < count; i++) {
         const struct mlak_batch *batch = slices[i].batch;
@@ -369,9 +377,15 @@ struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slic
     return job;
 }
 
+struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count)
+{
+    device->job.grid = cuda_grid_beside(device, __atomic_load_n(&device->waiting, __ATOMIC_RELAXED));
+    return cuda_job_in(device, &device->job, slices, count);
+}
+
 bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job)
 {
-    if (device->n_prepared != job->n_sources)
+    if (device->n_prepared != job->n_sources || device->prepared_grid != job->grid)
         return false;
     for (uint32_t i = 0; i < job->n_sources; i++) {
         struct mlak_cuda_source *source = source_of(device, job, i);
@@ -391,7 +405,7 @@ bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job)
     return true;
 }
 
-CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream)
+CUresult cuda_launch(const struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream)
 {
     void *parameters[] = {job};
     enum mlak_cuda_types types = mlak_cuda_types_of(&job->source.batch);
@@ -401,7 +415,7 @@ CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, bool
         unsigned grid, block, shared;
     } kernels[] = {
         {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
-        {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], device->split_grid,
+        {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], job->grid,
          wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS,
          wgmma  ? MLAK_CUDA_SPLIT_SHARED_WGMMA
          : wide ? MLAK_CUDA_SPLIT_SHARED_WIDE
@@ -514,11 +528,13 @@ static enum mlak_code launch_slices(struct mlak_device *device, const struct cud
     }
     for (uint32_t i = 0; i < count && !follows; i++)
         device->prepared[i] = *source_of(device, &job, i);
+    if (!follows)
+        device->prepared_grid = job.grid;
     enum mlak_code code = cuda_await(device, job.ticket, slices, count, fault);
     if (code != MLAK_OK)
         return code;
-    if (!follows)
-        device->n_prepared = count;
+    if (!follows) /* nothing was prepared for one source that was given up before the launch began */
+        device->n_prepared = count == 1 && device->cancelled[0] == job.ticket ? 0 : count;
     for (uint32_t i = 0, at = 0; i < count; at += slices[i].count, i++) {
         struct mlak_part *part = slices[i].part;
         if (cuda_outcome(device, i, at, &slices[i], &part->fault) != MLAK_OK)
@@ -685,7 +701,16 @@ const struct mlak_backend mlak_cuda_backend = {
     .mergeable = cuda_mergeable,
     .check = cuda_check,
     .lost = cuda_lost,
+    .lane_new = cuda_lane_new,
+    .lane_abandon = cuda_lane_abandon,
+    .lane_restart = cuda_lane_restart,
+    .lane_free = cuda_lane_free,
+    .order_new = cuda_order_new,
+    .order_room = cuda_order_room,
+    .order_launch = cuda_order_launch,
+    .order_poll = cuda_order_poll,
     .mps = cuda_mps,
+    .order_free = cuda_order_free,
     .memory_new = cuda_memory_new,
     .memory_free = cuda_memory_free,
     .memory_copy = cuda_memory_copy,

@@ -38,8 +38,11 @@ struct mlak_device {
                                                * launch that was given up last */
     struct mlak_cuda_source *prepared;        /* [MLAK_CUDA_MAX_SOURCES]: what the scratch was prepared for last; */
     uint32_t n_prepared;                      /* 0: for nothing that anybody may count on */
+    unsigned prepared_grid;                   /* for so many thread blocks */
     struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
     uint64_t *progress, progress_seen;
+    struct cuda_ordered *ordered; /* cuda_ordered.c's; NULL until a lane is asked for */
+    uint32_t waiting; /* lanes with launches in flight, whose gates may hold a processor each; by __atomic_* */
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
     char lost[256];
 };
@@ -60,14 +63,21 @@ enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresu
 /* Requests of such a batch that one launch takes. */
 uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch);
 
-/* A launch of slices[0..count), with a ticket of its own: as many as one takes, mergeable, in order. */
+/* Blocks of a split kernel while `gates` kernels wait, each on a processor that it may hold: a block that finds no
+ * processor free would run after the others instead of with them. */
+unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates);
+
+/* A launch of slices[0..count), as many as one takes, mergeable, in order. In `room`, whose scratch, grid and tickets it
+ * has: one slice; in the device's own: on the processors that no gate may hold. */
+struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
+                                 const struct cuda_slice *slices, uint32_t count);
 struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count);
 
 /* Let the job's layer use what is prepared, if that was for a layer of the same step. True: it does. */
 bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job);
 
 /* Its kernels on a stream: prepare, unless what it uses is prepared; split, combine. */
-CUresult cuda_launch(struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream);
+CUresult cuda_launch(const struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream);
 
 /* Until the device says that the launch is over. A slice whose first row the caller cancels meanwhile is given up; none
  * of count 0. */
@@ -87,5 +97,21 @@ enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *
 void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph);
 enum mlak_code cuda_time_batches(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,
                                  bool layers, uint32_t rounds, double *ns, struct mlak_fault *fault);
+
+/* cuda_ordered.c: the same. cuda_ordered_close: before the context goes; NULL-safe. */
+struct mlak_lane *cuda_lane_new(struct mlak_device *device, struct mlak_fault *fault);
+void cuda_lane_abandon(struct mlak_device *device, struct mlak_lane *lane);
+enum mlak_code cuda_lane_restart(struct mlak_device *device, struct mlak_lane *lane, struct mlak_fault *fault);
+void cuda_lane_free(struct mlak_device *device, struct mlak_lane *lane);
+struct mlak_order *cuda_order_new(struct mlak_device *device, struct mlak_lane *lane,
+                                  const struct mlak_batch *const *batches, const struct mlak_flags *flags,
+                                  uint32_t count, uint32_t wait_ms, struct mlak_fault *fault);
+bool cuda_order_room(struct mlak_device *device, struct mlak_order *order);
+enum mlak_code cuda_order_launch(struct mlak_device *device, struct mlak_order *order, uint32_t round,
+                                 struct mlak_fault *fault);
+enum mlak_code cuda_order_poll(struct mlak_device *device, struct mlak_order *order, bool *ended,
+                               struct mlak_order_outcome *outcome, struct mlak_fault *fault);
+void cuda_order_free(struct mlak_device *device, struct mlak_order *order);
+void cuda_ordered_close(struct mlak_device *device);
 
 #endif

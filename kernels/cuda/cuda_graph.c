@@ -55,6 +55,7 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
             if (i == 0 && layers) {
                 device->prepared[0] = job.source;
                 device->n_prepared = 1;
+                device->prepared_grid = job.grid;
             }
             result = layers && !cuda_follow(device, &job) ? CUDA_ERROR_INVALID_VALUE
                                                           : cuda_launch(device, &job, layers, stream);

@@ -198,7 +198,10 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const bool deterministic = job.source.batch.deterministic;
     uint32_t thread = threadIdx.x, s = 0;
+    uint64_t cancelled = 0; /* before it began: looked at here, needed at the end */
     let_next_kernel_start();
+    if (job.n_sources == 1 && thread == 0)
+        cancelled = read_once(&job.schedule->cancelled[0]);
     if (job.n_sources == 1 && thread == 0)
         prepare_begin(&job.source, shared, 0);
     else if (job.n_sources > 1 && thread < job.n_sources)
@@ -247,10 +250,11 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         shared->first[thread] = request.first;
     }
     if (thread == 0) {
-        job.schedule->work = work;
+        bool runs = job.n_sources > 1 || cancelled != job.ticket;
+        job.schedule->work = runs ? work : 0;
         job.schedule->share = share;
-        job.schedule->slots = (uint32_t)slots;
-        job.schedule->merges = (uint32_t)merges;
+        job.schedule->slots = runs ? (uint32_t)slots : 0;
+        job.schedule->merges = runs ? (uint32_t)merges : 0;
     }
     __syncthreads(); /* shared->first is there */
     if (share && thread < shares && thread * share < work) {

@@ -50,6 +50,10 @@ static const struct mlap_import import_body = {.present = ALL(import), .buffer =
     .handle = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
               "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
     .gpu = "GPU-1", .offset = 512, .bytes = 4096, .access = MLAP_access_READ};
+static const struct mlap_step step_body = {.present = ALL(step), .step = 11, .slots = {3, 2, 128}, .n_layers = 2,
+                                           .layers = {{1, 7}, {1, 8}}};
+static const struct mlap_step_drop step_drop_body = {.present = ALL(step_drop), .step = 11};
+static const struct mlap_arm arm_body = {.present = ALL(arm), .step = 11, .round = 70000};
 static const struct mlap_import_vmm import_vmm_body = {.present = ALL(import_vmm), .buffer = 10, .gpu = "GPU-1",
     .allocation = 20 << 20, .offset = 512, .bytes = 40 << 20, .address = 0x7f3a00000200, .access = MLAP_access_READ};
 static const struct mlap_unregister unregister_body = {.present = ALL(unregister), .buffer = 1};
@@ -215,6 +219,12 @@ const struct golden golden[] = {
      "94 01 19 00 80"},
     {MLAP_NEWS, 0, &news_body, sizeof news_body,
      "94 01 1a 00 80"},
+    {MLAP_STEP, 28, &step_body, sizeof step_body,
+     "94 01 1b 1c 83 a4'step' 0b a5'slots' 82 a6'buffer' 02 a6'offset' cc80 a6'layers' 92 81 a4'plan' 07 81 a4'plan' 08"},
+    {MLAP_STEP_DROP, 29, &step_drop_body, sizeof step_drop_body,
+     "94 01 1c 1d 81 a4'step' 0b"},
+    {MLAP_ARM, 30, &arm_body, sizeof arm_body,
+     "94 01 1d 1e 82 a4'step' 0b a5'round' ce00011170"},
     {MLAP_CONFIGURE, 22, &configure_body, sizeof configure_body,
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},

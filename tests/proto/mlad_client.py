@@ -17,7 +17,8 @@ MAX_MESSAGE = 65536
 TYPES = {"HELLO": 1, "WELCOME": 2, "OK": 3, "ERROR": 4, "REGISTER": 5, "UNREGISTER": 6, "PLAN": 7, "DROP": 8,
          "DECODE": 9, "SUBMIT": 10, "DONE": 11, "STATUS": 12, "STATUS_REPLY": 13, "CAPABILITIES": 14,
          "CAPABILITIES_REPLY": 15, "SESSIONS": 16, "SESSIONS_REPLY": 17, "HEALTH": 18, "HEALTH_REPLY": 19,
-         "DRAIN": 20, "EVICT": 21, "IMPORT": 22, "IMPORT_VMM": 23}
+         "DRAIN": 20, "EVICT": 21, "IMPORT": 22, "IMPORT_VMM": 23, "STEP": 27,
+         "STEP_DROP": 28, "ARM": 29}
 NAMES = {number: name for name, number in TYPES.items()}
 
 

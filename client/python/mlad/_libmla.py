@@ -62,7 +62,10 @@ class mla_result(Structure):
 
 STRUCTURES = (mla_error, mla_options, mla_tensor, mla_scale, mla_batch, mla_failure, mla_result)
 
-_client = _buffer = _plan = c_void_p
+ORDER_STREAM, ORDER_HOST = 0, 1
+WHY = 256
+
+_client = _buffer = _plan = _step = c_void_p
 _error = POINTER(mla_error)
 _FUNCTIONS = {
     "mla_status_text": (c_char_p, c_int),
@@ -90,6 +93,14 @@ _FUNCTIONS = {
     "mla_decode": (c_int, _client, _plan, c_int, POINTER(mla_result), _error),
     "mla_decode_batch": (c_int, _client, POINTER(mla_batch), c_int, POINTER(mla_result), _error),
     "mla_fd": (c_int, _client),
+    "mla_client_placement": (c_int, _client, c_char_p),
+    "mla_client_order": (c_int, _client, c_char_p),
+    "mla_submit_stream": (c_int, _plan, c_void_p, _error),
+    "mla_plan_status": (c_int, _plan, _error),
+    "mla_step_create": (c_int, _client, POINTER(_plan), c_uint32, POINTER(_step), _error),
+    "mla_step_launch": (c_int, _step, c_void_p, _error),
+    "mla_step_status": (c_int, _step, _error),
+    "mla_step_destroy": (None, _step),
 }
 
 

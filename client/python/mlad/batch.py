@@ -32,8 +32,9 @@ class Description:
     `views`: the arrays, for waiting on their streams. `placed`: the segments that it names, each with its buffer.
     `keep`: objects that must outlive a decode of it. `out`, `lse`: the outputs (lse may be None)."""
 
-    def __init__(self, memory, copy_metadata):
-        self.memory, self.copy_metadata = memory, copy_metadata
+    def __init__(self, memory, copy_metadata, in_order=False):
+        """in_order: a CUDA stream runs it later, so nothing is copied now, and it may be captured."""
+        self.memory, self.copy_metadata, self.in_order = memory, copy_metadata, in_order
         self.batch = _libmla.mla_batch.from_buffer_copy(_template())
         self.views, self.keep, self.copies = [], [], []
         self.places, self.placed = [], []
@@ -45,7 +46,7 @@ class Description:
 
     def see(self, array, field):
         seen = arrays.view(array, field)
-        if seen.kind == "torch" and seen.device is not None:
+        if seen.kind == "torch" and seen.device is not None and not self.in_order:
             cuda.refuse_capture(seen.device)
         self.views.append(seen)
         self.keep.append(array)
@@ -89,7 +90,8 @@ class Description:
             array = _integers(array, field)
         seen = self.see(array, field)
         arrays.require(seen, field, dtypes, *shapes)
-        if seen.packed() and (self.memory.locate(seen) or seen.kind == "cuda"):
+        on_gpu = seen.kind == "cuda" or (self.in_order and seen.kind == "torch" and seen.device is not None)
+        if seen.packed() and (on_gpu or self.memory.locate(seen)):
             self.place(getattr(self.batch, field), array, seen, field)
         elif not self.copy_metadata:
             raise invalid(field, NOT_SHARED)
@@ -151,9 +153,9 @@ def _count(value, field, low=0):
 
 def describe(memory, copy_metadata, q, kv, block_table, seqlens, *, softmax_scale, out=None, lse=None, return_lse=True,
              mask="causal", cu_q=None, window=0, sink=None, q_scale=None, k_scale=None, v_scale=None, dcp=None,
-             lse_base="e", deterministic=False):
+             lse_base="e", deterministic=False, in_order=False):
     """The Description of one decode; Client.decode documents the arguments."""
-    d = Description(memory, copy_metadata)
+    d = Description(memory, copy_metadata, in_order)
     b = d.batch
 
     b.batch = requests = _requests(d, seqlens)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _libmla, arrays, cuda
 from .batch import describe
-from .errors import Error, Timeout, invalid
+from .errors import Error, InvalidArgument, Timeout, invalid, unsupported
 from .memory import Memory
 
 PLANS = 256             # kept by Client.decode; the daemon allows each user 4096 by default
@@ -141,6 +141,25 @@ class Plan(_Closing):
             client._sweep()
             return client._submit(self._handle, self._keep, self.out, self.lse)
 
+    def submit_stream(self, stream=None):
+        """Decode in the order of a CUDA stream (a torch stream or a handle; None: torch's current one on the GPU of
+        `out`), as mla_submit_stream does: at once, without a wait of the host where the placement allows it, and under
+        capture too; then the plan must live as long as its graph. What fails leaves NaN, and status() says why."""
+        device = next((seen.device for seen in self._views if seen.kind == "torch" and seen.device is not None), None)
+        handle = cuda.current_stream(device) if stream is None else getattr(stream, "cuda_stream", stream)
+        with self._client._lock, cuda.guard(device):
+            self._client._use()
+            if self._handle is None:
+                raise invalid("plan", "it was closed")
+            _libmla.call("mla_submit_stream", self._handle, handle)
+
+    def status(self):
+        """Raise the first error since the last call of decodes by submit_stream(). Never blocks."""
+        with self._client._lock:
+            self._client._use()
+            if self._handle is not None:
+                _libmla.call("mla_plan_status", self._handle)
+
     def decode(self, timeout=None):
         """Submit, wait at most `timeout` seconds (None: for ever), for streams and decode together, and return the
         Result."""
@@ -173,6 +192,7 @@ class Client(_Closing):
         _libmla.call("mla_connect", ctypes.byref(handle), ctypes.byref(options))
         self._handle = handle
         self._plans = collections.OrderedDict()     # bytes of a batch -> (plan, segments), least recently used first
+        self._captured = {}                         # bytes of a batch -> (plan, segments, keep): parts of CUDA graphs
         self._orphans = collections.deque()         # (ticket, keep) of decodes that nobody will collect
         self._closed_plans = collections.deque()
         self._memory = Memory(handle, self._drop_plans)
@@ -295,6 +315,61 @@ class Client(_Closing):
         waited for at most `timeout` seconds."""
         return self._start(_deadline(timeout), q, kv, block_table, seqlens, softmax_scale=softmax_scale, **options)
 
+    def decode_in_order(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
+        """As decode(), in the order of torch's current stream on q's GPU where the placement allows it (order()): the
+        host does not wait, later work on the stream sees the results, and it may be captured into a CUDA graph, which
+        then keeps its arrays until close(). All arrays must be CUDA tensors or shared. A decode whose arrays are new to
+        the client is waited for, unless it is captured; otherwise as decode().
+
+        What fails leaves NaN in its rows of out and lse, and is raised by the next decode of the same arrays."""
+        call = (q, kv, block_table, seqlens), {"softmax_scale": softmax_scale, **options}
+        seen = arrays.view(q, "q")
+        device = seen.device if seen.kind == "torch" else None
+        if device is None:
+            return self.decode(*call[0], **call[1])
+        with self._lock, cuda.guard(device):
+            captured = cuda.capturing(device)
+            order, why = self.order()
+            if order != "stream":
+                if captured:
+                    raise unsupported("stream", f"cuda:{device} is being captured, which needs stream order: {why}")
+                return self.decode(*call[0], **call[1])
+            if not captured:
+                self._sweep()
+            try:
+                d = describe(self._memory, False, *call[0], in_order=True, **call[1])
+            except InvalidArgument:
+                if captured:
+                    raise
+                return self.decode(*call[0], **call[1])
+            self._run_in_order(d, cuda.current_stream(device), captured)
+        return d.out if d.lse is None else (d.out, d.lse)
+
+    def order(self):
+        """("stream" or "host", why): how decodes of CUDA tensors wait for the work around them, with the GPU that is
+        current."""
+        self._use()
+        why = ctypes.create_string_buffer(_libmla.WHY)
+        order = _libmla.library().mla_client_order(self._handle, why)
+        return "stream" if order == _libmla.ORDER_STREAM else "host", why.value.decode(errors="replace")
+
+    def _run_in_order(self, d, stream, captured):
+        entry = self._captured.get(d.key) or self._plans.pop(d.key, None)
+        known = entry is not None
+        if not known:
+            entry = self._create(d.batch), d.segments
+        if captured and d.key not in self._captured:
+            self._captured[d.key] = (*entry[:2], d.keep)
+        elif d.key not in self._captured:
+            self._plans[d.key] = entry[:2]
+            self._trim()
+        if captured or known:
+            _libmla.call("mla_plan_status", entry[0])
+            _libmla.call("mla_submit_stream", entry[0], stream)
+        else:
+            cuda.drain(d.views)
+            self._submit(entry[0], d.keep, d.out, d.lse).wait()
+
     def plan(self, q, kv, block_table, seqlens, *, softmax_scale, **options):
         """Validate the decode that decode() describes, once, for many submissions of the same arrays with new contents.
         All of them must be shared, the metadata too."""
@@ -324,10 +399,13 @@ class Client(_Closing):
         d.copy()
         entry = self._plans.pop(d.key, None) or (self._create(d.batch), d.segments)
         self._plans[d.key] = entry
+        self._trim()
+        return self._submit(entry[0], d.keep, d.out, d.lse)
+
+    def _trim(self):
         while len(self._plans) > PLANS:
             _, (plan, _) = self._plans.popitem(last=False)
             _libmla.library().mla_plan_destroy(plan)
-        return self._submit(entry[0], d.keep, d.out, d.lse)
 
     def _create(self, batch):
         plan = ctypes.c_void_p()

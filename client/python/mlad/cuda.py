@@ -36,13 +36,23 @@ def owner(array, seen, field):
     return seen.pointer, seen.span, lambda: reference() is None
 
 
-def refuse_capture(device):
-    """Refuse while the current stream of a GPU is being captured into a CUDA graph."""
+def capturing(device):
+    """Is the current stream of a GPU being captured into a CUDA graph?"""
     torch = sys.modules["torch"]
     with guard(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise unsupported("stream", f"the current stream of cuda:{device} is being captured into a CUDA graph; a "
-                              "decode runs in the daemon and cannot be captured: call it outside the graph")
+        return torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device):
+    """The handle of the current stream of a GPU."""
+    return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+
+
+def refuse_capture(device):
+    """Refuse while the current stream of a GPU is being captured into a CUDA graph."""
+    if capturing(device):
+        raise unsupported("stream", f"the current stream of cuda:{device} is being captured into a CUDA graph, which "
+                          "this call waits for; use decode_in_order, or call it outside the graph")
 
 
 def drain(views, deadline=None):

@@ -66,7 +66,8 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, t
     causal          query token t sees the first K - (Sq - 1) + t keys
 
     Returns (out [B, Sq, H, 512] of q's type (bf16 for fp8 q), lse fp32 [B, H, Sq]). Sparse attention, attn_sink, extra
-    caches and CUDA graph capture are refused. Raises mlad.Error; mlad.RequestsFailed carries out as it is."""
+    caches are refused. Raises mlad.Error; mlad.RequestsFailed carries out as it is. CUDA tensors are decoded in the
+    order of the current stream, and may be captured, where mlad.Client.order() is "stream"."""
     for name, value in (("num_splits", num_splits), ("indices", indices), ("attn_sink", attn_sink),
                         ("extra_k_cache", extra_k_cache), ("extra_indices_in_kvcache", extra_indices_in_kvcache),
                         ("topk_length", topk_length), ("extra_topk_length", extra_topk_length)):
@@ -86,7 +87,7 @@ def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, t
     if bool(is_fp8_kvcache) != rows656:
         raise unsupported("is_fp8_kvcache", f"it is {is_fp8_kvcache} and the rows of k_cache have {k_cache.shape[-1]} "
                           "elements; True goes with rows of 656 bytes, False with 576 elements")
-    out, lse = client.decode(q, k_cache, block_table, cache_seqlens, mask="causal" if causal else "none",
+    out, lse = client.decode_in_order(q, k_cache, block_table, cache_seqlens, mask="causal" if causal else "none",
                              softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     lse = lse.transpose(1, 2).contiguous()
     return out, lse.masked_fill_(lse == float("-inf"), float("inf"))

@@ -62,7 +62,7 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
         _check_share(seq_lens, causal_seqs, cp_world, cp_rank, cp_interleave_size)
     elif cp_world != 1:
         raise unsupported("causal_seqs", "the global lengths are needed where cp_world is not 1")
-    return client.decode(query, kv_cache, block_tables, lengths, softmax_scale=softmax_scale, out=out,
+    return client.decode_in_order(query, kv_cache, block_tables, lengths, softmax_scale=softmax_scale, out=out,
                          return_lse=return_lse, mask="causal" if causal_mask else "none", window=window,
                          v_scale=output_scale if fp8 else None, dcp=(cp_world, cp_rank, cp_interleave_size),
                          lse_base="2")

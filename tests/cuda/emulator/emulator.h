@@ -33,6 +33,11 @@ bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shar
 /* Whether there is such a kernel. */
 bool mlak_emulates(const char *kernel);
 
+/* Kernels that wait for other processes, the gates of stream order: bytes of its parameter, 0 if it is none of them; and
+ * run it, on this thread and beside all else. False: there is no such kernel. */
+size_t mlak_emulated_alone(const char *kernel);
+bool mlak_emulate_alone(const char *kernel, const void *parameter);
+
 /* The map of a batch's keys, for boxes of `rows` rows of `chunks` chunks. */
 void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks);
 

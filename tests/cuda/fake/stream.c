@@ -12,8 +12,10 @@
 bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
     __attribute__((weak));
 bool mlak_emulates(const char *kernel) __attribute__((weak));
+bool mlak_emulate_alone(const char *kernel, const void *parameter) __attribute__((weak));
+size_t mlak_emulated_alone(const char *kernel) __attribute__((weak));
 
-enum op_kind { OP_COPY, OP_SET, OP_LAUNCH, OP_CALL, OP_EVENT };
+enum op_kind { OP_COPY, OP_SET, OP_SET_WORDS, OP_LAUNCH, OP_CALL, OP_EVENT };
 struct op {
     struct op *next;
     enum op_kind kind;
@@ -37,9 +39,9 @@ struct fake_stream {
     pthread_t capturer;
     int mode;
 };
-struct fake_graph { struct op *first, **last; };
+struct fake_graph { struct op *first, **last, **roots; uint64_t id; }; /* roots: behind the host nodes at its start */
 struct fake_event { unsigned pending; bool destroyed; struct timespec at; };
-struct fake_function { struct fake_function *next; char name[128]; int shared; };
+struct fake_function { struct fake_function *next; char name[128]; int shared; size_t parameter; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the above */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
@@ -61,10 +63,14 @@ static void run_op(struct op *op)
     switch (op->kind) {
     case OP_COPY: memmove(op->to, op->from, op->n); break;
     case OP_SET: memset(op->to, op->value, op->n); break;
+    case OP_SET_WORDS:
+        for (size_t i = 0; i < op->n; i++) ((volatile int *)op->to)[i] = op->value;
+        break;
     case OP_CALL: op->call(op->to); break;
     case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
+        else if (mlak_emulate_alone(op->kernel, op->job)) break;
         else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job))
             fake_set_sticky(FAKE_LAUNCH_FAILED);
         break;
@@ -160,9 +166,12 @@ static CUresult not_captured(CUstream s)
 {
     return s && s->capture ? invalidate(s, s->invalid ? FAKE_CAPTURE_INVALIDATED : FAKE_CAPTURE_UNSUPPORTED) : FAKE_OK;
 }
+static _Thread_local int thread_mode; /* streams of any thread are captured here, whatever it is */
+
 bool fake_capturing(void)
 {
     bool found = false;
+    if (thread_mode == FAKE_CAPTURE_RELAXED) return false;
     pthread_mutex_lock(&lock);
     for (CUstream s = streams; s; s = s->next)
         if (s->capture && s->mode != FAKE_CAPTURE_RELAXED &&
@@ -235,10 +244,9 @@ API(cuStreamIsCapturing, (CUstream s, int *status), (s, status))
 }
 API(cuThreadExchangeStreamCaptureMode, (int *mode), (mode))
 {
-    static _Thread_local int own; /* streams of any thread are captured here, whatever it is */
-    int before = own;
+    int before = thread_mode;
     if (*mode < 0 || *mode > 2) return FAKE_INVALID_VALUE;
-    own = *mode;
+    thread_mode = *mode;
     *mode = before;
     return FAKE_OK;
 }
@@ -253,6 +261,10 @@ API(cuMemcpyDtoHAsync_v2, (void *to, CUdeviceptr from, size_t n, CUstream s), (t
 API(cuMemsetD8Async, (CUdeviceptr to, unsigned char v, size_t n, CUstream s), (to, v, n, s))
 {
     return enqueue(s, &(struct op){.kind = OP_SET, .to = (void *)to, .value = v, .n = n});
+}
+API(cuMemsetD32Async, (CUdeviceptr to, unsigned v, size_t n, CUstream s), (to, v, n, s))
+{
+    return enqueue(s, &(struct op){.kind = OP_SET_WORDS, .to = (void *)to, .value = (int)v, .n = n});
 }
 API(cuLaunchHostFunc, (CUstream s, void (*call)(void *), void *data), (s, call, data))
 {
@@ -303,10 +315,12 @@ API(cuModuleLoadData, (CUmodule *out, const void *image), (out, image))
 API(cuModuleUnload, (CUmodule m), (m)) { return m ? FAKE_OK : FAKE_INVALID_HANDLE; }
 API(cuModuleGetFunction, (CUfunction *out, CUmodule m, const char *name), (out, m, name))
 {
-    if (!m || strncmp(name, "mlak_", 5) || strlen(name) >= 128) return FAKE_NOT_FOUND;
-    if (!strncmp(name, "mlak_cuda_", 10) && mlak_emulates && !mlak_emulates(name)) return FAKE_NOT_FOUND;
+    size_t alone = mlak_emulated_alone ? mlak_emulated_alone(name) : 0;
+    if (!m || (strncmp(name, "mlak_", 5) && !alone) || strlen(name) >= 128) return FAKE_NOT_FOUND;
+    if (!strncmp(name, "mlak_cuda_", 10) && mlak_emulates && !mlak_emulates(name) && !alone) return FAKE_NOT_FOUND;
     CUfunction f = calloc(1, sizeof *f);
     if (!f) return FAKE_OUT_OF_MEMORY;
+    f->parameter = alone ? alone : sizeof(struct mlak_cuda_job);
     strcpy(f->name, name);
     pthread_mutex_lock(&lock);
     f->next = functions;
@@ -339,7 +353,7 @@ API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsign
     if (!f || !parameters || extra || !gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 ||
         (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
     struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = gx, .block = bx, .shared = shared};
-    memcpy(op.job, parameters[0], sizeof op.job);
+    memcpy(op.job, parameters[0], f->parameter);
     return enqueue(s, &op);
 }
 
@@ -370,13 +384,46 @@ API(cuStreamBeginCapture_v2, (CUstream s, int mode), (s, mode))
     if (mode < FAKE_CAPTURE_GLOBAL || mode > FAKE_CAPTURE_RELAXED) return FAKE_INVALID_VALUE;
     struct fake_graph *graph = calloc(1, sizeof *graph);
     if (!graph) return FAKE_OUT_OF_MEMORY;
+    static uint64_t captures;
     graph->last = &graph->first;
     pthread_mutex_lock(&lock);
+    graph->id = ++captures;
     s = resolve(s);
     CUresult result = !s ? FAKE_OUT_OF_MEMORY : s->capture ? FAKE_ILLEGAL_STATE : FAKE_OK;
     if (!result) s->capture = graph, s->invalid = false, s->capturer = pthread_self(), s->mode = mode;
     pthread_mutex_unlock(&lock);
     if (result) free(graph);
+    return result;
+}
+API(cuStreamGetCaptureInfo_v2, (CUstream s, int *status, uint64_t *id, CUgraph *out, void *const **from, size_t *n),
+    (s, status, id, out, from, n))
+{
+    static void *const none;
+    pthread_mutex_lock(&lock);
+    s = resolve(s);
+    *status = s && s->capture ? 1 + s->invalid : 0;
+    if (*status) *id = s->capture->id, *out = s->capture, *from = &none, *n = 0;
+    pthread_mutex_unlock(&lock);
+    return FAKE_OK;
+}
+/* Only at a graph's start, one behind the other, while it is captured. */
+API(cuGraphAddHostNode, (void **node, CUgraph graph, void *const *from, size_t n, void *const *parameters),
+    (node, graph, from, n, parameters))
+{
+    struct op *op = aligned_alloc(64, sizeof *op);
+    if (!op) return FAKE_OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    struct op **at = graph->roots ? graph->roots : &graph->first;
+    bool last = at == graph->last;
+    CUresult result = n == 0 || (n == 1 && (struct op **)from[0] == graph->roots) ? FAKE_OK : FAKE_INVALID_VALUE;
+    if (!result) {
+        *op = (struct op){.next = *at, .kind = OP_CALL, .call = (void (*)(void *))parameters[0], .to = parameters[1]};
+        if (last) op->next = NULL, graph->last = &op->next;
+        *at = op;
+        *node = graph->roots = &op->next;
+    }
+    pthread_mutex_unlock(&lock);
+    if (result) free(op);
     return result;
 }
 API(cuStreamEndCapture, (CUstream s, CUgraph *out), (s, out))

@@ -25,6 +25,11 @@ class Tree:
         self.library = next((path for path in programs.glob("lib*/**/libmla.so.0")), programs / "lib/libmla.so.0")
         self.client = Path(__file__).with_name("client.py")
 
+    def stream(self, program):
+        """stream-client or stream-bench, of streams.py."""
+        folder = {"stream-client": "tests/cuda", "stream-bench": "tests/gpu"}[program]
+        return (self.build / folder if self.build else ROOT / "tests/gpu") / program
+
     def missing(self):
         return [str(path) for path in (self.mlad, self.mlactl, self.worker, self.library, self.package)
                 if not path.exists()]
