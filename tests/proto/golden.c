@@ -113,7 +113,8 @@ static const struct mlap_report report_body = {.present = ALL(report), .device =
 
 const struct golden golden[] = {
     {MLAP_HELLO, 1, &hello_body, sizeof hello_body,
-     "94 01 01 01 85 a6'client' a4'demo' a6'device' a3'cpu' a8'features' 00 a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
+     "94 01 01 01 86 a6'client' a4'demo' a6'device' a3'cpu' a8'features' 00 a8'priority' a4'high' a3'gpu' a5'GPU-1' "
+     "a3'mps' a8'/run/mps'"},
     {MLAP_WELCOME, 2, &welcome_body, sizeof welcome_body,
      "94 01 02 02 8a a6'daemon' aa'mlad 0.1.0' a7'session' 05 a6'device' a3'cpu' a8'features' 00 ab'max_message' "
      "ce00010000 ab'max_buffers' 40 a9'max_bytes' cfffffffffffffffff a9'max_plans' cd0400 ad'max_in_flight' 40 "
@@ -164,22 +165,22 @@ const struct golden golden[] = {
      "94 01 0c 0c 80"},
     {MLAP_STATUS_REPLY, 13, &status_reply_body, sizeof status_reply_body,
      "94 01 0d 0d 87 a6'daemon' aa'mlad 0.1.0' a3'pid' 64 a9'uptime_ms' cd03e8 ab'connections' 01 a6'denied' 00 "
-     "a7'devices' 92 de001d a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' a7'threads' "
+     "a7'devices' 92 de0020 a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' a7'threads' "
      "02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 "
-     "ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
-     "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
-     "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
-     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' "
-     "de001d a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' a6'avx512' "
-     "a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
-     "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
-     "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
-     "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a7'latency' 90 a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' a4'note' a6'no GPU'"},
+     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 a7'latency' 92 87 "
+     "a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' "
+     "cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
+     "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 a3'mps' a8'/run/mps' a7'mps_log' "
+     "a8'/run/log' de0020 a4'name' a9'reference' a5'state' aa'restarting' a6'reason' a7'it died' a7'variant' "
+     "a6'avx512' a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 "
+     "a8'sessions' 02 b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 "
+     "ae'orphaned_bytes' 00 a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' "
+     "cd03e8 ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 "
+     "a8'kv_bytes' cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 "
+     "a7'latency' 90 a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log' a4'note' a6'no GPU'"},
     {MLAP_CAPABILITIES, 14, &capabilities_body, sizeof capabilities_body,
      "94 01 0e 0e 81 a6'device' a3'cpu'"},
     {MLAP_CAPABILITIES_REPLY, 15, &capabilities_reply_body, sizeof capabilities_reply_body,
@@ -191,13 +192,13 @@ const struct golden golden[] = {
     {MLAP_SESSIONS, 16, &sessions_body, sizeof sessions_body,
      "94 01 10 10 82 a6'device' a3'cpu' a5'after' 40"},
     {MLAP_SESSIONS_REPLY, 17, &sessions_reply_body, sizeof sessions_reply_body,
-     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 8f a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
+     "94 01 11 11 83 a6'device' a3'cpu' a8'sessions' 92 de0010 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a6'client' "
      "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' "
-     "a3'why' a3'why' 8f a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' "
-     "a9'engine ü' a6'age_ms' cd1388 a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' "
-     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a9'placement' a7'own_gpu' a5'order' a4'host' "
-     "a3'why' a3'why' a4'more' c3"},
+     "01 a7'decodes' cd01f4 a9'kv_tokens' ce001e8480 a5'rings' c3 a9'placement' a7'own_gpu' a5'order' a4'host' "
+     "a3'why' a3'why' de0010 a7'session' 46 a3'uid' cd03e8 a3'pid' 4d a6'client' a9'engine ü' a6'age_ms' cd1388 "
+     "a8'draining' c2 a7'buffers' 02 a5'bytes' ce00100000 a5'plans' 01 a9'in_flight' 01 a7'decodes' cd01f4 "
+     "a9'kv_tokens' ce001e8480 a5'rings' c2 a9'placement' a7'own_gpu' a5'order' a4'host' a3'why' a3'why' a4'more' "
+     "c3"},
     {MLAP_HEALTH, 18, &health_body, sizeof health_body,
      "94 01 12 12 80"},
     {MLAP_HEALTH_REPLY, 19, &health_reply_body, sizeof health_reply_body,
@@ -220,7 +221,8 @@ const struct golden golden[] = {
     {MLAP_NEWS, 0, &news_body, sizeof news_body,
      "94 01 1a 00 80"},
     {MLAP_STEP, 28, &step_body, sizeof step_body,
-     "94 01 1b 1c 83 a4'step' 0b a5'slots' 82 a6'buffer' 02 a6'offset' cc80 a6'layers' 92 81 a4'plan' 07 81 a4'plan' 08"},
+     "94 01 1b 1c 83 a4'step' 0b a5'slots' 82 a6'buffer' 02 a6'offset' cc80 a6'layers' 92 81 a4'plan' 07 "
+     "81 a4'plan' 08"},
     {MLAP_STEP_DROP, 29, &step_drop_body, sizeof step_drop_body,
      "94 01 1c 1d 81 a4'step' 0b"},
     {MLAP_ARM, 30, &arm_body, sizeof arm_body,
@@ -229,8 +231,8 @@ const struct golden golden[] = {
      "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
      "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},
     {MLAP_ATTACH, 23, &attach_body, sizeof attach_body,
-     "94 01 41 17 85 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a9'hello_seq' 01 a5'hello' 85 a6'client' a4'demo' "
-     "a6'device' a3'cpu' a8'features' 00 a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
+     "94 01 41 17 85 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a9'hello_seq' 01 a5'hello' 86 a6'client' a4'demo' "
+     "a6'device' a3'cpu' a8'features' 00 a8'priority' a6'normal' a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
     {MLAP_READY, 24, &ready_body, sizeof ready_body,
      "94 01 42 18 83 a7'variant' a6'avx512' a7'threads' 02 ac'capabilities' 91 89 a7'variant' a6'avx512' a7'q_dtype' "
      "a4'bf16' a9'kv_format' a7'fp8_656' a9'out_dtype' a4'bf16' a4'mask' a4'tree' a9'max_heads' cc80 a9'max_q_len' "
@@ -238,16 +240,16 @@ const struct golden golden[] = {
     {MLAP_QUERY, 25, &query_body, sizeof query_body,
      "94 01 43 19 80"},
     {MLAP_REPORT, 26, &report_body, sizeof report_body,
-     "94 01 44 1a 81 a6'device' de001d a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' "
+     "94 01 44 1a 81 a6'device' de0020 a4'name' a3'cpu' a5'state' a5'ready' a6'reason' a0'' a7'variant' a6'avx512' "
      "a7'threads' 02 a3'pid' cd10e1 a8'restarts' 01 a9'uptime_ms' ce0001e240 aa'responding' c3 a8'sessions' 02 "
      "b1'sessions_draining' 01 a7'buffers' 03 a5'plans' 04 aa'held_bytes' cf0000000100000000 ae'orphaned_bytes' 00 "
      "a6'queued' 05 a7'running' 01 ab'queue_limit' cd0100 a8'progress' ce0001869f a7'decodes' cd03e8 "
      "ae'decodes_failed' 02 a7'refused' 03 a4'busy' 04 a7'dropped' 05 a9'kv_tokens' cf0000000800000000 a8'kv_bytes' "
-     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 "
-     "ad'launched_rows' cd2328 a7'latency' 92 87 a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
-     "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a "
-     "a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 "
-     "a3'mps' a8'/run/mps' a7'mps_log' a8'/run/log'"},
+     "cf0000200000000000 a8'launches' cd02bc ae'launched_parts' cd03e9 ad'launched_rows' cd2328 a7'latency' 92 87 "
+     "a5'phase' a7'receive' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' cd2328 a6'p90_ns' cd3a98 a6'p99_ns' "
+     "cd4e20 a6'max_ns' cf0000000200000000 87 a5'phase' a6'kernel' a5'count' 0a a6'sum_ns' ce000186a0 a6'p50_ns' "
+     "cd2328 a6'p90_ns' cd3a98 a6'p99_ns' cd4e20 a6'max_ns' cf0000000200000000 a3'mps' a8'/run/mps' a7'mps_log' "
+     "a8'/run/log'"},
 };
 const size_t n_golden = sizeof golden / sizeof golden[0];
 
