@@ -260,7 +260,8 @@ struct mlak_backend {
      *   accounting read), and abandons a part when the caller sets every code of its rows to MLAK_ROW_CANCELLED
      *   meanwhile. Each call validates each part's cu_q, on its snapshot; one that is wrong fails its own part. Parts
      *   that cannot run together (mergeable) or are too many follow one another. A deterministic batch has the same
-     *   bits in whatever company. `layer`: the parts are a step's next layer; if all that has been launched since its first
+     *   bits in whatever company. `layer`: the parts are a step's next layer; if all that has been launched since
+     *   its first
      *   one differed from it, part by part, in buffers only (mlak_same_step), what the first one read and made of
      *   lengths, masks and scales holds, failed requests stay failed, and only the work on keys is done; else as
      *   without `layer`. MLAK_OK, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
@@ -317,7 +318,8 @@ struct mlak_backend {
      *   deterministic one as many as fit the device's scratch, 16 at least. Nothing runs. NULL and `fault`: INVALID,
      *   UNSUPPORTED (a batch is too large), MEMORY, LOST; the device is as before.
      * graph_replay: run it once, to its end; as mlak_launch_batch of its last batch, into rows[0..batch), zeros to
-     *   begin with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work may come
+     *   begin with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work
+     *   may come
      *   between replays. MLAK_OK, BATCH, MEMORY, LOST.
      * graph_free: with no replay under way, before the device is closed. NULL is allowed.
      * time_batches: the nanoseconds on the device that `rounds` (1 at least) replays of such a graph took, one behind

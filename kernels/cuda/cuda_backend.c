@@ -3,8 +3,8 @@
  *
  * Owns a stream, the scratch of one launch in device memory, and pinned memory that the kernels write results into. One
  * launch at a time: what the requests of many parts have in common is copied to the device before it; of one, it goes
- * with the kernels' parameter. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST: only
- * a new
+ * with the kernels' parameter. A launch that ends in a driver error which leaves the context unusable is MLAK_LOST:
+ * only a new
  * process recovers. Waiting never blocks in the driver, so a launch that hangs shows no progress and is the
  * supervisor's to end. */
 #include "cuda_device.h"

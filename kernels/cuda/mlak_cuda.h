@@ -15,8 +15,8 @@
  * block of its own: so a tile that many rows need comes from memory once, and from the L2 cache for the others. Such
  * row blocks are a strip. The schedule lays all tiles of all strips end to end and gives all that walk abreast an equal
  * share of them (as FlashMLA and "Stream-K", Osama et al. 2023, do): a strip is split only where a share ends in it,
- * and a thread block has at most two parts that do not stand for a whole row block, in slots of its own. A deterministic
- * batch is split by each request's own length instead, into items that the thread blocks take in turn. */
+ * and a thread block has at most two parts that do not stand for a whole row block, in slots of its own. A
+ * deterministic batch is split by each request's own length instead, into items that the thread blocks take in turn. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
