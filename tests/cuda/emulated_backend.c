@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GRID = 7 };
+enum { GRID = 8 }; /* of kernels that may have clusters, which must be whole; others have one block less */
 
 struct mlak_device {
     size_t shared; /* that a block may have: of one stage, two, two and 32 rows, or Hopper's 64 */
@@ -108,7 +108,6 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
     struct mlak_cuda_job job = {
         .n_sources = n,
         .rows_per_item = mlak_cuda_rows(batch, device->shared, device->wgmma),
-        .grid = GRID,
         .ticket = ++device->ticket,
         .result = &device->result,
     };
@@ -119,13 +118,14 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
         folded += batch->q_rows * batch->heads * parts[i].count / batch->batch;
         entries += batch->has_cu_q ? batch->batch + 1 : 0;
     }
-    job.max_slots = deterministic ? job.max_slots : 2 * GRID;
-    job.abreast = mlak_cuda_abreast(folded, job.count, deterministic, job.rows_per_item, GRID);
-    job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, GRID);
+    job.grid = job.rows_per_item == MLAK_CUDA_M ? GRID : GRID - 1;
+    job.max_slots = deterministic ? job.max_slots : 2 * job.grid;
+    job.abreast = mlak_cuda_abreast(folded, job.count, deterministic, job.rows_per_item, job.grid);
+    job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, job.grid);
     const size_t sizes[FENCES] = {
         [ROWS] = job.count * sizeof(struct mlak_row),
         [REQUESTS] = job.count * sizeof(struct mlak_cuda_request),
-        [STARTS] = GRID * sizeof(struct mlak_cuda_start),
+        [STARTS] = job.grid * sizeof(struct mlak_cuda_start),
         [CU_Q] = entries * sizeof(int32_t),
         [PARTS] = (size_t)job.max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
         [RESULTS] = job.count * sizeof(struct mlak_cuda_row_result),
@@ -159,9 +159,9 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     char name[64];
     run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, 1, MLAK_CUDA_PREPARE_SHARED, &job);
-    run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
+    run(split_kernel(&job, name), job.grid, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
         device->shared, &job);
-    run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);
+    run("mlak_cuda_combine", job.grid, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);
 
     if (device->result.done != job.ticket || schedule.blocks_done != 0 || schedule.slots > job.max_slots) {
         fprintf(stderr, "the launch did not end as it should: ticket %llu of %llu, %u blocks, %u slots of %u\n",
