@@ -60,7 +60,7 @@ static const struct { const char *notation; enum mlap_code code; const char *fie
     {"92 02 c0", MLAP_code_VERSION, ""},
     {"94 ceffffffff 03 01 80", MLAP_code_VERSION, ""},
     {"94 01 00 01 80", MLAP_code_UNKNOWN_TYPE, ""},
-    {"94 01 1b 01 80", MLAP_code_UNKNOWN_TYPE, ""},
+    {"94 01 1e 01 80", MLAP_code_UNKNOWN_TYPE, ""},
     {"94 01 ceffffffff 01 80", MLAP_code_UNKNOWN_TYPE, ""},
     /* bodies */
     {"94 01 03 01 80", MLAP_code_OK, ""},
