@@ -448,6 +448,47 @@ static void run_late(void)
     mla_close(client);
 }
 
+static bool let_go;
+
+static void hold(void *unused)
+{
+    (void)unused;
+    while (!__atomic_load_n(&let_go, __ATOMIC_ACQUIRE))
+        usleep(1000);
+}
+
+/* A round is armed and its stream does not come; decodes of the same client in host order pass it by. */
+static void run_beside(void)
+{
+    enum { EACH = 8, LAST = ROUNDS - 1 };
+    static const uint8_t nothing[OUT_BYTES];
+    static uint8_t got[OUT_BYTES];
+    mla_ticket tickets[EACH][LAYERS];
+    setup(30000);
+    printf("%s\n", mla_transport_used(client) == MLA_TRANSPORT_RINGS ? "rings" : "socket");
+    set_round(1);
+    CU(cuLaunchHostFunc, (CUstream, void (*)(void *), void *), stream, hold, NULL);
+    REQUIRE(run_layer(&layers[0]) == MLA_OK, error.message);
+    for (int i = 1; i < LAYERS; i++)
+        CU(cuMemcpyHtoD_v2, (CUdeviceptr, const void *, size_t), layers[i].memory + OUT_AT, nothing, OUT_BYTES);
+    for (int n = 0; n < EACH; n++)
+        for (int i = 1; i < LAYERS; i++)
+            REQUIRE(mla_submit(client, layers[i].plan, &tickets[n][i], &error) == MLA_OK, error.message);
+    for (int n = 0; n < EACH; n++)
+        for (int i = 1; i < LAYERS; i++)
+            REQUIRE(mla_wait(client, tickets[n][i], 120000, NULL, &error) == MLA_OK, error.message);
+    for (int i = 1; i < LAYERS; i++) { /* q is still the last round's of make_layer */
+        CU(cuMemcpyDtoH_v2, (void *, CUdeviceptr, size_t), got, layers[i].memory + OUT_AT, OUT_BYTES);
+        REQUIRE(memcmp(got, layers[i].wanted[LAST], OUT_BYTES) == 0, "the output in host order is another");
+    }
+    REQUIRE(memcmp(layers[0].out, nothing, OUT_BYTES) == 0, "the stream has passed what holds it");
+    __atomic_store_n(&let_go, true, __ATOMIC_RELEASE);
+    drain();
+    REQUIRE(memcmp(layers[0].out, layers[0].wanted[1], OUT_BYTES) == 0, "the output in stream order is another");
+    REQUIRE(mla_plan_status(layers[0].plan, &error) == MLA_OK, error.message);
+    mla_close(client);
+}
+
 /* The daemon goes for longer than the client waits. */
 static void run_gone(void)
 {
@@ -509,7 +550,8 @@ int main(int argc, char **argv)
         void (*run)(void);
     } cases[] = {{"eager", run_eager}, {"ahead", run_ahead}, {"step", run_step},         {"graph", run_graph},
                  {"killed", run_killed}, {"armed", run_armed}, {"late", run_late},         {"gone", run_gone},
-                 {"host", run_host},   {"failures", run_failures}, {"loop", run_loop}};
+                 {"host", run_host},   {"failures", run_failures}, {"loop", run_loop},
+                 {"beside", run_beside}};
     for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof cases[0]; i++) {
         if (strcmp(argv[1], cases[i].name) != 0)
             continue;

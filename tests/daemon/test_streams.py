@@ -75,6 +75,11 @@ def a_late_stream_is_served(daemon):
     assert daemon.devices()[GPU]["refused"] - before >= 4, daemon.devices()[GPU]  # rounds that stopped
 
 
+def host_order_goes_on_beside_an_armed_round(daemon):
+    assert Client(daemon, "beside").end().startswith("rings\n")
+    assert Client(daemon, "beside", MLAD_TRANSPORT="socket").end().startswith("socket\n")
+
+
 def host_order_gives_the_same(daemon):
     out = Client(daemon, "host", order="").end()
     assert "MPS" in out, out
@@ -218,7 +223,8 @@ def a_daemon_that_stays_away_leaves_nan(_):
 
 
 TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_message, graphs_arm_themselves,
-         what_fails_is_nan, a_late_stream_is_served, host_order_gives_the_same,
+         what_fails_is_nan, a_late_stream_is_served,
+         host_order_goes_on_beside_an_armed_round, host_order_gives_the_same,
          wrong_steps_are_refused_by_name, a_killed_worker_is_a_delay,
          a_killed_client_holds_nothing, more_clients_than_lanes_fall_back,
          two_gpus_are_stream_order_by_themselves, a_daemon_that_stays_away_leaves_nan]
