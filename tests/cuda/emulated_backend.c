@@ -58,9 +58,10 @@ static const char *split_kernel(const struct mlak_cuda_job *job, char name[64])
     return name;
 }
 
-static void run(const char *kernel, unsigned grid, unsigned block, size_t shared, const struct mlak_cuda_job *job)
+static void run(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t shared,
+                const struct mlak_cuda_job *job)
 {
-    if (!mlak_emulate(kernel, grid, block, shared, job)) {
+    if (!mlak_emulate(kernel, grid, block, cluster, shared, job)) {
         fprintf(stderr, "no kernel %s\n", kernel);
         abort();
     }
@@ -159,9 +160,10 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
 
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     char name[64];
-    run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED, &job);
-    run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, device->shared, &job);
-    run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &job);
+    run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, 1, MLAK_CUDA_PREPARE_SHARED, &job);
+    run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
+        device->shared, &job);
+    run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);
 
     if (device->result.done != job.ticket || schedule.blocks_done != 0 || schedule.slots > job.max_slots) {
         fprintf(stderr, "the launch did not end as it should: ticket %llu of %llu, %u blocks, %u slots of %u\n",

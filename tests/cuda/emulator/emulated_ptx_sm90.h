@@ -19,6 +19,11 @@ void copy_async_to(uint32_t to, const void *from, bool valid);
 void map_acquire(const struct mlak_cuda_map *map);
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
               uint64_t *barrier);
+uint32_t cluster_rank();
+void cluster_meet();
+void barrier_arrive_at(uint64_t *barrier, uint32_t rank);
+void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
+                      int32_t page, uint64_t *barrier);
 void warp_meet();
 int64_t shuffle(int64_t value, uint32_t lane);
 bool __any_sync(uint32_t mask, bool value);
@@ -32,23 +37,6 @@ void product_64x256_fp16(float c[128], uint32_t a, uint32_t b, bool add);
 void product_64x256_bf16_own(float c[128], const uint32_t a[4], uint32_t b, bool add);
 void product_64x256_fp16_own(float c[128], const uint32_t a[4], uint32_t b, bool add);
 void store_matrices(void *row, const uint32_t r[4]);
-
-static inline uint32_t cluster_rank()
-{
-    return 0;
-}
-static inline void cluster_meet()
-{
-    __syncthreads();
-}
-static inline void barrier_arrive_at(uint64_t *barrier, uint32_t)
-{
-    barrier_arrive(barrier);
-}
-static inline void copy_box_to_both(uint32_t, const struct mlak_cuda_map *, int32_t, int32_t, int32_t, int32_t,
-                                    uint64_t *)
-{
-}
 
 template <int PENDING> static inline void products_wait()
 {

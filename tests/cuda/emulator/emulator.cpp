@@ -1,6 +1,7 @@
-/* emulator.cpp - see emulator.h. Each thread of a block is a fiber with a stack of its own; they take turns on the
- * calling thread. A fiber runs until it needs others: its warp for an instruction of the whole warp, its block at a
- * barrier. The last one to arrive does the work for all, and the others find their results when their turn comes. */
+/* emulator.cpp - see emulator.h. Each thread of the blocks of a cluster is a fiber with a stack of its own; they take
+ * turns on the calling thread. A fiber runs until it needs others: its warp for an instruction of the whole warp, its
+ * block or cluster at a barrier. The last one to arrive does the work for all, and the others find their results when
+ * their turn comes. */
 #include "emulator.h"
 #include "fibers.h"
 #include "mlak_convert.h"
@@ -13,8 +14,13 @@ emulated_gpu gpu;
 
 void fault(const char *what)
 {
-    fprintf(stderr, "emulator: block %u, thread %u: %s\n", gpu.block_index, gpu.current, what);
+    fprintf(stderr, "emulator: block %u, thread %u: %s\n", gpu.block ? gpu.block->index : 0, gpu.current, what);
     abort();
+}
+
+fiber *self()
+{
+    return &gpu.block->fibers[gpu.current];
 }
 
 /* ---- fibers ---- */
@@ -56,10 +62,10 @@ static void switch_to(fiber *from, fiber *to)
 static void fiber_main()
 {
     gpu.kernel(*gpu.job);
-    fiber *self = &gpu.fibers[gpu.current];
-    self->done = true;
+    fiber *own = self();
+    own->done = true;
     for (;;)
-        switch_to(self, &gpu.scheduler);
+        switch_to(own, &gpu.scheduler);
 }
 
 static void fiber_prepare(fiber *fiber)
@@ -78,6 +84,7 @@ static void fiber_prepare(fiber *fiber)
     fiber->products.clear();
     fiber->at_work.clear();
     fiber->product_groups = 0;
+    fiber->acquired.clear();
 #if defined(__x86_64__)
     void **top =
         (void **)(fiber->stack + STACK_BYTES - 64); /* as after a call: 16-byte aligned but for the return address */
@@ -102,52 +109,81 @@ static bool fiber_can_run(const fiber *fiber)
 /* What everybody waits for, neighbours who wait for the same in one line. */
 [[noreturn]] static void fault_deadlock()
 {
-    for (uint32_t first = 0, next; first < gpu.threads; first = next) {
-        const meeting *waits = gpu.fibers[first].waits;
-        for (next = first + 1; next < gpu.threads && gpu.fibers[next].waits == waits; next++)
-            ;
-        if (gpu.fibers[first].done)
-            fprintf(stderr, "threads %u to %u: at their end\n", first, next - 1);
-        else
-            fprintf(stderr, "threads %u to %u: wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n",
-                    first, next - 1, waits->name, waits->number, (unsigned long long)waits->held, waits->arrived,
-                    waits->size, (long long)waits->bytes);
-    }
+    for (const thread_block *block = gpu.blocks; block < gpu.blocks + gpu.cluster; block++)
+        for (uint32_t first = 0, next; first < gpu.threads; first = next) {
+            const meeting *waits = block->fibers[first].waits;
+            for (next = first + 1; next < gpu.threads && block->fibers[next].waits == waits; next++)
+                ;
+            fprintf(stderr, "block %u, threads %u to %u: ", block->index, first, next - 1);
+            if (block->fibers[first].done)
+                fprintf(stderr, "at their end\n");
+            else
+                fprintf(stderr, "wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n", waits->name,
+                        waits->number, (unsigned long long)waits->held, waits->arrived, waits->size,
+                        (long long)waits->bytes);
+        }
     fault("every thread waits for another one: a barrier that some do not reach");
 }
 
-/* All threads of a block to their end; a warp goes on as long as it can by itself. */
-static void run_block()
+/* The block's threads; a warp goes on as long as it can by itself. False: none can. */
+static bool block_run(thread_block *block)
 {
-    uint32_t done = 0;
-    while (done < gpu.threads) {
-        bool moved = false;
-        for (uint32_t first = 0; first < gpu.threads; first += WARP)
-            for (bool again = true; again;) {
-                again = false;
-                for (uint32_t i = first; i < first + WARP && i < gpu.threads; i++) {
-                    fiber *fiber = &gpu.fibers[i];
-                    if (!fiber_can_run(fiber))
-                        continue;
-                    fiber->waits = NULL;
-                    gpu.current = i;
-                    switch_to(&gpu.scheduler, fiber);
-                    done += fiber->done;
-                    moved = again = true;
-                }
+    bool moved = false;
+    for (uint32_t first = 0; first < gpu.threads; first += WARP)
+        for (bool again = true; again;) {
+            again = false;
+            for (uint32_t i = first; i < first + WARP && i < gpu.threads; i++) {
+                fiber *fiber = &block->fibers[i];
+                if (!fiber_can_run(fiber))
+                    continue;
+                fiber->waits = NULL;
+                gpu.block = block;
+                gpu.current = i;
+                switch_to(&gpu.scheduler, fiber);
+                moved = again = true;
+                if (fiber->done && ++block->done == gpu.threads)
+                    block_ended(block);
             }
-        if (!moved && done < gpu.threads && !hopper_go_on())
+        }
+    return moved;
+}
+
+/* Who of these blocks can go on; if nobody can, what is on its way lands; if nothing is, those go on who gave way. */
+static bool blocks_go_on(thread_block *first, uint32_t count)
+{
+    bool moved = false;
+    for (uint32_t i = 0; i < count; i++)
+        moved |= block_run(&first[i]);
+    if (moved || flights_land())
+        return true;
+    for (uint32_t i = 0; i < count; i++) {
+        moved |= first[i].late.arrived > 0;
+        leave(&first[i].late);
+    }
+    return moved;
+}
+
+/* All threads of a cluster to their end. In two of three clusters one of the blocks does nothing as long as the other
+ * one can go on. */
+static void run_cluster()
+{
+    thread_block *blocks = gpu.blocks;
+    uint32_t kind = blocks[0].index / gpu.cluster % 3, early = kind / 2;
+    bool together = gpu.cluster == 1 || kind == 1;
+    while (blocks[0].done < gpu.threads || blocks[gpu.cluster - 1].done < gpu.threads) {
+        bool moved = together ? blocks_go_on(blocks, gpu.cluster)
+                              : blocks_go_on(&blocks[early], 1) || blocks_go_on(&blocks[1 - early], 1);
+        if (!moved)
             fault_deadlock();
     }
-    hopper_end();
 }
 
 void await_meeting(meeting *meeting)
 {
-    fiber *self = &gpu.fibers[gpu.current];
-    self->waits = meeting;
-    self->waits_for = meeting->held;
-    switch_to(self, &gpu.scheduler);
+    fiber *own = self();
+    own->waits = meeting;
+    own->waits_for = meeting->held;
+    switch_to(own, &gpu.scheduler);
 }
 
 bool meet(meeting *meeting, uint32_t place, void *argument)
@@ -168,7 +204,7 @@ void leave(meeting *meeting)
 
 meeting *warp()
 {
-    return &gpu.warps[gpu.current / WARP];
+    return &gpu.block->warps[gpu.current / WARP];
 }
 uint32_t lane()
 {
@@ -183,7 +219,7 @@ emulated_index emulated_thread()
 }
 emulated_index emulated_block()
 {
-    return {gpu.block_index};
+    return {gpu.block->index};
 }
 emulated_index emulated_grid()
 {
@@ -191,7 +227,7 @@ emulated_index emulated_grid()
 }
 unsigned char *emulated_shared()
 {
-    return gpu.shared;
+    return gpu.block->shared;
 }
 uint32_t shared_bytes()
 {
@@ -200,26 +236,26 @@ uint32_t shared_bytes()
 
 void __syncthreads()
 {
-    if (meet(&gpu.block, 0, NULL))
-        leave(&gpu.block);
+    if (meet(&gpu.block->whole, 0, NULL))
+        leave(&gpu.block->whole);
 }
 
 const unsigned char *in_shared(const void *pointer)
 {
     const unsigned char *at = (const unsigned char *)pointer;
-    if (at < gpu.shared || at + 16 > gpu.shared + gpu.shared_size || (uintptr_t)at % 16)
+    if (at < gpu.block->shared || at + 16 > gpu.block->shared + gpu.shared_size || (uintptr_t)at % 16)
         fault("16 bytes outside shared memory, or not aligned");
     return at;
 }
 
 void copy_async(void *to, const void *from, bool valid)
 {
-    fiber *self = &gpu.fibers[gpu.current];
+    fiber *own = self();
     in_shared(to);
     if (valid && (uintptr_t)from % 16)
         fault("cp.async from an address that is not aligned");
     memset(to, 0xff, 16); /* until it is waited for, nobody knows what is there */
-    self->copies.push_back({to, from, valid, self->groups});
+    own->copies.push_back({to, from, valid, own->groups});
 }
 
 void copy_land(const copy *copy)
@@ -232,21 +268,21 @@ void copy_land(const copy *copy)
 
 void copy_commit()
 {
-    gpu.fibers[gpu.current].groups++;
+    self()->groups++;
 }
 
 void emulated_copy_wait(int pending)
 {
-    fiber *self = &gpu.fibers[gpu.current];
+    fiber *own = self();
     size_t left = 0;
-    for (const copy &copy : self->copies) {
-        if (copy.group + (uint32_t)pending >= self->groups) {
-            self->copies[left++] = copy;
+    for (const copy &copy : own->copies) {
+        if (copy.group + (uint32_t)pending >= own->groups) {
+            own->copies[left++] = copy;
             continue;
         }
         copy_land(&copy);
     }
-    self->copies.resize(left);
+    own->copies.resize(left);
 }
 
 struct shuffled {
@@ -391,20 +427,51 @@ static meeting new_meeting(const char *name, uint32_t number, uint32_t size)
     return made;
 }
 
-static void start_block(uint32_t index)
+static void start_block(thread_block *block, uint32_t index)
 {
-    gpu.block_index = index;
-    memset(gpu.shared, 0xff, gpu.shared_size);
-    gpu.block = new_meeting("the block", 0, gpu.threads);
-    gpu.late = new_meeting("the others", 0, gpu.threads);
+    block->index = index;
+    block->rank = (uint32_t)(block - gpu.blocks);
+    block->done = 0;
+    memset(block->shared, 0xff, gpu.shared_size);
+    block->whole = new_meeting("the block", index, gpu.threads);
+    block->late = new_meeting("the others", 0, gpu.threads);
+    block->barriers.clear();
     for (uint32_t i = 1; i < NAMED_BARRIERS; i++)
-        gpu.named[i] = new_meeting("named barrier", i, 0);
-    hopper_begin();
+        block->named[i] = new_meeting("named barrier", i, 0);
     for (uint32_t i = 0; i < gpu.threads; i++) {
-        gpu.warps[i / WARP] = new_meeting("warp", i / WARP, WARP);
-        gpu.groups[i / WARPGROUP] = new_meeting("warpgroup", i / WARPGROUP, WARPGROUP);
-        fiber_prepare(&gpu.fibers[i]);
+        block->warps[i / WARP] = new_meeting("warp", i / WARP, WARP);
+        block->groups[i / WARPGROUP] = new_meeting("warpgroup", i / WARPGROUP, WARPGROUP);
+        fiber_prepare(&block->fibers[i]);
     }
+}
+
+void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, uint32_t cluster, size_t shared_bytes,
+             const struct mlak_cuda_job *job)
+{
+    std::lock_guard<std::mutex> lock(gpu.one_at_a_time);
+    if (threads == 0 || threads > MAX_THREADS || threads % WARP)
+        fault("a block has 32, 64, ... 1024 threads here");
+    if (cluster == 0 || cluster > MAX_CLUSTER || grid % cluster)
+        fault("a cluster has 1 or 2 blocks here, and a grid is a multiple of that");
+    gpu.kernel = kernel;
+    gpu.job = job;
+    gpu.grid = grid;
+    gpu.threads = threads;
+    gpu.cluster = cluster;
+    gpu.shared_size = shared_bytes;
+    for (uint32_t i = 0; i < cluster; i++) {
+        gpu.blocks[i].shared = (unsigned char *)aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024);
+        if (!gpu.blocks[i].shared)
+            fault("no memory for shared memory");
+    }
+    for (uint32_t first = 0; first < grid; first += cluster) {
+        gpu.whole = new_meeting("the cluster", first / cluster, threads * cluster);
+        for (uint32_t i = 0; i < cluster; i++)
+            start_block(&gpu.blocks[i], first + i);
+        run_cluster();
+    }
+    for (uint32_t i = 0; i < cluster; i++)
+        free(gpu.blocks[i].shared);
 }
 
 bool mlak_emulates(const char *kernel)
@@ -412,26 +479,14 @@ bool mlak_emulates(const char *kernel)
     return find_kernel(kernel) != NULL;
 }
 
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t size, const void *job)
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t size, const void *job)
 {
     kernel_function *found = find_kernel(kernel);
-    if (!found)
-        return false;
-    std::lock_guard<std::mutex> lock(gpu.one_at_a_time);
-    if (block == 0 || block > MAX_THREADS || block % WARP)
-        fault("a block has 32, 64, ... 1024 threads here");
-    gpu.kernel = found;
-    gpu.job = (const struct mlak_cuda_job *)job;
-    gpu.grid = grid;
-    gpu.threads = block;
-    gpu.shared_size = size;
-    gpu.shared = (unsigned char *)aligned_alloc(1024, (size + 1023) / 1024 * 1024);
-    if (!gpu.shared)
-        fault("no memory for shared memory");
-    for (unsigned i = 0; i < grid; i++) {
-        start_block(i);
-        run_block();
-    }
-    free(gpu.shared);
-    return true;
+    const struct mlak_cuda_job *own = (const struct mlak_cuda_job *)job;
+    bool split = strncmp(kernel, "mlak_cuda_split_", 16) == 0;
+    if (found && cluster != (split ? own->cluster : 1))
+        fault("the cluster is not what the job says: of split kernels, job.cluster blocks; of others, one");
+    if (found)
+        emulate(found, grid, block, cluster, size, own);
+    return found != NULL;
 }

@@ -1,16 +1,19 @@
-/* fibers.h - what the two halves of the emulator share: the block that runs (emulator.cpp), of which Hopper's
- * instructions (hopper.cpp) are a part of their own. */
+/* fibers.h - what the two halves of the emulator share: the cluster of blocks that runs (emulator.cpp), of which
+ * Hopper's instructions (hopper.cpp) are a part of their own. */
 #ifndef FIBERS_H
 #define FIBERS_H
 
 #include "emulated_ptx.h"
 #include "mlak_cuda.h"
 
+#include <deque>
+#include <map>
 #include <mutex>
+#include <set>
 #include <ucontext.h>
 #include <vector>
 
-enum { MAX_THREADS = 1024, WARP = 32, WARPGROUP = 128, NAMED_BARRIERS = 16, STACK_BYTES = 128 << 10 };
+enum { MAX_THREADS = 1024, WARP = 32, WARPGROUP = 128, NAMED_BARRIERS = 16, STACK_BYTES = 128 << 10, MAX_CLUSTER = 2 };
 
 typedef void kernel_function(const struct mlak_cuda_job job);
 
@@ -62,17 +65,37 @@ struct fiber {
     std::vector<group_product> products;
     std::vector<accumulators> at_work;
     uint32_t product_groups; /* committed */
+    std::set<const void *> acquired; /* maps */
+};
+
+struct thread_block {
+    uint32_t index, rank; /* of the grid; in its cluster */
+    fiber fibers[MAX_THREADS];
+    meeting warps[MAX_THREADS / WARP], groups[MAX_THREADS / WARPGROUP], named[NAMED_BARRIERS], whole;
+    meeting late;  /* of those who go on when nobody else can */
+    uint32_t done; /* threads at their end */
+    unsigned char *shared;
+    std::map<uint32_t, meeting> barriers; /* by address */
+};
+
+/* Copies that land together in a block, and what they tell a barrier of it then. */
+struct flight {
+    std::vector<copy> copies;
+    thread_block *block;
+    meeting *barrier;
+    uint32_t joined;
+    int64_t bytes;
 };
 
 struct emulated_gpu {
     std::mutex one_at_a_time;
-    fiber fibers[MAX_THREADS];
-    meeting warps[MAX_THREADS / WARP], groups[MAX_THREADS / WARPGROUP], named[NAMED_BARRIERS], block;
-    meeting late; /* of those who go on when nobody else can */
+    thread_block blocks[MAX_CLUSTER]; /* of the cluster that runs */
+    meeting whole;                    /* all its threads */
+    std::deque<flight> flights;       /* in the order in which they set off */
     fiber scheduler;
-    uint32_t current, threads, block_index, grid;
-    unsigned char *shared;
-    size_t shared_size;
+    thread_block *block; /* whose thread `current` runs */
+    uint32_t current, threads, cluster, grid;
+    size_t shared_size; /* of a block */
     kernel_function *kernel;
     const struct mlak_cuda_job *job;
 };
@@ -81,7 +104,15 @@ extern emulated_gpu gpu;
 /* A sentence on stderr, and the end. */
 [[noreturn]] void fault(const char *what);
 
-/* The thread's own warp, and its place there. */
+/* Run `grid` blocks of `threads` threads to their end, `cluster` of them at the same time, one such cluster after the
+ * other. */
+void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, uint32_t cluster, size_t shared_bytes,
+             const struct mlak_cuda_job *job);
+
+/* The thread that runs. */
+fiber *self();
+
+/* Its warp, and its place there. */
 meeting *warp();
 uint32_t lane();
 
@@ -92,7 +123,7 @@ void await_meeting(meeting *meeting);
 bool meet(meeting *meeting, uint32_t place, void *argument);
 void leave(meeting *meeting);
 
-/* The same address, which has to be that of 16 bytes of shared memory, aligned. */
+/* The same address, which has to be that of 16 bytes of the block's shared memory, aligned. */
 const unsigned char *in_shared(const void *pointer);
 
 /* What a copy does once it lands. */
@@ -100,12 +131,10 @@ void copy_land(const copy *copy);
 
 /* ---- hopper.cpp ---- */
 
-/* A block begins; it ends, with nothing on its way any more. */
-void hopper_begin();
-void hopper_end();
+/* Let what is on its way land until a barrier has been passed. False: not one has. */
+bool flights_land();
 
-/* Nobody can go on: let what is on its way land until a barrier has been passed; else, let go on who gave way. False:
- * nothing is on its way, and nobody gave way. */
-bool hopper_go_on();
+/* All threads of the block are at their end; nothing may be on its way to it any more. */
+void block_ended(const thread_block *block);
 
 #endif

@@ -2,40 +2,27 @@
  *
  * All that is asynchronous there is as late here as it can be: copies land when no thread can run without them, and
  * what they will overwrite is NaN from the moment they set off; products are computed when their warpgroup waits for
- * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other block a
+ * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other cluster a
  * thread that has arrived at a barrier goes on when no other thread can. So whoever waits for too little, or gives room
- * back too early, computes NaN. */
+ * back too early, computes NaN.
+ *
+ * Of two blocks of a cluster, one is so late in two of three clusters that the other one, and what is on its way, come
+ * first (run_cluster): bytes are told to its barriers before it says that it expects them, and who does not wait for it
+ * has ended when it comes. */
 #include "emulated_ptx_sm90.h"
 #include "emulator.h"
 #include "fibers.h"
 #include "mlak_convert.h"
 
-#include <deque>
-#include <map>
-#include <set>
-#include <utility>
-
 /* Where shared memory begins: its first KB is the driver's. */
 enum { SHARED_BASE = 1024, ROW_BYTES = 128, CHUNK_COLUMNS = 64 };
 
-/* Copies that land together, and what they tell their barrier then. */
-struct flight {
-    std::vector<copy> copies;
-    meeting *barrier;
-    uint32_t joined;
-    int64_t bytes;
-};
-
-static std::map<uint32_t, meeting> barriers; /* by address */
-static std::set<std::pair<uint32_t, const void *>> acquired; /* maps, by threads */
-static std::deque<flight> flights;
-
-/* `bytes` of shared memory from an address on. */
-static unsigned char *at_address(uint32_t address, uint32_t bytes)
+/* `bytes` of a block's shared memory from an address on. */
+static unsigned char *at_address(const thread_block *block, uint32_t address, uint32_t bytes)
 {
     if (address < SHARED_BASE || (uint64_t)address + bytes > SHARED_BASE + gpu.shared_size)
         fault("an address outside shared memory");
-    return gpu.shared + (address - SHARED_BASE);
+    return block->shared + (address - SHARED_BASE);
 }
 
 /* Within 8 rows of 128 bytes, from a multiple of 1,024 on, 16-byte piece j of row r is at j ^ r. */
@@ -46,41 +33,79 @@ static uint32_t swizzled(uint32_t address)
 
 uint32_t shared_address(const void *pointer)
 {
-    return (uint32_t)((const unsigned char *)pointer - gpu.shared) + SHARED_BASE;
+    return (uint32_t)((const unsigned char *)pointer - gpu.block->shared) + SHARED_BASE;
+}
+
+/* ---- clusters ---- */
+
+/* One of the cluster, which the thread reaches for. */
+static thread_block *cluster_block(uint32_t rank)
+{
+    if (rank >= gpu.cluster)
+        fault("a cluster has no block of this rank");
+    if (gpu.blocks[rank].done == gpu.threads)
+        fault("the other block of the cluster has ended, and this one still reaches for it");
+    return &gpu.blocks[rank];
+}
+
+uint32_t cluster_rank()
+{
+    return gpu.block->rank;
+}
+
+void cluster_meet()
+{
+    if (meet(&gpu.whole, 0, NULL))
+        leave(&gpu.whole);
 }
 
 /* ---- barriers ---- */
 
+/* That of a block at the place where the thread's own block has this one. */
+static meeting *barrier_of(thread_block *block, const uint64_t *barrier)
+{
+    auto found = block->barriers.find(shared_address(barrier));
+    if (found == block->barriers.end())
+        fault(block == gpu.block ? "a barrier that is not there yet"
+                                 : "a barrier that is not there yet in the other block of the cluster");
+    return &found->second;
+}
 static meeting *barrier_at(const uint64_t *barrier)
 {
-    auto found = barriers.find(shared_address(barrier));
-    if (found == barriers.end())
-        fault("a barrier that is not there yet");
-    return &found->second;
+    return barrier_of(gpu.block, barrier);
 }
 
 static bool barrier_pass(meeting *barrier)
 {
+    if (barrier->arrived == barrier->size && barrier->bytes < 0)
+        fault("more bytes have come to a barrier than those who arrived expect");
     bool passed = barrier->arrived == barrier->size && barrier->bytes == 0 && barrier->joined == 0;
     if (passed)
         leave(barrier);
     return passed;
 }
 
-static void barrier_count(meeting *barrier)
+/* An arrival that expects so many bytes; then the others' turn, in clusters where that is so. */
+static void barrier_count(meeting *barrier, uint32_t bytes)
 {
     if (barrier->arrived == barrier->size)
         fault("an arrival too many at a barrier");
+    barrier->bytes += bytes;
     barrier->arrived++;
+    barrier_pass(barrier);
+    if (gpu.block->index / gpu.cluster % 2) {
+        gpu.block->late.arrived++;
+        await_meeting(&gpu.block->late);
+    }
 }
 
 void barrier_new(uint64_t *barrier, uint32_t arrivals)
 {
     uint32_t address = shared_address(barrier);
-    at_address(address, sizeof *barrier);
+    at_address(gpu.block, address, sizeof *barrier);
     if (address % sizeof *barrier || arrivals == 0)
         fault("a barrier that is not aligned, or of nobody");
-    meeting *made = &barriers[address];
+    meeting *made = &gpu.block->barriers[address];
     *made = {};
     made->size = arrivals;
     made->name = "barrier";
@@ -94,14 +119,12 @@ void barrier_arrive(uint64_t *barrier)
 
 void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
 {
-    meeting *at = barrier_at(barrier);
-    at->bytes += bytes;
-    barrier_count(at);
-    barrier_pass(at);
-    if (gpu.block_index % 2) {
-        gpu.late.arrived++;
-        await_meeting(&gpu.late);
-    }
+    barrier_count(barrier_at(barrier), bytes);
+}
+
+void barrier_arrive_at(uint64_t *barrier, uint32_t rank)
+{
+    barrier_count(barrier_of(cluster_block(rank), barrier), 0);
 }
 
 void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
@@ -112,10 +135,10 @@ void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
 
 void barrier_join_after_copies(uint64_t *barrier)
 {
-    fiber *self = &gpu.fibers[gpu.current];
+    fiber *own = self();
     barrier_at(barrier)->joined++;
-    flights.push_back({std::move(self->copies), barrier_at(barrier), 1, 0});
-    self->copies.clear();
+    gpu.flights.push_back({std::move(own->copies), gpu.block, barrier_at(barrier), 1, 0});
+    own->copies.clear();
 }
 
 void barrier_wait(uint64_t *barrier, uint32_t parity)
@@ -135,7 +158,7 @@ void barrier_meet(uint32_t id, uint32_t threads)
 {
     if (id == 0 || id >= NAMED_BARRIERS || threads == 0 || threads % WARP)
         fault("named barriers are 1 to 15, of whole warps");
-    meeting *named = &gpu.named[id];
+    meeting *named = &gpu.block->named[id];
     if (named->arrived == 0)
         named->size = threads;
     if (named->size != threads)
@@ -148,7 +171,7 @@ void barrier_meet(uint32_t id, uint32_t threads)
 
 void copy_async_to(uint32_t to, const void *from, bool valid)
 {
-    copy_async(at_address(to, 16), from, valid);
+    copy_async(at_address(gpu.block, to, 16), from, valid);
 }
 
 void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks)
@@ -162,21 +185,22 @@ void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uin
 
 void map_acquire(const struct mlak_cuda_map *map)
 {
-    acquired.insert({gpu.current, map});
+    self()->acquired.insert(map);
 }
 
-void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
-              uint64_t *barrier)
+/* A box sets off for one of the blocks. */
+static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
+                        int32_t chunk, int32_t page, const uint64_t *barrier)
 {
     struct emulated_map own;
     memcpy(&own, map, sizeof own);
     const struct mlak_cuda_job *job = gpu.job;
     const void *first = job->sources, *end = job->sources + job->n_sources;
-    if (job->n_sources > 1 && map >= first && map < end && !acquired.count({gpu.current, map}))
+    if (job->n_sources > 1 && map >= first && map < end && !self()->acquired.count(map))
         fault("a map in memory that other launches use too, and this thread has not acquired it");
     if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
         fault("a box or its map is not as the copy engine takes it");
-    flight flight = {{}, barrier_at(barrier), 0, (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES)};
+    flight flight = {{}, block, barrier_of(block, barrier), 0, (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES)};
     for (int64_t c = 0; c < (int64_t)own.box_chunks; c++)
         for (int64_t r = 0; r < (int64_t)own.box_rows; r++)
             for (int64_t piece = 0; piece < ROW_BYTES / 16; piece++) {
@@ -188,50 +212,47 @@ void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int
                                             (uint64_t)(chunk + c) * ROW_BYTES + (uint64_t)piece * 16
                                       : 0;
                 uint32_t at = to + (uint32_t)((c * (int64_t)own.box_rows + r) * ROW_BYTES + piece * 16);
-                unsigned char *landing = at_address(swizzled(at), 16);
+                unsigned char *landing = at_address(block, swizzled(at), 16);
                 memset(landing, 0xff, 16);
                 flight.copies.push_back({landing, (const void *)(uintptr_t)from, there, 0});
             }
-    flights.push_back(std::move(flight));
+    gpu.flights.push_back(std::move(flight));
 }
 
-/* What set off first, and what follows until a barrier has been passed. False: not one has. */
-static bool flights_land()
+void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+              uint64_t *barrier)
+{
+    box_set_off(gpu.block, to, map, element, row, chunk, page, barrier);
+}
+
+void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
+                      int32_t page, uint64_t *barrier)
+{
+    for (uint32_t rank = 0; rank < 2; rank++)
+        box_set_off(cluster_block(rank), to, map, element, row, chunk, page, barrier);
+}
+
+bool flights_land()
 {
     for (bool passed = false; !passed;) {
-        if (flights.empty())
+        if (gpu.flights.empty())
             return false;
-        const flight &flight = flights.front();
+        const flight &flight = gpu.flights.front();
         for (const copy &copy : flight.copies)
             copy_land(&copy);
         flight.barrier->bytes -= flight.bytes;
         flight.barrier->joined -= flight.joined;
         passed = barrier_pass(flight.barrier);
-        flights.pop_front();
+        gpu.flights.pop_front();
     }
     return true;
 }
 
-bool hopper_go_on()
+void block_ended(const thread_block *block)
 {
-    if (flights_land())
-        return true;
-    bool late = gpu.late.arrived > 0;
-    leave(&gpu.late);
-    return late;
-}
-
-void hopper_begin()
-{
-    barriers.clear();
-    acquired.clear();
-    flights.clear();
-}
-
-void hopper_end()
-{
-    if (!flights.empty())
-        fault("the block has ended, and copies are on their way into its shared memory");
+    for (const flight &flight : gpu.flights)
+        if (flight.block == block)
+            fault("the block has ended, and copies are on their way into its shared memory");
 }
 
 /* ---- warps ---- */
@@ -281,19 +302,19 @@ static accumulators *accumulators_of(fiber *fiber, float *c)
 static void product_issue(float *c, uint32_t a, const uint32_t *registers, uint32_t b, uint32_t columns, bool add,
                           bool fp16)
 {
-    fiber *self = &gpu.fibers[gpu.current];
+    fiber *own = self();
     uint32_t count = columns / 2;
-    if (!self->begun)
+    if (!own->begun)
         fault("a product without products_begin before it");
-    if (!accumulators_of(self, c)) {
-        self->at_work.push_back({c, count, {}});
-        memcpy(self->at_work.back().values, c, count * sizeof *c);
+    if (!accumulators_of(own, c)) {
+        own->at_work.push_back({c, count, {}});
+        memcpy(own->at_work.back().values, c, count * sizeof *c);
         memset(c, 0xff, count * sizeof *c);
     }
-    group_product product = {a, b, columns, add, fp16, c, registers, {}, self->product_groups};
+    group_product product = {a, b, columns, add, fp16, c, registers, {}, own->product_groups};
     if (registers)
         memcpy(product.registers, registers, sizeof product.registers);
-    self->products.push_back(product);
+    own->products.push_back(product);
 }
 
 /* An operand's values. Row r of a K-major one is 128 r bytes on; of an MN-major one, what is summed over is, and 64
@@ -303,7 +324,7 @@ static float operand_value(uint32_t operand, uint32_t down, uint32_t along, bool
     uint32_t start = (operand & 0x3fff) << 4, chunk_bytes = operand >> 16 << 4;
     uint32_t address = start + along / CHUNK_COLUMNS * chunk_bytes + down * ROW_BYTES + along % CHUNK_COLUMNS * 2;
     uint16_t code;
-    memcpy(&code, at_address(swizzled(address), sizeof code), sizeof code);
+    memcpy(&code, at_address(gpu.block, swizzled(address), sizeof code), sizeof code);
     return fp16 ? mlak_fp16_to_float(code) : mlak_bf16_to_float(code);
 }
 
@@ -392,20 +413,20 @@ static bool products_alike(const fiber *one, const fiber *other)
 
 void products_begin()
 {
-    gpu.fibers[gpu.current].begun = true;
+    self()->begun = true;
 }
 
 void products_commit()
 {
-    gpu.fibers[gpu.current].product_groups++;
+    self()->product_groups++;
 }
 
 void emulated_products_wait(uint32_t pending)
 {
     uint32_t number = gpu.current / WARPGROUP;
-    meeting *meeting = &gpu.groups[number];
-    fiber *group = &gpu.fibers[(size_t)number * WARPGROUP];
-    gpu.fibers[gpu.current].begun = false;
+    meeting *meeting = &gpu.block->groups[number];
+    fiber *group = &gpu.block->fibers[(size_t)number * WARPGROUP];
+    self()->begun = false;
     if (!meet(meeting, 0, NULL))
         return;
     size_t computed = 0;

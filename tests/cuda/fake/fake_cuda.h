@@ -43,6 +43,14 @@ typedef struct {
     struct { unsigned char compression, rdma; unsigned short usage; unsigned char reserved[4]; } flags;
 } CUmemAllocationProp;
 _Static_assert(sizeof(CUmemAllocationProp) == 32, "ABI of cuda.h");
+struct fake_attribute { int id, reserved; unsigned value[16]; };                 /* CUlaunchAttribute */
+struct fake_config {                                                             /* CUlaunchConfig */
+    unsigned grid[3], block[3], shared;
+    CUstream stream;
+    const struct fake_attribute *attributes;
+    unsigned count;
+};
+enum { FAKE_CLUSTER_DIMENSION = 4 };                                             /* CU_LAUNCH_ATTRIBUTE_.. */
 
 enum { /* the results in use, numbers of cuda.h */
     FAKE_OK = 0, FAKE_INVALID_VALUE = 1, FAKE_OUT_OF_MEMORY = 2, FAKE_NOT_INITIALIZED = 3, FAKE_NO_DEVICE = 100,

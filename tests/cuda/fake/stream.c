@@ -9,7 +9,7 @@
 
 #include "mlak_cuda.h"
 
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t shared, const void *job)
     __attribute__((weak));
 bool mlak_emulates(const char *kernel) __attribute__((weak));
 
@@ -20,7 +20,7 @@ struct op {
     void *to;
     const void *from;
     size_t n, shared;
-    unsigned grid, block;
+    unsigned grid, block, cluster;
     int value, sticky;
     bool hang;
     const char *kernel;
@@ -65,7 +65,7 @@ static void run_op(struct op *op)
     case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
-        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job))
+        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->cluster, op->shared, op->job))
             fake_set_sticky(FAKE_LAUNCH_FAILED);
         break;
     }
@@ -332,27 +332,35 @@ API(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *out, CUfunction f, int bl
     if (block < 1) return FAKE_INVALID_VALUE;
     return *out = block > 1024 || shared > (size_t)fake_settings().smem ? 0 : 1, FAKE_OK;
 }
+/* Clusters are of as many blocks as the job says that its split kernel needs; other kernels' have one. */
+static CUresult launch(CUfunction f, const unsigned grid[3], const unsigned block[3], unsigned cluster, unsigned shared,
+                       CUstream s, void **parameters, void **extra)
+{
+    if (!f || !parameters || extra || !grid[0] || grid[1] != 1 || grid[2] != 1 || !block[0] || block[0] > 1024 ||
+        block[1] != 1 || block[2] != 1 || (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
+    struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = grid[0], .block = block[0], .cluster = cluster,
+                    .shared = shared};
+    memcpy(op.job, parameters[0], sizeof op.job);
+    bool split = !strncmp(f->name, "mlak_cuda_split_", 16);
+    if (cluster != (split ? ((struct mlak_cuda_job *)(void *)op.job)->cluster : 1) || grid[0] % cluster)
+        return FAKE_INVALID_VALUE;
+    return enqueue(s, &op);
+}
 API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                      unsigned shared, CUstream s, void **parameters, void **extra),
     (f, gx, gy, gz, bx, by, bz, shared, s, parameters, extra))
 {
-    if (!f || !parameters || extra || !gx || gy != 1 || gz != 1 || !bx || bx > 1024 || by != 1 || bz != 1 ||
-        (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
-    struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = gx, .block = bx, .shared = shared};
-    memcpy(op.job, parameters[0], sizeof op.job);
-    return enqueue(s, &op);
+    return launch(f, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, 1, shared, s, parameters, extra);
 }
 
-struct fake_config { /* CUlaunchConfig */
-    unsigned gx, gy, gz, bx, by, bz, shared;
-    CUstream stream;
-    void *attributes;
-    unsigned count;
-};
 API(cuLaunchKernelEx, (const struct fake_config *c, CUfunction f, void **parameters, void **extra),
     (c, f, parameters, extra))
 {
-    return do_cuLaunchKernel(f, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, parameters, extra);
+    const unsigned *size = NULL; /* of a cluster */
+    for (unsigned i = 0; i < c->count; i++)
+        if (c->attributes[i].id == FAKE_CLUSTER_DIMENSION) size = c->attributes[i].value;
+    if (size && (!size[0] || size[1] != 1 || size[2] != 1)) return FAKE_INVALID_VALUE;
+    return launch(f, c->grid, c->block, size ? size[0] : 1, c->shared, c->stream, parameters, extra);
 }
 /* There is no copy engine here, and no kernel that would use one. */
 API(cuTensorMapEncodeTiled,
