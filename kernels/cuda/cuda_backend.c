@@ -119,6 +119,8 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     TRY(alloc, "memory", &device->rows, ROWS * sizeof(struct mlak_row));
     TRY(alloc, "memory", &device->requests, ROWS * sizeof(struct mlak_cuda_request));
     TRY(alloc, "memory", &device->starts, job->grid * sizeof(struct mlak_cuda_start));
+    TRY(alloc, "memory", &device->merges,
+        mlak_cuda_most_merges(job->max_slots, MLAK_CUDA_MAX_REQUESTS) * sizeof(struct mlak_cuda_merge));
     TRY(alloc, "memory", &device->schedule, sizeof(struct mlak_cuda_schedule));
     TRY(alloc, "memory", &device->cu_q, (MLAK_MAX_BATCH + 1) * sizeof(int32_t)); /* or of all sources of a launch */
     _Static_assert(MLAK_MAX_BATCH + 1 >= MLAK_CUDA_MAX_REQUESTS + MLAK_CUDA_MAX_SOURCES, "an entry more each");
@@ -137,6 +139,7 @@ static enum mlak_code take_memory(struct mlak_device *device, struct mlak_fault 
     job->rows = (void *)device->rows;
     job->requests = (void *)device->requests;
     job->starts = (void *)device->starts;
+    job->merges = (void *)device->merges;
     job->schedule = (void *)device->schedule;
     job->cu_q = (void *)device->cu_q;
     job->parts = (void *)device->parts;
@@ -179,7 +182,7 @@ static enum mlak_code open_device(struct mlak_device *device, const struct mlak_
 static void cuda_close(struct mlak_device *device)
 {
     const struct mlak_driver *cu = device->cu;
-    const CUdeviceptr scratch[] = {device->rows, device->requests, device->starts, device->schedule,
+    const CUdeviceptr scratch[] = {device->rows, device->requests, device->starts, device->merges, device->schedule,
                                    device->cu_q, device->parts,    device->sources};
     if (device->context)
         cu->context_set(device->context);

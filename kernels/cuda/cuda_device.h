@@ -31,7 +31,7 @@ struct mlak_device {
     struct cuda_memory memory;
     bool memory_ready;
     struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
-    CUdeviceptr rows, requests, starts, schedule, cu_q, parts, sources;
+    CUdeviceptr rows, requests, starts, merges, schedule, cu_q, parts, sources;
     struct mlak_cuda_result *result;          /* pinned */
     struct mlak_cuda_source *staged;          /* pinned, [MLAK_CUDA_MAX_SOURCES]: on their way to `sources` */
     uint64_t *cancelled;                      /* pinned, [MLAK_CUDA_MAX_SOURCES]: of each source, the ticket of the

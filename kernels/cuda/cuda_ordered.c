@@ -40,7 +40,7 @@ struct mlak_lane {
     uint32_t number;
     CUstream stream;
     struct mlak_cuda_job room;
-    CUdeviceptr scratch[7], words; /* words: of a lane, then of each unit */
+    CUdeviceptr scratch[8], words; /* words: of a lane, then of each unit */
     uint64_t life_seen;
     int64_t life_at; /* nanoseconds, monotonic */
     uint32_t in_flight;
@@ -179,6 +179,8 @@ static enum mlak_code open_lane(struct mlak_device *device, struct mlak_lane *la
     TRY(alloc, &at[4], (size_t)own->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
     TRY(alloc, &at[5], MLAK_CUDA_MAX_REQUESTS * sizeof(struct mlak_cuda_row_result));
     TRY(alloc, &at[6], sizeof(struct mlak_cuda_schedule) + sizeof(struct mlak_cuda_result));
+    TRY(alloc, &at[7],
+        mlak_cuda_most_merges(own->max_slots, MLAK_CUDA_MAX_REQUESTS) * sizeof(struct mlak_cuda_merge));
     TRY(alloc, &lane->words, words * 4);
     TRY(set_words_async, lane->words, 0, words, lane->stream);
     TRY(set_words_async, at[6], 0, (sizeof(struct mlak_cuda_schedule) + sizeof(struct mlak_cuda_result)) / 4,
@@ -189,6 +191,7 @@ static enum mlak_code open_lane(struct mlak_device *device, struct mlak_lane *la
     room->cu_q = (void *)at[3];
     room->parts = (void *)at[4];
     room->row_results = (void *)at[5];
+    room->merges = (void *)at[7];
     room->schedule = (void *)at[6];
     room->result = (void *)(at[6] + sizeof(struct mlak_cuda_schedule));
     room->max_slots = own->max_slots;

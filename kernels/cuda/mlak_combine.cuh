@@ -1,49 +1,30 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     warp       takes a piece of a folded row that was split at a time: all of its 512 columns, a half, a quarter or
- *                an eighth, as there are enough warps
+ *     entry      of job.merges: a row block that was split, or rows without a key. Blocks take entries in turn; or, where
+ *                there are more blocks than entries, several blocks one entry
+ *     piece      of a row: all of its 512 columns, a half, a quarter or an eighth, as there are enough warps
+ *     warp       takes a piece of a row at a time; or up to eight of a block one piece, each some of its parts
  *     lane       owns 4 or 2 neighbouring columns of each step of a warp; looks at one of 32 parts' maximum and sum
  *     row order  splits are merged in their order, never in that of their arrival: the same launch gives the same bits
- *     the end    the last block to finish writes each row's result, then the completion word
+ *     the end    the last block to finish writes the completion word
  *
  * What it does is wait for memory: so each look-up is made by all lanes at once, and many parts are on their way at a
  * time. */
 #include "mlak_items.cuh"
 
-enum { COMBINE_MOST_PIECES = 8 };
+enum { COMBINE_WARPS = MLAK_CUDA_THREADS / 32, COMBINE_MOST_PIECES = 8, COMBINE_COLUMNS = MLAK_V / COMBINE_MOST_PIECES };
 
-/* The parts of a row block, in the order of their tiles. */
-struct combine_parts {
-    uint32_t count;
-    bool written; /* its one part went to out */
-    uint64_t first_share, begin, share; /* shares from first_share on; begin: the strip's first tile */
-    uint32_t abreast, own;              /* which of the thread blocks of a share */
-    uint32_t first_slot;
+struct combine_shared {
+    uint32_t last;
+    float sums[COMBINE_WARPS], columns[COMBINE_WARPS][COMBINE_COLUMNS]; /* of each warp's parts */
 };
+static_assert(sizeof(struct combine_shared) <= MLAK_CUDA_COMBINE_SHARED, "");
 
-__device__ static inline struct combine_parts combine_find(const struct mlak_cuda_job *job,
-                                                           const struct mlak_cuda_request *request, uint32_t block)
+__device__ static inline const float *combine_part(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
+                                                   uint32_t i)
 {
-    struct combine_parts parts = {0, false, 0, 0, job->schedule->share, job->abreast, block % job->abreast, 0};
-    if (request->tiles == 0)
-        return parts;
-    if (parts.share == 0) {
-        parts.count = request->splits;
-        parts.first_slot = request->first_slot + block * request->splits;
-    } else {
-        parts.begin = request->first + (uint64_t)(block / job->abreast) * request->tiles;
-        parts.first_share = parts.begin / parts.share;
-        parts.count = (uint32_t)((parts.begin + request->tiles - 1) / parts.share - parts.first_share + 1);
-    }
-    parts.written = parts.count == 1;
-    return parts;
-}
-
-__device__ static inline uint32_t combine_slot(const struct combine_parts *parts, uint32_t i)
-{
-    uint64_t share = parts->first_share + i;
-    return parts->share == 0 ? parts->first_slot + i
-                             : item_slot(share * parts->abreast + parts->own, share * parts->share >= parts->begin);
+    uint32_t slot = i == 0 ? merge->slot : merge->next_slot + (i - 1) * merge->stride;
+    return job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
 }
 
 __device__ static inline float combine_most(float value) /* of the warp */
@@ -60,20 +41,6 @@ __device__ static inline float combine_sum(float value) /* of the warp */
     return value;
 }
 
-/* The request of folded row `merge`: the last that begins at or before it. Two looks of 32 requests find one of
- * 1024. */
-__device__ static uint32_t combine_request(const struct mlak_cuda_job *job, uint32_t merge)
-{
-    uint32_t lane = threadIdx.x % 32, found = 0;
-    for (uint32_t step = 32; step > 0; step = step == 32 ? 1 : 0) {
-        uint32_t i = found + lane * step;
-        bool begins = i < job->count && job->requests[i].first_merge <= merge;
-        found = (uint32_t)combine_most(begins ? (float)i : 0);
-    }
-    return found;
-}
-static_assert(MLAK_CUDA_MAX_REQUESTS <= 32 * 32, "two looks");
-
 /* WIDTH neighbouring columns, or what they add up to. */
 template <int WIDTH> struct combine_columns {
     float at[WIDTH];
@@ -89,105 +56,162 @@ template <int WIDTH> __device__ static inline struct combine_columns<WIDTH> comb
     }
 }
 
-/* Columns [column, end) of folded row `folded` of a request. */
+/* The largest maximum of row `r`. */
+__device__ static inline float combine_top(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
+                                           uint32_t r)
+{
+    float top = -INFINITY;
+    for (uint32_t i = threadIdx.x % 32; i < merge->parts; i += 32)
+        top = fmaxf(top, combine_part(job, merge, i)[part_maximum(r)]);
+    return combine_most(top);
+}
+
+/* Of parts [first, end), WIDTH columns from `column` on of row `r`, weighed by how far they are from `top`; the sum of
+ * the weights of those that this lane looked at is added to *sum. */
 template <int WIDTH>
-__device__ static inline void combine_row(const struct mlak_cuda_job *job, uint32_t index, uint32_t folded,
-                                          uint32_t column, uint32_t end)
+__device__ static inline struct combine_columns<WIDTH> combine_add(const struct mlak_cuda_job *job,
+                                                                   const struct mlak_cuda_merge *merge, uint32_t r,
+                                                                   uint32_t column, float top, uint32_t first,
+                                                                   uint32_t end, float *sum)
 {
     enum { AT_A_TIME = 32 / WIDTH };
-    const struct mlak_row here = row_here(job, index, job->requests[index].source), *row = &here;
-    uint32_t r = folded % job->rows_per_item, lane = threadIdx.x % 32;
-    const struct combine_parts parts = combine_find(job, &job->requests[index], folded / job->rows_per_item);
-    if (parts.written || row->code != MLAK_ROW_OK)
-        return;
-    float top = -INFINITY;
-    for (uint32_t i = lane; i < parts.count; i += 32)
-        top = fmaxf(top, job->parts[(uint64_t)combine_slot(&parts, i) * MLAK_CUDA_PART_FLOATS + part_maximum(r)]);
-    top = combine_most(top);
-    for (bool speaks = column == 0 && lane == 0; column < end; column += 32 * WIDTH, speaks = false) {
-        struct combine_columns<WIDTH> o = {};
-        float sum = 0;
-        for (uint32_t first = 0; first < parts.count; first += 32) {
-            uint32_t own = first + lane, count = (uint32_t)row_least(parts.count - first, 32), slot = 0;
-            float weight = 0;
-            if (own < parts.count) {
-                slot = combine_slot(&parts, own);
-                const float *part = job->parts + (uint64_t)slot * MLAK_CUDA_PART_FLOATS;
-                float maximum = part[part_maximum(r)];
-                weight = maximum == -INFINITY ? 0 : power_of_two(maximum - top); /* not -inf - -inf */
-                sum += weight == 0 ? 0 : weight * part[part_sum(r)];
-            }
-            for (uint32_t at = 0; at < count; at += AT_A_TIME) {
-                struct combine_columns<WIDTH> values[AT_A_TIME];
+    uint32_t lane = threadIdx.x % 32;
+    struct combine_columns<WIDTH> o = {};
+    for (; first < end; first += 32) {
+        uint32_t own = first + lane, count = (uint32_t)row_least(end - first, 32);
+        float weight = 0;
+        if (own < end) {
+            const float *part = combine_part(job, merge, own);
+            float maximum = part[part_maximum(r)];
+            weight = maximum == -INFINITY ? 0 : power_of_two(maximum - top); /* not -inf - -inf */
+            *sum += weight == 0 ? 0 : weight * part[part_sum(r)];
+        }
+        for (uint32_t at = 0; at < count; at += AT_A_TIME) {
+            struct combine_columns<WIDTH> values[AT_A_TIME];
 #pragma unroll
-                for (uint32_t i = 0; i < AT_A_TIME; i++) {
-                    uint32_t from = __shfl_sync(0xffffffff, slot, (int)(at + i));
-                    const float *part = job->parts + (uint64_t)from * MLAK_CUDA_PART_FLOATS;
-                    values[i] = at + i < count ? combine_load<WIDTH>(part + part_o(r, column + lane * WIDTH))
-                                               : combine_columns<WIDTH>{};
-                }
+            for (uint32_t i = 0; i < AT_A_TIME; i++)
+                values[i] = at + i < count ? combine_load<WIDTH>(combine_part(job, merge, first + at + i) +
+                                                                 part_o(r, column))
+                                           : combine_columns<WIDTH>{};
 #pragma unroll
-                for (uint32_t i = 0; i < AT_A_TIME; i++) {
-                    float by = __shfl_sync(0xffffffff, weight, (int)(at + i));
+            for (uint32_t i = 0; i < AT_A_TIME; i++) {
+                float by = __shfl_sync(0xffffffff, weight, (int)(at + i));
 #pragma unroll
-                    for (uint32_t j = 0; j < WIDTH; j++) /* what a part without a visible key holds may be NaN */
-                        o.at[j] += by == 0 ? 0 : by * values[i].at[j];
-                }
+                for (uint32_t j = 0; j < WIDTH; j++) /* what a part without a visible key holds may be NaN */
+                    o.at[j] += by == 0 ? 0 : by * values[i].at[j];
             }
         }
-        struct item_end outcome = item_end(row, folded % row->heads, top, combine_sum(sum));
+    }
+    return o;
+}
+
+/* Row `r` of an entry, WIDTH columns from `column` on: what all parts add up to. `sum`: of the whole row. */
+template <int WIDTH>
+__device__ static inline void combine_end(const struct mlak_row *row, uint32_t folded, uint32_t column, float top,
+                                          float sum, const struct combine_columns<WIDTH> *o)
+{
+    struct item_end outcome = item_end(row, folded % row->heads, top, sum);
 #pragma unroll
-        for (uint32_t j = 0; j < WIDTH; j += 2)
-            item_store(row, folded, column + lane * WIDTH + j, o.at[j], o.at[j + 1], outcome.factor);
-        if (speaks && row->lse != NULL)
-            row->lse[folded] = outcome.lse;
+    for (uint32_t j = 0; j < WIDTH; j += 2)
+        item_store(row, folded, column + j, o->at[j], o->at[j + 1], outcome.factor);
+    if (column == 0 && row->lse != NULL)
+        row->lse[folded] = outcome.lse;
+}
+
+/* Columns [column, end) of row `r`, by one warp. */
+template <int WIDTH>
+__device__ static inline void combine_piece(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
+                                            const struct mlak_row *row, uint32_t r, uint32_t column, uint32_t end)
+{
+    float top = combine_top(job, merge, r);
+    for (column += threadIdx.x % 32 * WIDTH; column < end; column += 32 * WIDTH) {
+        float sum = 0;
+        const struct combine_columns<WIDTH> o =
+            combine_add<WIDTH>(job, merge, r, column, top, 0, merge->parts, &sum);
+        combine_end<WIDTH>(row, merge->first_row + r, column, top, combine_sum(sum), &o);
+    }
+}
+
+/* An eighth of row `r`, by `warps` warps of the block, of which this is number `own`. All threads of the block. */
+__device__ static inline void combine_together(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
+                                               const struct mlak_row *row, uint32_t r, uint32_t column, uint32_t warps,
+                                               uint32_t own)
+{
+    struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = (merge->parts + warps - 1) / warps;
+    bool there = r < merge->rows;
+    float top = there ? combine_top(job, merge, r) : 0, sum = 0;
+    struct combine_columns<2> o = {};
+    if (there)
+        o = combine_add<2>(job, merge, r, column + lane * 2, top, own * share,
+                           (uint32_t)row_least((own + 1) * share, merge->parts), &sum);
+    sum = combine_sum(sum);
+    shared->sums[warp] = sum;
+    shared->columns[warp][lane * 2] = o.at[0];
+    shared->columns[warp][lane * 2 + 1] = o.at[1];
+    __syncthreads();
+    if (own > 0 || !there)
+        return;
+    for (uint32_t other = warp + 1; other < warp + warps; other++) {
+        sum += shared->sums[other];
+        o.at[0] += shared->columns[other][lane * 2];
+        o.at[1] += shared->columns[other][lane * 2 + 1];
+    }
+    combine_end<2>(row, merge->first_row + r, column + lane * 2, top, sum, &o);
+}
+
+/* One entry, by `blocks` blocks, of which this is number `block`. */
+__device__ static inline void combine_entry(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
+                                            uint32_t block, uint32_t blocks)
+{
+    const struct mlak_row here = row_here(job, merge->request, merge->source), *row = &here;
+    uint32_t warps = blocks * COMBINE_WARPS, own = block * COMBINE_WARPS + threadIdx.x / 32;
+    uint32_t pieces = COMBINE_MOST_PIECES, together = 1;
+    if (row->code != MLAK_ROW_OK)
+        return;
+    while (merge->rows * pieces > warps && pieces > 1)
+        pieces /= 2;
+    while (together < COMBINE_WARPS && merge->parts > together * 8 && merge->rows * pieces * together * 2 <= warps &&
+           !job->source.batch.deterministic) /* whose bits depend on nothing else */
+        together *= 2;
+    if (together > 1) {
+        uint32_t unit = own / together;
+        combine_together(job, merge, row, unit / pieces, unit % pieces * COMBINE_COLUMNS, together, own % together);
+        return;
+    }
+    for (uint32_t unit = own; unit < merge->rows * pieces; unit += warps) {
+        uint32_t columns = MLAK_V / pieces, column = unit % pieces * columns;
+        if (pieces == COMBINE_MOST_PIECES)
+            combine_piece<2>(job, merge, row, unit / pieces, column, column + columns);
+        else
+            combine_piece<4>(job, merge, row, unit / pieces, column, column + columns);
     }
 }
 
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
-    enum { WARPS = MLAK_CUDA_THREADS / 32 };
-    uint32_t *last = (uint32_t *)(void *)mlak_shared;
+    struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
     await_kernel_before();
-    uint64_t warps = gridDim.x * WARPS, merges = job.schedule->merges;
-    uint32_t pieces = COMBINE_MOST_PIECES;
-    while (merges * pieces > warps && pieces > 1)
-        pieces /= 2;
-    uint64_t busy = (uint64_t)row_least(row_most((int64_t)(merges * pieces + WARPS - 1) / WARPS, 1), gridDim.x);
+    uint32_t merges = job.schedule->merges;
+    uint32_t blocks = merges == 0 ? 1 : (uint32_t)row_most(gridDim.x / merges, 1); /* of an entry */
+    uint32_t busy = (uint32_t)row_least(row_most((int64_t)merges * blocks, 1), gridDim.x);
     if (blockIdx.x >= busy) /* the first one always has something to say */
         return;
-    for (uint64_t piece = blockIdx.x * WARPS + threadIdx.x / 32; piece < merges * pieces; piece += warps) {
-        uint32_t merge = (uint32_t)(piece / pieces), columns = MLAK_V / pieces;
-        uint32_t column = (uint32_t)(piece % pieces) * columns, index = combine_request(&job, merge);
-        uint32_t folded = merge - job.requests[index].first_merge;
-        if (pieces == COMBINE_MOST_PIECES)
-            combine_row<2>(&job, index, folded, column, column + columns);
-        else
-            combine_row<4>(&job, index, folded, column, column + columns);
+    for (uint32_t entry = blockIdx.x / blocks; entry < merges; entry += (busy + blocks - 1) / blocks) {
+        const struct mlak_cuda_merge merge = job.merges[entry];
+        combine_entry(&job, &merge, blockIdx.x % blocks, blocks);
     }
+    if (job.silent)
+        return;
     __syncthreads();
     if (threadIdx.x == 0) { /* what the others wrote happened before the barrier, and so before the fence */
         __threadfence();
-        *last = atomicAdd(&job.schedule->blocks_done, 1u) == busy - 1;
+        shared->last = atomicAdd(&job.schedule->blocks_done, 1u) == busy - 1;
     }
     __syncthreads();
-    if (!*last)
+    if (!shared->last || threadIdx.x > 0)
         return;
-    __threadfence();
-    for (uint32_t i = threadIdx.x; i < job.count; i += MLAK_CUDA_THREADS) {
-        const struct mlak_row *row = &job.rows[i];
-        struct mlak_cuda_row_result *result = &job.row_results[i];
-        result->code = row->code;
-        result->detail[0] = row->detail[0];
-        result->detail[1] = row->detail[1];
-        result->local_len = row->local_len;
-    }
-    if (threadIdx.x < job.n_sources)
-        job.result->sources[threadIdx.x].code = job.schedule->refused[threadIdx.x];
+    job.schedule->blocks_done = 0;
     __threadfence_system(); /* also for what the other blocks wrote, as far as this one has seen it: all of it */
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        job.schedule->blocks_done = 0;
-        publish(&job.result->done, job.ticket);
-    }
+    publish(&job.result->done, job.ticket);
 }

@@ -40,7 +40,7 @@ enum {
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
     MLAK_CUDA_SPLIT_SHARED_WGMMA = 231424, /* and 64 rows: those for Hopper; a block more of 1 KB may still start */
-    MLAK_CUDA_COMBINE_SHARED = 16,
+    MLAK_CUDA_COMBINE_SHARED = 2304,
     MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
 
@@ -50,7 +50,7 @@ struct mlak_cuda_schedule {
     uint64_t work;                 /* tiles of all strips; deterministic: items */
     uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
-    uint32_t merges;               /* folded rows that combine looks at: maybe split, or without a tile */
+    uint32_t merges;               /* job.merges in use */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
     unsigned long long progress;   /* items completed, ever growing */
     int32_t refused[MLAK_CUDA_MAX_SOURCES];    /* MLAK_BATCH: nothing of the source runs */
@@ -64,14 +64,46 @@ struct mlak_cuda_request {
     uint32_t blocks, strips;       /* row blocks, and what abreast makes of them */
     uint32_t tiles;                /* of each; counted from local key lo rounded down to a multiple of 64 */
     uint32_t first_tile;
-    uint32_t first_merge;          /* its folded rows among those that combine looks at */
     uint32_t splits, split_tiles;  /* deterministic: of each row block, and their tiles; 1: written straight to out */
     uint32_t first_slot;           /* deterministic: slot of (block, split): first_slot + block * splits + split */
     uint32_t source, box_rows;     /* its source, and that one's box_rows */
 };
 
-/* Where a share begins; device memory. */
-struct mlak_cuda_start { uint32_t request, strip, tile; };
+/* Work of a thread block of the split kernel: rows of a row block over a range of tiles. The first lines are
+ * schedule_next's to fill (mlak_schedule.cuh); the others are item_look's (mlak_items.cuh). */
+struct mlak_cuda_item {
+    uint32_t request, block;       /* its place in the job's requests; row block */
+    uint32_t tile, end_tile;
+    float *part;                   /* its slot; NULL: to out */
+    uint32_t source, box_rows;     /* its request's */
+    uint32_t first_row, rows;      /* folded rows of the block; none: it goes with another of its cluster */
+    uint32_t first_token, end_token;
+    struct mlak_visible any;       /* what any of its rows sees */
+    uint64_t any_bits;
+    int64_t all_lo, all_end;       /* keys that all of its rows see: no mask needed */
+    uint32_t fetch, fetch_end;     /* of its tiles, from `tile` on, those that the copy engine can fetch: not none */
+};
+
+/* Tiles (deterministic: items) of all, from a thread block's next one on; and the strip it is at. */
+struct mlak_cuda_walk {
+    uint64_t at, end, first, share;
+    uint32_t block;                /* the thread block */
+    uint32_t request, strip, tile; /* of `at`; tile 0 but at first */
+};
+
+/* What a thread block of the split kernel begins with; device memory. */
+struct mlak_cuda_start {
+    struct mlak_cuda_item item;    /* if there */
+    struct mlak_cuda_walk walk, next; /* at the item, and after it */
+    uint32_t there;
+};
+
+/* Rows that combine has to look at: a row block that was split, or all of a request without a tile; device memory. */
+struct mlak_cuda_merge {
+    uint32_t request, source, first_row, rows;
+    uint32_t parts;                /* none: no row sees a key */
+    uint32_t slot, next_slot, stride; /* of the first part, and of the second one; and so on */
+};
 
 /* Pinned host memory, written by the device. */
 struct mlak_cuda_row_result { int32_t code; uint32_t reserved; int64_t detail[2]; int64_t local_len; };
@@ -119,10 +151,12 @@ struct mlak_cuda_job {
     uint32_t cluster;              /* blocks of the split kernel that share copies of tiles: 1, or 2 */
     uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
     uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: mlak_cuda_slots of all requests */
+    bool silent;                   /* nobody waits for its end, but for a later one's on the stream: `done` stays */
     uint64_t ticket;
     struct mlak_row *rows;                 /* [count] */
     struct mlak_cuda_request *requests;    /* [count] */
-    struct mlak_cuda_start *starts;        /* [grid / abreast] */
+    struct mlak_cuda_start *starts;        /* [grid] */
+    struct mlak_cuda_merge *merges;        /* [mlak_cuda_most_merges] */
     struct mlak_cuda_schedule *schedule;
     int32_t *cu_q;                         /* the sources' snapshots */
     float *parts;                          /* [max_slots][MLAK_CUDA_PART_FLOATS] */
@@ -187,6 +221,12 @@ static inline uint32_t mlak_cuda_abreast(uint64_t rows, uint64_t requests, bool 
 static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
 {
     return rows_per_item == MLAK_CUDA_M && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
+}
+
+/* Row blocks that are split, each with two parts at least, and requests without a tile. */
+static inline uint32_t mlak_cuda_most_merges(uint32_t max_slots, uint32_t requests)
+{
+    return max_slots / 2 + requests;
 }
 
 /* Deterministic: slots that a request of the batch uses at most. */

@@ -30,7 +30,7 @@ __device__ static inline struct mlak_row row_here(const struct mlak_cuda_job *jo
 }
 
 /* The item's maps, of boxes of one chunk and of two. */
-__device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak_cuda_job *job, const struct item *item)
+__device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item)
 {
     return job->n_sources == 1 ? job->source.keys : job->sources[item->source].keys;
 }
@@ -38,7 +38,7 @@ __device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak
 /* ---- begin ---- */
 
 /* Copy the item's request to `row`, in shared memory, by `threads` threads, of which this is the `thread`-th. */
-__device__ static inline void row_copy(const struct mlak_cuda_job *job, const struct item *item, struct mlak_row *row,
+__device__ static inline void row_copy(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item, struct mlak_row *row,
                                        uint32_t thread, uint32_t threads)
 {
     const uint64_t *from = (const uint64_t *)(const void *)&job->rows[item->request];
@@ -58,7 +58,7 @@ __device__ static inline void row_copy(const struct mlak_cuda_job *job, const st
 /* Copy the item's request to `row`, in shared memory, by all `threads` of the block, and begin with `failed`, shared
  * too: the request has a bad page, or its source is cancelled. False: there is nothing to do. Until the next barrier
  * some threads may still have to look at `failed`: nobody sets it before. */
-__device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct item *item, struct mlak_row *row,
+__device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item, struct mlak_row *row,
                                         int *failed, uint32_t threads)
 {
     row_copy(job, item, row, threadIdx.x, threads);
@@ -69,7 +69,7 @@ __device__ static inline bool item_open(const struct mlak_cuda_job *job, const s
 }
 
 /* Which rows the item has, of at most `most`, and what they see together. False: it has none. */
-__device__ static inline bool item_look(struct item *item, const struct mlak_row *row, uint32_t most)
+__device__ static inline bool item_look(struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t most)
 {
     uint32_t folded = row->q_len * row->heads;
     item->first_row = item->block * most;
@@ -84,8 +84,39 @@ __device__ static inline bool item_look(struct item *item, const struct mlak_row
     return true;
 }
 
+/* Narrow [*from, *to), of an item's tiles, to those that the copy engine can fetch: what it finds it fetches, so all keys
+ * must be some row's. */
+__device__ static inline void item_fetchable(const struct mlak_cuda_item *item, int64_t *from, int64_t *to)
+{
+    *from = row_most(*from, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
+    *to = row_least(*to, item->any.base / MLAK_CUDA_TILE - item->tile);
+}
+
+/* The same, and which tiles may be fetched. Blocks of a cluster agree on these; the second may have no row of its own,
+ * and then goes with the first. */
+__device__ static inline void item_look_around(const struct mlak_cuda_job *job, struct mlak_cuda_item *item,
+                                               const struct mlak_row *row)
+{
+    struct mlak_cuda_item other = *item;
+    int64_t from = 0, to = item->end_tile - item->tile;
+    bool there = item_look(item, row, job->rows_per_item);
+    if (there)
+        item_fetchable(item, &from, &to);
+    other.block ^= 1;
+    if (job->cluster == 2 && item_look(&other, row, job->rows_per_item)) {
+        item_fetchable(&other, &from, &to);
+        if (!there) {
+            *item = other;
+            item->rows = 0;
+        }
+    }
+    bool fetched = item->box_rows > 0 && from < to;
+    item->fetch = fetched ? (uint32_t)from : 1; /* else the first is copied, and then the others */
+    item->fetch_end = fetched ? (uint32_t)to : 1;
+}
+
 /* The token of row `r` of the item; a row too many sees as the last. */
-__device__ static inline uint32_t item_token(const struct item *item, const struct mlak_row *row, uint32_t r)
+__device__ static inline uint32_t item_token(const struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t r)
 {
     return r < item->rows ? (item->first_row + r) / row->heads : item->end_token - 1;
 }
@@ -102,7 +133,7 @@ struct item_key {
 };
 
 /* Key `i` of a tile; none from MLAK_CUDA_TILE on. A page is needed iff some row of the item sees one of its keys. */
-__device__ static inline struct item_key item_ask(const struct item *item, const struct mlak_row *row, uint32_t tile,
+__device__ static inline struct item_key item_ask(const struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t tile,
                                                   uint32_t i)
 {
     int64_t c = (int64_t)tile * MLAK_CUDA_TILE + i;
@@ -117,18 +148,21 @@ __device__ static inline struct item_key item_ask(const struct item *item, const
     return key;
 }
 
-/* The key's address, from row->kv on; or ITEM_NOBODY. A page that is needed and out of range fails the request,
- * `shared_by_all` of the job, and nothing is read from it. */
-__device__ static inline int64_t item_settle(const struct mlak_row *row, struct mlak_row *shared_by_all,
-                                             const struct item_key *key, int *failed)
+/* The key's address, from row->kv on; or ITEM_NOBODY. A page that is needed and out of range fails the request, of
+ * which `row` is a copy, and nothing is read from it. */
+__device__ static inline int64_t item_settle(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item,
+                                             const struct mlak_row *row, const struct item_key *key, int *failed)
 {
     if (key->seen && key->page >= 0 && (uint32_t)key->page < row->pages)
         return (int64_t)((uint64_t)key->page * row->page_stride + (uint64_t)key->slot * row->row_stride);
     if (key->seen) {
-        if (atomicCAS((unsigned long long *)&shared_by_all->detail[0], (unsigned long long)-1,
-                      (unsigned long long)key->column) == (unsigned long long)-1) {
-            shared_by_all->detail[1] = key->page;
-            shared_by_all->code = MLAK_ROW_PAGE_RANGE;
+        struct mlak_row *all = &job->rows[item->request];
+        struct mlak_cuda_row_result *result = &job->row_results[item->request];
+        if (atomicCAS((unsigned long long *)&all->detail[0], (unsigned long long)-1, (unsigned long long)key->column) ==
+            (unsigned long long)-1) {
+            all->detail[1] = result->detail[1] = key->page;
+            result->detail[0] = key->column;
+            all->code = result->code = MLAK_ROW_PAGE_RANGE;
         }
         *failed = 1;
     }
@@ -177,7 +211,7 @@ __device__ static inline void item_store(const struct mlak_row *row, uint32_t r,
     *item_out(row, r, column) = item_pack(row, a, b, factor);
 }
 
-/* An item is complete. One thread. */
+/* An item is complete, or nearly. One thread. */
 __device__ static inline void item_done(const struct mlak_cuda_job *job)
 {
     unsigned long long done = atomicAdd(&job->schedule->progress, 1ull) + 1;

@@ -22,6 +22,7 @@ struct prepare_shared {
     uint64_t first[MLAK_CUDA_MAX_REQUESTS]; /* as in mlak_cuda_request, and tiles */
     uint32_t tiles[MLAK_CUDA_MAX_REQUESTS];
     uint64_t sums[2][PREPARE_WARPS]; /* of warps; two, since one sum may begin where another is still read */
+    bool runs; /* false: given up before it began, and nothing of it is computed or written */
 };
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
@@ -123,6 +124,7 @@ __device__ static inline uint32_t prepare_row(const struct mlak_cuda_job *job, c
     row->detail[0] = copy.detail[0];
     row->detail[1] = copy.detail[1];
     row->code = copy.code;
+    job->row_results[i] = {copy.code, 0, {copy.detail[0], copy.detail[1]}, copy.local_len};
     uint64_t valid = batch->mask == MLAK_MASK_TREE ? row_tree_bits(&copy) : 0;
     for (uint32_t t = 0; t < q_len; t++)
         row->tree_mask[t] = valid ? read_once(&batch->tree_mask[token + t]) & valid : 0;
@@ -148,12 +150,80 @@ __device__ static void prepare_splits(struct mlak_cuda_request *request)
     request->splits = (request->tiles + request->split_tiles - 1) / request->split_tiles;
 }
 
-/* Folded rows of a request that combine has to look at. */
-__device__ static uint32_t prepare_merges(const struct mlak_cuda_request *request, uint32_t rows, uint64_t share)
+/* The last request that begins at or before `at`: item_request's, by what is at hand. */
+__device__ static uint32_t prepare_find(const uint64_t *first, uint32_t count, uint64_t at)
 {
-    uint64_t end = request->first + (uint64_t)request->strips * request->tiles;
-    bool whole = share ? request->first / share == (end - 1) / share : request->splits == 1;
-    return request->blocks == 0 || (request->tiles > 0 && whole) ? 0 : rows;
+    uint32_t low = 0, high = count;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (first[middle] <= at)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* What combine has to look at of request `index`, which has `folded` rows: how many entries, and, unless `to` is NULL,
+ * these. */
+__device__ static uint32_t prepare_merges(const struct mlak_cuda_job *job, const struct mlak_cuda_request *request,
+                                          uint32_t index, uint32_t folded, uint64_t share, struct mlak_cuda_merge *to)
+{
+    uint32_t most = job->rows_per_item, count = 0;
+    if (request->blocks == 0)
+        return 0;
+    if (request->tiles == 0) {
+        if (to)
+            *to = {index, request->source, 0, folded, 0, 0, 0, 0};
+        return 1;
+    }
+    for (uint32_t strip = 0; strip < request->strips; strip++) {
+        uint64_t begin = request->first + (uint64_t)strip * request->tiles;
+        uint64_t first = share ? begin / share : 0, last = share ? (begin + request->tiles - 1) / share : 0;
+        uint32_t parts = share ? (uint32_t)(last - first) + 1 : request->splits;
+        if (parts == 1)
+            continue; /* straight to out */
+        for (uint32_t own = 0; own < job->abreast; own++) {
+            uint32_t block = strip * job->abreast + own;
+            if (block >= request->blocks)
+                break;
+            struct mlak_cuda_merge merge = {index, request->source, block * most,
+                                            (uint32_t)row_least(folded - block * most, most), parts, 0, 0, 0};
+            if (share) {
+                merge.slot = item_slot(first * job->abreast + own, first * share >= begin);
+                merge.next_slot = item_slot((first + 1) * job->abreast + own, true);
+                merge.stride = item_slot(job->abreast, true);
+            } else {
+                merge.slot = request->first_slot + block * request->splits;
+                merge.next_slot = merge.slot + 1;
+                merge.stride = 1;
+            }
+            if (to)
+                to[count] = merge;
+            count++;
+        }
+    }
+    return count;
+}
+
+/* What thread block `block` of the split kernel begins with. All requests are there, in memory. */
+__device__ static void prepare_start(const struct mlak_cuda_job *job, const struct prepare_shared *shared,
+                                     uint32_t block, uint64_t share, uint64_t work)
+{
+    struct mlak_cuda_start start = {};
+    start.walk = schedule_share(job, block, share, work);
+    if (share && start.walk.at < start.walk.end) {
+        uint32_t index = prepare_find(shared->first, job->count, start.walk.at), tiles = shared->tiles[index];
+        uint64_t within = start.walk.at - shared->first[index];
+        start.walk.request = index;
+        start.walk.strip = (uint32_t)(within / tiles);
+        start.walk.tile = (uint32_t)(within % tiles);
+    }
+    start.next = start.walk;
+    start.there = schedule_next(job, &start.next, &start.item);
+    if (start.there)
+        item_look_around(job, &start.item, &job->rows[start.item.request]);
+    job->starts[block] = start;
 }
 
 /* The sum of what the threads before this one have, and that of all. All threads; `sums` is nobody else's meanwhile. */
@@ -179,29 +249,14 @@ __device__ static uint64_t prepare_sum(uint64_t sums[PREPARE_WARPS], uint64_t ow
     return sum;
 }
 
-/* The last request that begins at or before `at`: item_request's, by what is at hand. */
-__device__ static uint32_t prepare_find(const uint64_t *first, uint32_t count, uint64_t at)
-{
-    uint32_t low = 0, high = count;
-    while (high - low > 1) {
-        uint32_t middle = (low + high) / 2;
-        if (first[middle] <= at)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
 {
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const bool deterministic = job.source.batch.deterministic;
     uint32_t thread = threadIdx.x, s = 0;
-    uint64_t cancelled = 0; /* before it began: looked at here, needed at the end */
     let_next_kernel_start();
-    if (job.n_sources == 1 && thread == 0)
-        cancelled = read_once(&job.schedule->cancelled[0]);
+    if (thread == 0)
+        shared->runs = job.n_sources > 1 || read_once(&job.schedule->cancelled[0]) != job.ticket;
     if (job.n_sources == 1 && thread == 0)
         prepare_begin(&job.source, shared, 0);
     else if (job.n_sources > 1 && thread < job.n_sources)
@@ -222,6 +277,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
             job.result->sources[thread].value = cu_q[fault];
             job.result->sources[thread].before = fault ? cu_q[fault - 1] : 0;
         }
+        job.result->sources[thread].code = fault == UINT32_MAX ? MLAK_OK : MLAK_BATCH;
     }
 
     struct mlak_cuda_request request = {};
@@ -237,29 +293,30 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     request.first = prepare_sum(shared->sums[0],
                                 (uint64_t)request.strips * (deterministic ? request.splits : request.tiles), job.count,
                                 &work);
+    work = shared->runs ? work : 0; /* nor are there parts to merge */
     uint32_t shares = job.grid / job.abreast;
     uint64_t share = deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares), PREPARE_MIN_TILES);
-    request.first_merge = (uint32_t)prepare_sum(
-        shared->sums[1], thread < job.count ? prepare_merges(&request, folded, share) : 0, job.count, &merges);
     if (deterministic)
         request.first_slot = (uint32_t)prepare_sum(
-            shared->sums[0], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
+            shared->sums[1], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
+    bool own = thread < job.count && shared->runs;
+    uint32_t merge = (uint32_t)prepare_sum(
+        shared->sums[deterministic ? 0 : 1],
+        own ? prepare_merges(&job, &request, thread, folded, share, NULL) : 0, job.count, &merges);
+    if (own)
+        prepare_merges(&job, &request, thread, folded, share, job.merges + merge);
 
     if (thread < job.count) {
         job.requests[thread] = request;
         shared->first[thread] = request.first;
     }
     if (thread == 0) {
-        bool runs = job.n_sources > 1 || cancelled != job.ticket;
-        job.schedule->work = runs ? work : 0;
+        job.schedule->work = work;
         job.schedule->share = share;
-        job.schedule->slots = runs ? (uint32_t)slots : 0;
-        job.schedule->merges = runs ? (uint32_t)merges : 0;
+        job.schedule->slots = (uint32_t)slots;
+        job.schedule->merges = (uint32_t)merges;
     }
-    __syncthreads(); /* shared->first is there */
-    if (share && thread < shares && thread * share < work) {
-        uint32_t index = prepare_find(shared->first, job.count, thread * share), tiles = shared->tiles[index];
-        uint64_t within = thread * share - shared->first[index];
-        job.starts[thread] = {index, (uint32_t)(within / tiles), (uint32_t)(within % tiles)};
-    }
+    __syncthreads(); /* shared->first is there, and job.requests */
+    if (thread < job.grid)
+        prepare_start(&job, shared, thread, share, work);
 }

@@ -9,19 +9,6 @@
 #include "mlak_ptx.cuh"
 #include "mlak_rows.h"
 
-/* An item. The first lines are schedule_next's to fill; the others are item_look's (mlak_items.cuh). */
-struct item {
-    uint32_t request, block; /* its place in the job's requests; row block */
-    uint32_t tile, end_tile;
-    float *part; /* its slot; NULL: to out */
-    uint32_t source, box_rows; /* its request's */
-    uint32_t first_row, rows; /* folded rows of the block */
-    uint32_t first_token, end_token;
-    struct mlak_visible any; /* what any of its rows sees */
-    uint64_t any_bits;
-    int64_t all_lo, all_end; /* keys that all of its rows see: no mask needed */
-};
-
 /* The last request that begins at or before `at`. Requests without any tile begin where the next one does, and are
  * passed over. */
 __device__ static inline uint32_t item_request(const struct mlak_cuda_request *requests, uint32_t count, uint64_t at)
@@ -45,7 +32,7 @@ __device__ static inline uint32_t item_slot(uint64_t block, bool begins)
 }
 
 /* Nobody wants the result of the item's source any more. */
-__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job, const struct item *item)
+__device__ static inline bool item_cancelled(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item)
 {
     return read_once(&job->schedule->cancelled[item->source]) == job->ticket;
 }
@@ -66,17 +53,12 @@ __device__ static inline uint32_t part_sum(uint32_t r)
 
 /* ---- a thread block's share ---- */
 
-/* Tiles (deterministic: items) of all, from the thread block's next one on; and the strip it is at. */
-struct schedule_walk {
-    uint64_t at, end, first;
-    uint32_t request, strip;
-};
-
-__device__ static inline struct schedule_walk schedule_begin(const struct mlak_cuda_job *job)
+/* Thread block `block`'s share, but where it begins in its request. */
+__device__ static inline struct mlak_cuda_walk schedule_share(const struct mlak_cuda_job *job, uint32_t block,
+                                                              uint64_t share, uint64_t work)
 {
-    uint64_t share = job->schedule->share, work = job->schedule->work;
-    uint32_t shares = job->grid / job->abreast, own = blockIdx.x / job->abreast;
-    struct schedule_walk walk = {share ? own * share : blockIdx.x, work, 0, 0, 0};
+    uint32_t shares = job->grid / job->abreast, own = block / job->abreast;
+    struct mlak_cuda_walk walk = {share ? own * share : block, work, 0, share, block, 0, 0, 0};
     if (share)
         walk.end = own < shares ? (uint64_t)row_least((int64_t)(walk.at + share), (int64_t)work) : 0;
     walk.first = walk.at;
@@ -84,10 +66,9 @@ __device__ static inline struct schedule_walk schedule_begin(const struct mlak_c
 }
 
 /* The next item: which it is, its tiles, and where it goes. False: there is none. */
-__device__ static inline bool schedule_next(const struct mlak_cuda_job *job, struct schedule_walk *walk,
-                                            struct item *item)
+__device__ static inline bool schedule_next(const struct mlak_cuda_job *job, struct mlak_cuda_walk *walk,
+                                            struct mlak_cuda_item *item)
 {
-    uint64_t share = job->schedule->share;
     const struct mlak_cuda_request *request;
     do {
         uint64_t at = walk->at;
@@ -95,7 +76,7 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
         if (at >= walk->end)
             return false;
         item->part = NULL;
-        if (share == 0) {
+        if (walk->share == 0) {
             item->request = item_request(job->requests, job->count, at);
             request = &job->requests[item->request];
             uint32_t own = (uint32_t)(at - request->first), split = own / request->blocks;
@@ -105,27 +86,20 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
             if (request->splits > 1)
                 item->part = job->parts + (request->first_slot + (uint64_t)item->block * request->splits + split) *
                                               MLAK_CUDA_PART_FLOATS;
-            walk->at += gridDim.x;
+            walk->at += job->grid;
             continue;
         }
-        item->tile = 0;
-        if (begins) {
-            struct mlak_cuda_start start = job->starts[blockIdx.x / job->abreast];
-            walk->request = start.request;
-            walk->strip = start.strip;
-            item->tile = start.tile;
-        } else {
-            walk->strip++;
-        }
+        walk->strip += begins ? 0 : 1;
+        item->tile = begins ? walk->tile : 0;
         while (request = &job->requests[walk->request], walk->strip >= request->strips || request->tiles == 0) {
             walk->request++;
             walk->strip = 0;
         }
         item->request = walk->request;
-        item->block = walk->strip * job->abreast + blockIdx.x % job->abreast;
+        item->block = walk->strip * job->abreast + walk->block % job->abreast;
         item->end_tile = (uint32_t)row_least(item->tile + (int64_t)(walk->end - at), request->tiles);
         if (item->tile > 0 || item->end_tile < request->tiles)
-            item->part = job->parts + (uint64_t)item_slot(blockIdx.x, begins) * MLAK_CUDA_PART_FLOATS;
+            item->part = job->parts + (uint64_t)item_slot(walk->block, begins) * MLAK_CUDA_PART_FLOATS;
         walk->at += item->end_tile - item->tile;
     } while (item->block / job->cluster * job->cluster >= request->blocks); /* a last strip may have less row blocks */
     item->source = request->source;

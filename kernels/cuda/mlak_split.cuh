@@ -180,7 +180,7 @@ __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
     s.shared = (struct split_shared<GROUPS> *)(void *)(room + SPLIT_P_BYTES(GROUPS));
     await_kernel_before();
     let_next_kernel_start();
-    struct schedule_walk walk = schedule_begin(job);
+    struct mlak_cuda_walk walk = job->starts[blockIdx.x].walk;
     while (schedule_next(job, &walk, &s.item)) {
         split_item<TYPES, GROUPS>(&s, stages);
         copy_wait<0>();  /* an item that was abandoned had copies under way */

@@ -43,7 +43,7 @@ template <int GROUPS> struct split {
     struct split_shared<GROUPS> *shared;
     unsigned char *q, *keys; /* keys and scales: of stage 0, those of stage 1 follow */
     float *scales, *p;
-    struct item item;
+    struct mlak_cuda_item item;
 };
 
 /* Where chunk `chunk` (16 bytes) of row `row` lies: eight rows' same chunk fall on different banks. */
@@ -94,7 +94,7 @@ __device__ static inline void split_settle(const struct split<GROUPS> *s, uint32
     struct split_shared<GROUPS> *shared = s->shared;
     if (threadIdx.x < MLAK_CUDA_TILE)
         shared->address[tile % 2][threadIdx.x] =
-            item_settle(&shared->row, &s->job->rows[s->item.request], key, &shared->failed);
+            item_settle(s->job, &s->item, &shared->row, key, &shared->failed);
 }
 
 /* Set off the copies of a tile's keys: four threads a key, of which thread i has chunks i, i + 4, ... All addresses of

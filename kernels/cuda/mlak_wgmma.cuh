@@ -65,10 +65,9 @@ __device__ static constexpr uint32_t wgmma_chunks(uint32_t piece)
 }
 
 struct wgmma_item {
-    struct item item;
+    struct mlak_cuda_item item;
     struct mlak_row row; /* its request's */
     uint32_t tiles;      /* none: there is no item any more */
-    uint32_t fetch, fetch_end; /* of them, those that the copy engine fetches */
     float scale; /* of scores, to log2 */
     int stopped;    /* a bad page, or the launch is cancelled: nothing is written */
 };
@@ -152,7 +151,7 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
                                                struct wgmma_item *slot, uint32_t i, uint32_t end, uint32_t begun)
 {
     uint32_t key = threadIdx.x % WGMMA_GROUP / 32 * 16 + threadIdx.x % 16;
-    const struct item *item = &slot->item;
+    const struct mlak_cuda_item *item = &slot->item;
     const struct mlak_row *row = &slot->row;
     struct item_key asked;
     if (i < end)
@@ -160,7 +159,7 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
 #pragma unroll 1
     for (; i < end; i++) {
         int failed = 0;
-        int64_t address = item_settle(row, &job->rows[item->request], &asked, &failed);
+        int64_t address = item_settle(job, item, row, &asked, &failed);
         if (failed)
             wgmma_stop(slot);
         if (wgmma_stopped(slot))
@@ -210,7 +209,7 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
 __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, const struct mlak_cuda_job *job,
                                                 struct wgmma_item *slot, uint32_t i, uint32_t end, uint32_t begun)
 {
-    const struct item *item = &slot->item;
+    const struct mlak_cuda_item *item = &slot->item;
     uint32_t lane = threadIdx.x % 32, boxes = MLAK_CUDA_TILE / item->box_rows, tiles = 32 / boxes; /* at a time */
     const struct mlak_row *row = &slot->row;
     const struct mlak_cuda_map *maps = item_maps(job, item);
@@ -228,7 +227,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
         if (i + tiles + lane / boxes < end)
             asked = item_ask(item, row, item->tile + i + tiles + lane / boxes, key);
         int failed = 0;
-        item_settle(row, &job->rows[item->request], &known, &failed);
+        item_settle(job, item, row, &known, &failed);
         if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job, item))))
             wgmma_stop(slot);
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
@@ -242,7 +241,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
 }
 
 /* Four rows at a time, by all warps but the one that fetches keys. Rows beyond the item's are zeros. */
-__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct item *item, const uint8_t *q)
+__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct mlak_cuda_item *item, const uint8_t *q)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
 #pragma unroll 2
@@ -256,53 +255,54 @@ __device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const st
     }
 }
 
-/* The tiles of a row block that the copy engine can fetch: what it finds it fetches, so all keys must be some row's. */
-__device__ static inline void wgmma_fetchable(const struct item *item, int64_t *from, int64_t *to)
+/* An item and its row go into a slot. One warp. */
+__device__ static inline void wgmma_fill(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item,
+                                         struct wgmma_item *slot)
 {
-    *from = row_most(*from, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
-    *to = row_least(*to, item->any.base / MLAK_CUDA_TILE - item->tile);
+    row_copy(job, item, &slot->row, threadIdx.x % 32, 32);
+    warp_meet();
+    if (threadIdx.x % 32 > 0)
+        return;
+    slot->item = *item;
+    slot->tiles = item->end_tile - item->tile;
+    slot->scale = slot->row.score_scale * ITEM_LOG2_E;
+    item_done(job); /* or will be soon */
 }
 
 /* The schedule's next item that is to be computed, into a slot. One warp. Blocks of a cluster take the same items, each
- * with a row block of its own: whatever has become of the request since; the second may have none of its own. */
-__device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct schedule_walk *walk,
+ * with a row block of its own: whatever has become of the request since. */
+__device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct mlak_cuda_walk *walk,
                                          struct wgmma_item *slot)
 {
-    struct item item;
-    uint32_t lane = threadIdx.x % 32, tiles = 0;
-    bool wanted = true;
-    while (tiles == 0 && schedule_next(job, walk, &item)) {
-        int code = read_once(&job->rows[item.request].code);
-        wanted = !__any_sync(0xffffffff, code != MLAK_ROW_OK || item_cancelled(job, &item));
-        tiles = wanted || job->cluster == 2 ? item.end_tile - item.tile : 0;
-    }
-    if (tiles > 0) {
-        row_copy(job, &item, &slot->row, lane, 32);
-        warp_meet();
-    }
-    if (lane == 0 && tiles > 0) {
-        struct item other = item;
-        int64_t from = 0, to = tiles;
-        bool there = item_look(&item, &slot->row, WGMMA_ROWS);
-        if (there)
-            wgmma_fetchable(&item, &from, &to);
-        other.block ^= 1;
-        if (job->cluster == 2 && item_look(&other, &slot->row, WGMMA_ROWS)) {
-            wgmma_fetchable(&other, &from, &to);
-            if (!there) { /* goes with it, and has no rows */
-                item = other;
-                item.rows = 0;
-            }
+    struct mlak_cuda_item item;
+    bool there, wanted = true;
+    do {
+        there = schedule_next(job, walk, &item);
+        if (there) {
+            int code = read_once(&job->rows[item.request].code);
+            wanted = !__any_sync(0xffffffff, code != MLAK_ROW_OK || item_cancelled(job, &item));
         }
-        bool fetched = item.box_rows > 0 && from < to;
-        slot->item = item;
-        slot->scale = slot->row.score_scale * ITEM_LOG2_E;
-        slot->fetch = fetched ? (uint32_t)from : 1; /* else the first is copied before q, and the others after it */
-        slot->fetch_end = fetched ? (uint32_t)to : 1;
-        slot->stopped = !wanted;
+    } while (there && !wanted && job->cluster == 1);
+    if (!there) {
+        if (threadIdx.x % 32 == 0)
+            slot->tiles = 0;
+        return;
     }
-    if (lane == 0)
-        slot->tiles = tiles;
+    wgmma_fill(job, &item, slot);
+    if (threadIdx.x % 32 > 0)
+        return;
+    item_look_around(job, &slot->item, &slot->row);
+    slot->stopped = !wanted;
+}
+
+/* What the block begins with. */
+__device__ static inline void wgmma_start(const struct mlak_cuda_job *job, struct wgmma_item *slot)
+{
+    const struct mlak_cuda_start *start = &job->starts[blockIdx.x];
+    if (threadIdx.x % 32 == 0)
+        slot->tiles = slot->stopped = 0;
+    if (start->there)
+        wgmma_fill(job, &start->item, slot);
 }
 
 /* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's ends.
@@ -311,15 +311,15 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
     uint32_t warp = warp_uniform(threadIdx.x % WGMMA_GROUP / 32), begun = 0;
-    struct schedule_walk walk;
+    struct mlak_cuda_walk walk;
     if (warp == WGMMA_SEEKER) {
-        walk = schedule_begin(job);
-        wgmma_seek(job, &walk, &shared->items[0]);
+        wgmma_start(job, &shared->items[0]);
+        walk = job->starts[blockIdx.x].next;
     }
     for (uint32_t items = 0;; items++) {
         struct wgmma_item *slot = &shared->items[items % WGMMA_ITEMS];
         barrier_meet(WGMMA_LOADERS, WGMMA_GROUP); /* the item is there */
-        uint32_t tiles = slot->tiles, fetch = slot->fetch, fetch_end = slot->fetch_end;
+        uint32_t tiles = slot->tiles, fetch = slot->item.fetch, fetch_end = slot->item.fetch_end;
         if (tiles > 0)
             wgmma_copy_tiles(shared, job, slot, 0, fetch, begun);
         if (warp != WGMMA_FETCHER) {
@@ -354,7 +354,7 @@ struct wgmma_rows {
 __device__ static inline void wgmma_see_copies(struct wgmma_shared *shared, const struct wgmma_item *slot, uint32_t i,
                                                uint32_t count)
 {
-    if (i >= slot->fetch && i < slot->fetch_end)
+    if (i >= slot->item.fetch && i < slot->item.fetch_end)
         return;
 #pragma unroll 1
     for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
@@ -394,7 +394,7 @@ struct wgmma_sight {
 };
 __device__ static inline struct wgmma_sight wgmma_look(const struct wgmma_item *slot, uint32_t tile)
 {
-    const struct item *item = &slot->item;
+    const struct mlak_cuda_item *item = &slot->item;
     struct wgmma_sight sight = {{0xffff, 0xffff}};
     if ((int64_t)tile * MLAK_CUDA_TILE >= item->all_lo && ((int64_t)tile + 1) * MLAK_CUDA_TILE <= item->all_end)
         return sight;
@@ -619,7 +619,7 @@ __device__ static inline void wgmma_transpose(uint32_t v[4])
 __device__ static inline void wgmma_finish(const struct wgmma_item *slot, uint32_t own, const float maximum[2],
                                            const float sum[2], const float o[128])
 {
-    const struct item *item = &slot->item;
+    const struct mlak_cuda_item *item = &slot->item;
     const struct mlak_row *row = &slot->row;
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, columns = own * 256;
 #pragma unroll
@@ -676,7 +676,7 @@ __device__ static inline void wgmma_sums(struct wgmma_shared *shared, const stru
 }
 
 template <enum mlak_cuda_types TYPES>
-__device__ static inline void wgmma_compute(struct wgmma_shared *shared, const struct mlak_cuda_job *job, uint32_t own)
+__device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_t own)
 {
     float o[128];
     for (uint32_t items = 0, begun = 0;; items++) { /* tiles of the items before */
@@ -704,8 +704,6 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, const s
         bool stopped = wgmma_stopped(slot);
         if (!stopped)
             wgmma_finish(slot, own, rows.maximum, sum, o);
-        if (!stopped && own == 0 && threadIdx.x % WGMMA_GROUP == 0)
-            item_done(job);
     }
 }
 
@@ -738,7 +736,7 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         wgmma_loads(shared, job);
     } else {
         registers_take<WGMMA_COMPUTE_REGISTERS>();
-        wgmma_compute<TYPES>(shared, job, group);
+        wgmma_compute<TYPES>(shared, group);
     }
     cluster_meet(); /* nothing is on its way to a block that has ended */
 }

@@ -101,7 +101,7 @@ static void fill_source(const struct mlak_device *device, struct mlak_cuda_sourc
 /* Parts that one launch takes: mergeable, of MLAK_CUDA_MAX_SOURCES and MLAK_CUDA_MAX_REQUESTS at most. */
 static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t n)
 {
-    enum { ROWS, REQUESTS, STARTS, CU_Q, PARTS, RESULTS, SOURCES, FENCES };
+    enum { ROWS, REQUESTS, STARTS, MERGES, CU_Q, PARTS, RESULTS, SOURCES, FENCES };
     const struct mlak_batch *batch = parts[0].batch;
     const bool deterministic = batch->deterministic;
     uint64_t folded = 0, entries = 0;
@@ -126,6 +126,7 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
         [ROWS] = job.count * sizeof(struct mlak_row),
         [REQUESTS] = job.count * sizeof(struct mlak_cuda_request),
         [STARTS] = job.grid * sizeof(struct mlak_cuda_start),
+        [MERGES] = mlak_cuda_most_merges(job.max_slots, job.count) * sizeof(struct mlak_cuda_merge),
         [CU_Q] = entries * sizeof(int32_t),
         [PARTS] = (size_t)job.max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
         [RESULTS] = job.count * sizeof(struct mlak_cuda_row_result),
@@ -141,6 +142,7 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
     job.rows = (void *)fences[ROWS].data;
     job.requests = (void *)fences[REQUESTS].data;
     job.starts = (void *)fences[STARTS].data;
+    job.merges = (void *)fences[MERGES].data;
     job.schedule = &schedule;
     job.cu_q = (void *)fences[CU_Q].data;
     job.parts = (void *)fences[PARTS].data;
