@@ -41,14 +41,19 @@ __device__ static inline void copy_async_to(uint32_t to, const void *from, bool 
                  : "memory");
 }
 
+/* Keys come once, and shall not push out of the L2 cache what comes again: code, rows, parts. As createpolicy
+ * ("fractional", evict_first, 1.0) encodes it. */
+#define MLAK_COMES_ONCE 0x12f0000000000000ull
+
 /* A box of a tensor, by the copy engine: `map` is as the driver encodes it, and names the tensor's address and shape;
  * coordinates beyond it are zeros. Its bytes are told to `barrier`, where one thread arrives expecting them. */
 __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
                                        int32_t chunk, int32_t page, uint64_t *barrier)
 {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier))
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
+                 "l"(MLAK_COMES_ONCE)
                  : "memory");
 }
 
@@ -84,10 +89,10 @@ __device__ static inline void barrier_arrive_at(uint64_t *barrier, uint32_t rank
 __device__ static inline void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element,
                                                int32_t row, int32_t chunk, int32_t page, uint64_t *barrier)
 {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
                  "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
-                 "h"((uint16_t)3)
+                 "h"((uint16_t)3), "l"(MLAK_COMES_ONCE)
                  : "memory");
 }
 

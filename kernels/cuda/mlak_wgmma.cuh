@@ -19,7 +19,7 @@
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
  *   keys     2 stages of 9 chunks   147456   keys_full   loads -> owner         keys_empty, of each stage and piece
- *   the rest of wgmma_shared        ~ 2700   p_full      owner -> the other one
+ *   the rest of wgmma_shared        ~ 8500   maxima_full, p_full   owner -> the other one, a while before P and with it
  *
  * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
  * given back in this order: the owner's half, whose products are the first; the other half; the rope.
@@ -74,7 +74,7 @@ struct wgmma_item {
 
 struct wgmma_shared {
     unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK];
-    uint64_t q_full, q_empty, p_full[WGMMA_STAGES];
+    uint64_t q_full, q_empty, maxima_full[WGMMA_STAGES], p_full[WGMMA_STAGES];
     uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
     uint32_t cluster; /* job->cluster */
     struct wgmma_item items[WGMMA_ITEMS];
@@ -177,7 +177,7 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
     uint32_t rank = cluster_rank();
-#pragma unroll
+#pragma unroll 1
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, i % 2), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
         uint64_t *full = &shared->keys_full[stage][piece];
@@ -228,7 +228,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
             asked = item_ask(item, row, item->tile + i + tiles + lane / boxes, key);
         int failed = 0;
         item_settle(job, item, row, &known, &failed);
-        if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job, item))))
+        if (__any_sync(0xffffffff, failed || (lane == 0 && i >= tiles && item_cancelled(job, item))))
             wgmma_stop(slot);
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
 #pragma unroll 1
@@ -244,7 +244,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
 __device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct mlak_cuda_item *item, const uint8_t *q)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
-#pragma unroll 2
+#pragma unroll 1
     for (uint32_t r = (warp - 1) * 4 + lane / 8; r < WGMMA_ROWS; r += (WGMMA_LOAD_WARPS - 1) * 4) {
         uint32_t to = shared_address(shared->q[0]) + wgmma_at(r, lane);
         bool there = r < item->rows;
@@ -417,6 +417,14 @@ __device__ static inline struct wgmma_sight wgmma_look(const struct wgmma_item *
     return sight;
 }
 
+/* What this warp has written is there: its arrival. */
+__device__ static inline void wgmma_tell(uint64_t *full)
+{
+    warp_meet();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(full);
+}
+
 /* 2^(from - to), of maxima that may be -inf. */
 __device__ static inline float wgmma_shrink(float from, float to)
 {
@@ -467,6 +475,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         if (lane % 4 == 0)
             shared->maximum[stage][r + half * 8] = top;
     }
+    wgmma_tell(&shared->maxima_full[stage]);
 #pragma unroll
     for (uint32_t n = 0; n < 8; n++)
 #pragma unroll
@@ -482,19 +491,19 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         store_matrices(shared->keys[stage][WGMMA_ROPE_CHUNK] + wgmma_at(warp * 16 + lane % 16, step * 2 + lane / 16),
                        p + step * 4);
     shared_to_products();
-    barrier_arrive(&shared->p_full[stage]);
+    wgmma_tell(&shared->p_full[stage]);
 }
 
 /* ---- values ---- */
 
-/* The other warpgroup's tile `count` is weighed: rows and O follow its maxima. */
+/* The other warpgroup has maxima of tile `count`: rows and O follow them. */
 __device__ static inline void wgmma_follow(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t count,
                                            bool first, float o[128])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
     uint32_t stage = count % WGMMA_STAGES;
     float shrink[2];
-    barrier_wait(&shared->p_full[stage], count / WGMMA_STAGES % 2);
+    barrier_wait(&shared->maxima_full[stage], count / WGMMA_STAGES % 2);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float top = shared->maximum[stage][r + half * 8];
@@ -565,6 +574,7 @@ __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wg
                                           uint32_t count, bool first, float o[128])
 {
     wgmma_follow(shared, rows, count, first, o);
+    barrier_wait(&shared->p_full[count % WGMMA_STAGES], count / WGMMA_STAGES % 2);
     wgmma_add_shared<TYPES>(shared, own, count, first, o);
     products_wait<0>();
     wgmma_give(shared, own, count, true);
@@ -718,7 +728,8 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
-            barrier_new(&shared->p_full[stage], WGMMA_GROUP);
+            barrier_new(&shared->maxima_full[stage], WGMMA_GROUP / 32);
+            barrier_new(&shared->p_full[stage], WGMMA_GROUP / 32);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32 * job->cluster);
