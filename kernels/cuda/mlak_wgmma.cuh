@@ -12,9 +12,9 @@
  * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner of
  * tile t does this, and the other one of t + 1 the same a half turn later:
  *
- *     half of t's scores | P(t - 1), which the other made, times own columns | the other half | weights | P(t) times own
+ *     P(t - 1), which the other made, times own columns | scores of t | its weights | P(t) times own columns
  *
- * So no product waits for keys that come late while there is another to do, and room is given back as early as can be.
+ * So between the last product with a stage's keys and the first one with those that come next there is another to do.
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
@@ -362,18 +362,18 @@ __device__ static inline void wgmma_see_copies(struct wgmma_shared *shared, cons
     shared_to_products();
 }
 
-/* S += Q K^T sets off over pieces [FROM, TO) in the order of their loading, each as soon as its keys are there. */
-template <enum mlak_cuda_types TYPES, uint32_t FROM, uint32_t TO>
+/* S = Q K^T sets off, over each piece as soon as its keys are there. */
+template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
 {
     uint32_t stage = count % WGMMA_STAGES;
 #pragma unroll
-    for (uint32_t n = FROM; n < TO; n++) {
+    for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, owner), first = wgmma_first(piece);
         uint32_t q = operand_here(operand_rows(shared->q[first]));
         uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
         barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
-        if (n == FROM)
+        if (n == 0)
             products_begin();
 #pragma unroll
         for (uint32_t step = 0; step < wgmma_chunks(n) * 4; step++) {
@@ -568,7 +568,7 @@ __device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t o
         barrier_arrive_at(&empty[WGMMA_ROPE], rank);
 }
 
-/* The other one's tile, with all that has set off before. */
+/* The other one's tile. */
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t own,
                                           uint32_t count, bool first, float o[128])
@@ -580,7 +580,7 @@ __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wg
     wgmma_give(shared, own, count, true);
 }
 
-/* Own tile i of the item, of `count` of all; and, unless it is the FIRST, the other one's before it. */
+/* Own tile i of the item, of `count` of all; FIRST: of both. */
 template <enum mlak_cuda_types TYPES, bool FIRST>
 __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct wgmma_item *slot,
                                         struct wgmma_rows *rows, uint32_t own, uint32_t i, uint32_t count,
@@ -589,10 +589,7 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
     float s[32], shrink[2];
     uint32_t p[16];
     wgmma_see_copies(shared, slot, i, count);
-    wgmma_score<TYPES, 0, 2>(shared, own, count, s);
-    if (!FIRST)
-        wgmma_other<TYPES>(shared, rows, own, count - 1, i == 1, o);
-    wgmma_score<TYPES, 2, WGMMA_PIECES>(shared, own, count, s);
+    wgmma_score<TYPES>(shared, own, count, s);
     struct wgmma_sight sight = wgmma_look(slot, slot->item.tile + i);
     float scale = slot->scale;
     bool last = i + 2 >= slot->tiles; /* q is not needed any more */
@@ -697,15 +694,17 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_
         if (tiles == 0)
             return;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+        if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
+            barrier_arrive(&shared->q_empty);
         if (own == 0) {
             wgmma_own<TYPES, true>(shared, slot, &rows, own, 0, begun, o);
             i += 2;
         }
 #pragma unroll 1
-        for (; i < tiles; i += 2)
+        for (; i < tiles; i += 2) {
+            wgmma_other<TYPES>(shared, &rows, own, begun + i - 1, i == 1, o);
             wgmma_own<TYPES, false>(shared, slot, &rows, own, i, begun + i, o);
-        if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
-            barrier_arrive(&shared->q_empty);
+        }
         if (i == tiles) /* the last one is not own */
             wgmma_other<TYPES>(shared, &rows, own, begun + tiles - 1, tiles == 1, o);
         begun += tiles;
