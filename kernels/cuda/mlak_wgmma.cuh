@@ -173,7 +173,7 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
  * place of box i. One warp. */
 __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
-                                               uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
+                                               uint64_t stays, uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
     uint32_t rank = cluster_rank();
@@ -190,17 +190,18 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
         if (shared->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
             uint32_t own = chunks == 2 ? rank : 0;
             if (lane < boxes && (chunks == 2 || count % 2 == rank))
-                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full);
+                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full,
+                                 stays);
             continue;
         }
         if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
             if (lane == 0)
-                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full);
+                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full, stays);
             continue;
         }
         warp_meet();
         for (uint32_t c = 0; c < chunks && lane < boxes; c++)
-            copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full);
+            copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full, stays);
     }
 }
 
@@ -214,6 +215,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
     const struct mlak_row *row = &slot->row;
     const struct mlak_cuda_map *maps = item_maps(job, item);
     uint32_t key = lane % boxes * item->box_rows;
+    uint64_t stays = job->abreast > job->cluster ? MLAK_COMES_AGAIN : MLAK_COMES_ONCE;
     struct item_key asked = {};
     if (job->n_sources > 1 && lane < boxes)
         for (uint32_t n = 0; n < 2; n++)
@@ -233,7 +235,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
 #pragma unroll 1
         for (uint32_t n = 0; n < tiles && i < end; n++, i++)
-            wgmma_fetch_keys(shared, maps, boxes,
+            wgmma_fetch_keys(shared, maps, stays, boxes,
                              (int32_t)__shfl_sync(0xffffffff, page, (int)(n * boxes + lane % boxes)),
                              (int32_t)__shfl_sync(0xffffffff, known.slot, (int)(n * boxes + lane % boxes)), i,
                              begun + i);
