@@ -334,7 +334,7 @@ static void map_keys(const struct mlak_device *device, struct mlak_cuda_source *
         CUtensorMap *map = (CUtensorMap *)(void *)&source->keys[chunks - 1];
         if (device->cu->map_encode(map, type, 4, (void *)(uintptr_t)batch->kv, shape, strides, box, steps,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) !=
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) !=
             CUDA_SUCCESS)
             return;
     }

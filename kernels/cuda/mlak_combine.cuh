@@ -4,7 +4,7 @@
  *                there are more blocks than entries, several blocks one entry
  *     piece      of a row: all of its 512 columns, a half, a quarter or an eighth, as there are enough warps
  *     warp       takes a piece of a row at a time; or up to eight of a block one piece, each some of its parts
- *     lane       owns 4 or 2 neighbouring columns of each step of a warp; looks at one of 32 parts' maximum and sum
+ *     lane       owns 2 neighbouring columns of each 64; looks at one of 32 parts' maximum and sum
  *     row order  splits are merged in their order, never in that of their arrival: the same launch gives the same bits
  *     the end    the last block to finish writes the completion word
  *
@@ -41,21 +41,6 @@ __device__ static inline float combine_sum(float value) /* of the warp */
     return value;
 }
 
-/* WIDTH neighbouring columns, or what they add up to. */
-template <int WIDTH> struct combine_columns {
-    float at[WIDTH];
-};
-template <int WIDTH> __device__ static inline struct combine_columns<WIDTH> combine_load(const float *from)
-{
-    if constexpr (WIDTH == 4) {
-        const float4 all = *(const float4 *)(const void *)from;
-        return {{all.x, all.y, all.z, all.w}};
-    } else {
-        const float2 all = *(const float2 *)(const void *)from;
-        return {{all.x, all.y}};
-    }
-}
-
 /* The largest maximum of row `r`. */
 __device__ static inline float combine_top(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
                                            uint32_t r)
@@ -66,70 +51,88 @@ __device__ static inline float combine_top(const struct mlak_cuda_job *job, cons
     return combine_most(top);
 }
 
-/* Of parts [first, end), WIDTH columns from `column` on of row `r`, weighed by how far they are from `top`; the sum of
- * the weights of those that this lane looked at is added to *sum. */
-template <int WIDTH>
-__device__ static inline struct combine_columns<WIDTH> combine_add(const struct mlak_cuda_job *job,
+/* What a lane has of a row: two neighbouring columns of each 64 of PAIRS times 64. */
+template <int PAIRS> struct combine_columns {
+    float2 at[PAIRS];
+};
+
+/* Of parts [first, end), the columns from `column` on of row `r`, weighed by how far they are from the row's top, which
+ * is told, as is the sum of the weights of those parts. Up to 16 loads are on their way at a time, and none of them waits
+ * for a weight. */
+template <int PAIRS>
+__device__ static inline struct combine_columns<PAIRS> combine_add(const struct mlak_cuda_job *job,
                                                                    const struct mlak_cuda_merge *merge, uint32_t r,
-                                                                   uint32_t column, float top, uint32_t first,
-                                                                   uint32_t end, float *sum)
+                                                                   uint32_t column, uint32_t first, uint32_t end,
+                                                                   float *top, float *sum)
 {
-    enum { AT_A_TIME = 32 / WIDTH };
+    enum { AT_A_TIME = 16 / PAIRS };
     uint32_t lane = threadIdx.x % 32;
-    struct combine_columns<WIDTH> o = {};
+    struct combine_columns<PAIRS> o = {};
+    float weights = 0;
+    bool all = first == 0 && end == merge->parts && end <= 32; /* then one look tells */
+    *top = all ? -INFINITY : combine_top(job, merge, r);
     for (; first < end; first += 32) {
         uint32_t own = first + lane, count = (uint32_t)row_least(end - first, 32);
-        float weight = 0;
+        float maximum = -INFINITY, whole = 0;
         if (own < end) {
             const float *part = combine_part(job, merge, own);
-            float maximum = part[part_maximum(r)];
-            weight = maximum == -INFINITY ? 0 : power_of_two(maximum - top); /* not -inf - -inf */
-            *sum += weight == 0 ? 0 : weight * part[part_sum(r)];
+            maximum = part[part_maximum(r)];
+            whole = part[part_sum(r)];
         }
+        float weight = 0;
         for (uint32_t at = 0; at < count; at += AT_A_TIME) {
-            struct combine_columns<WIDTH> values[AT_A_TIME];
+            float2 values[AT_A_TIME][PAIRS];
 #pragma unroll
             for (uint32_t i = 0; i < AT_A_TIME; i++)
-                values[i] = at + i < count ? combine_load<WIDTH>(combine_part(job, merge, first + at + i) +
-                                                                 part_o(r, column))
-                                           : combine_columns<WIDTH>{};
+#pragma unroll
+                for (uint32_t j = 0; j < PAIRS; j++) {
+                    const float *part = combine_part(job, merge, first + at + i);
+                    const void *from = part + part_o(r, column + j * 64 + lane * 2);
+                    values[i][j] = at + i < count ? *(const float2 *)from : make_float2(0, 0);
+                }
+            if (at == 0) {
+                *top = all ? combine_most(maximum) : *top;
+                weight = maximum == -INFINITY ? 0 : power_of_two(maximum - *top); /* not -inf - -inf */
+                weights += weight == 0 ? 0 : weight * whole;
+            }
 #pragma unroll
             for (uint32_t i = 0; i < AT_A_TIME; i++) {
                 float by = __shfl_sync(0xffffffff, weight, (int)(at + i));
 #pragma unroll
-                for (uint32_t j = 0; j < WIDTH; j++) /* what a part without a visible key holds may be NaN */
-                    o.at[j] += by == 0 ? 0 : by * values[i].at[j];
+                for (uint32_t j = 0; j < PAIRS; j++) { /* what a part without a visible key holds may be NaN */
+                    o.at[j].x += by == 0 ? 0 : by * values[i][j].x;
+                    o.at[j].y += by == 0 ? 0 : by * values[i][j].y;
+                }
             }
         }
     }
+    *sum = combine_sum(weights);
     return o;
 }
 
-/* Row `r` of an entry, WIDTH columns from `column` on: what all parts add up to. `sum`: of the whole row. */
-template <int WIDTH>
+/* Row `r` of an entry, columns from `column` on: what all parts add up to. `sum`: of the whole row. */
+template <int PAIRS>
 __device__ static inline void combine_end(const struct mlak_row *row, uint32_t folded, uint32_t column, float top,
-                                          float sum, const struct combine_columns<WIDTH> *o)
+                                          float sum, const struct combine_columns<PAIRS> *o)
 {
     struct item_end outcome = item_end(row, folded % row->heads, top, sum);
+    uint32_t lane = threadIdx.x % 32;
 #pragma unroll
-    for (uint32_t j = 0; j < WIDTH; j += 2)
-        item_store(row, folded, column + j, o->at[j], o->at[j + 1], outcome.factor);
-    if (column == 0 && row->lse != NULL)
+    for (uint32_t j = 0; j < PAIRS; j++)
+        item_store(row, folded, column + j * 64 + lane * 2, o->at[j].x, o->at[j].y, outcome.factor);
+    if (column == 0 && lane == 0 && row->lse != NULL)
         row->lse[folded] = outcome.lse;
 }
 
-/* Columns [column, end) of row `r`, by one warp. */
-template <int WIDTH>
+/* PAIRS times 64 columns of row `r`, by one warp. */
+template <int PAIRS>
 __device__ static inline void combine_piece(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
-                                            const struct mlak_row *row, uint32_t r, uint32_t column, uint32_t end)
+                                            const struct mlak_row *row, uint32_t r, uint32_t piece)
 {
-    float top = combine_top(job, merge, r);
-    for (column += threadIdx.x % 32 * WIDTH; column < end; column += 32 * WIDTH) {
-        float sum = 0;
-        const struct combine_columns<WIDTH> o =
-            combine_add<WIDTH>(job, merge, r, column, top, 0, merge->parts, &sum);
-        combine_end<WIDTH>(row, merge->first_row + r, column, top, combine_sum(sum), &o);
-    }
+    float top = -INFINITY, sum = 0;
+    const struct combine_columns<PAIRS> o =
+        combine_add<PAIRS>(job, merge, r, piece * PAIRS * 64, 0, merge->parts, &top, &sum);
+    combine_end<PAIRS>(row, merge->first_row + r, piece * PAIRS * 64, top, sum, &o);
 }
 
 /* An eighth of row `r`, by `warps` warps of the block, of which this is number `own`. All threads of the block. */
@@ -140,24 +143,23 @@ __device__ static inline void combine_together(const struct mlak_cuda_job *job, 
     struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, share = (merge->parts + warps - 1) / warps;
     bool there = r < merge->rows;
-    float top = there ? combine_top(job, merge, r) : 0, sum = 0;
-    struct combine_columns<2> o = {};
+    float top = -INFINITY, sum = 0;
+    struct combine_columns<1> o = {};
     if (there)
-        o = combine_add<2>(job, merge, r, column + lane * 2, top, own * share,
-                           (uint32_t)row_least((own + 1) * share, merge->parts), &sum);
-    sum = combine_sum(sum);
+        o = combine_add<1>(job, merge, r, column, own * share, (uint32_t)row_least((own + 1) * share, merge->parts),
+                           &top, &sum);
     shared->sums[warp] = sum;
-    shared->columns[warp][lane * 2] = o.at[0];
-    shared->columns[warp][lane * 2 + 1] = o.at[1];
+    shared->columns[warp][lane * 2] = o.at[0].x;
+    shared->columns[warp][lane * 2 + 1] = o.at[0].y;
     __syncthreads();
     if (own > 0 || !there)
         return;
     for (uint32_t other = warp + 1; other < warp + warps; other++) {
         sum += shared->sums[other];
-        o.at[0] += shared->columns[other][lane * 2];
-        o.at[1] += shared->columns[other][lane * 2 + 1];
+        o.at[0].x += shared->columns[other][lane * 2];
+        o.at[0].y += shared->columns[other][lane * 2 + 1];
     }
-    combine_end<2>(row, merge->first_row + r, column + lane * 2, top, sum, &o);
+    combine_end<1>(row, merge->first_row + r, column, top, sum, &o);
 }
 
 /* One entry, by `blocks` blocks, of which this is number `block`. */
@@ -180,11 +182,14 @@ __device__ static inline void combine_entry(const struct mlak_cuda_job *job, con
         return;
     }
     for (uint32_t unit = own; unit < merge->rows * pieces; unit += warps) {
-        uint32_t columns = MLAK_V / pieces, column = unit % pieces * columns;
-        if (pieces == COMBINE_MOST_PIECES)
-            combine_piece<2>(job, merge, row, unit / pieces, column, column + columns);
+        if (pieces == 8)
+            combine_piece<1>(job, merge, row, unit / pieces, unit % pieces);
+        else if (pieces == 4)
+            combine_piece<2>(job, merge, row, unit / pieces, unit % pieces);
+        else if (pieces == 2)
+            combine_piece<4>(job, merge, row, unit / pieces, unit % pieces);
         else
-            combine_piece<4>(job, merge, row, unit / pieces, column, column + columns);
+            combine_piece<8>(job, merge, row, unit, 0);
     }
 }
 

@@ -217,10 +217,11 @@ static inline uint32_t mlak_cuda_abreast(uint64_t rows, uint64_t requests, bool 
     return (uint32_t)abreast;
 }
 
-/* Blocks of a cluster: two of Hopper's kernels where those abreast come in pairs. */
+/* Blocks of a cluster: two of Hopper's kernels where four abreast or more come in pairs. Where there are two, memory is
+ * what they wait for, and two that fetch apart have more on its way. */
 static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
 {
-    return rows_per_item == MLAK_CUDA_M && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
+    return rows_per_item == MLAK_CUDA_M && abreast >= 4 && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
 }
 
 /* Row blocks that are split, each with two parts at least, and requests without a tile. */

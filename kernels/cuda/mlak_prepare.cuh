@@ -26,7 +26,7 @@ struct prepare_shared {
 };
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
-enum { PREPARE_MIN_TILES = 2 }; /* of a share: the combine of shorter ones costs more than it spreads */
+enum { PREPARE_MIN_TILES = 1 }; /* of a share */
 
 __device__ static float prepare_scale(const struct mlak_scale *scale, float absent)
 {

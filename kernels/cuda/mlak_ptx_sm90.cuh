@@ -13,6 +13,11 @@
 #include "mlak_cuda.h"
 #include "mlak_ptx.cuh"
 
+/* How long what is fetched stays in the L2 cache, as createpolicy ("fractional", 1.0) encodes it. What comes once should
+ * not push out what comes again: code, rows, parts. */
+#define MLAK_COMES_ONCE 0x12f0000000000000ull  /* evict_first */
+#define MLAK_COMES_AGAIN 0x1000000000000000ull /* evict_normal */
+
 #ifdef MLAK_EMULATE
 #include "emulated_ptx_sm90.h"
 #else
@@ -44,11 +49,12 @@ __device__ static inline void copy_async_to(uint32_t to, const void *from, bool 
 /* A box of a tensor, by the copy engine: `map` is as the driver encodes it, and names the tensor's address and shape;
  * coordinates beyond it are zeros. Its bytes are told to `barrier`, where one thread arrives expecting them. */
 __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
-                                       int32_t chunk, int32_t page, uint64_t *barrier)
+                                       int32_t chunk, int32_t page, uint64_t *barrier, uint64_t stays)
 {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier))
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
+                 "l"(stays)
                  : "memory");
 }
 
@@ -82,12 +88,13 @@ __device__ static inline void barrier_arrive_at(uint64_t *barrier, uint32_t rank
 
 /* As copy_box, to the same place of both blocks of a cluster; its bytes are told to the barrier of each. */
 __device__ static inline void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element,
-                                               int32_t row, int32_t chunk, int32_t page, uint64_t *barrier)
+                                               int32_t row, int32_t chunk, int32_t page, uint64_t *barrier,
+                                               uint64_t stays)
 {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
                  "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
-                 "h"((uint16_t)3)
+                 "h"((uint16_t)3), "l"(stays)
                  : "memory");
 }
 

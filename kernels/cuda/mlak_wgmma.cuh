@@ -12,14 +12,14 @@
  * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner of
  * tile t does this, and the other one of t + 1 the same a half turn later:
  *
- *     half of t's scores | P(t - 1), which the other made, times own columns | the other half | weights | P(t) times own
+ *     P(t - 1), which the other made, times own columns | scores of t | its weights | P(t) times own columns
  *
- * So no product waits for keys that come late while there is another to do, and room is given back as early as can be.
+ * So between the last product with a stage's keys and the first one with those that come next there is another to do.
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
  *   keys     2 stages of 9 chunks   147456   keys_full   loads -> owner         keys_empty, of each stage and piece
- *   the rest of wgmma_shared        ~ 2700   p_full      owner -> the other one
+ *   the rest of wgmma_shared        ~ 8500   maxima_full, p_full   owner -> the other one, a while before P and with it
  *
  * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
  * given back in this order: the owner's half, whose products are the first; the other half; the rope.
@@ -74,7 +74,7 @@ struct wgmma_item {
 
 struct wgmma_shared {
     unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK];
-    uint64_t q_full, q_empty, p_full[WGMMA_STAGES];
+    uint64_t q_full, q_empty, maxima_full[WGMMA_STAGES], p_full[WGMMA_STAGES];
     uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
     uint32_t cluster; /* job->cluster */
     struct wgmma_item items[WGMMA_ITEMS];
@@ -173,11 +173,11 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
  * place of box i. One warp. */
 __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
-                                               uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
+                                               uint64_t stays, uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
     uint32_t rank = cluster_rank();
-#pragma unroll
+#pragma unroll 1
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, i % 2), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
         uint64_t *full = &shared->keys_full[stage][piece];
@@ -190,17 +190,18 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
         if (shared->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
             uint32_t own = chunks == 2 ? rank : 0;
             if (lane < boxes && (chunks == 2 || count % 2 == rank))
-                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full);
+                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full,
+                                 stays);
             continue;
         }
         if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
             if (lane == 0)
-                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full);
+                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full, stays);
             continue;
         }
         warp_meet();
         for (uint32_t c = 0; c < chunks && lane < boxes; c++)
-            copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full);
+            copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full, stays);
     }
 }
 
@@ -214,6 +215,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
     const struct mlak_row *row = &slot->row;
     const struct mlak_cuda_map *maps = item_maps(job, item);
     uint32_t key = lane % boxes * item->box_rows;
+    uint64_t stays = job->abreast > job->cluster ? MLAK_COMES_AGAIN : MLAK_COMES_ONCE;
     struct item_key asked = {};
     if (job->n_sources > 1 && lane < boxes)
         for (uint32_t n = 0; n < 2; n++)
@@ -228,12 +230,12 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
             asked = item_ask(item, row, item->tile + i + tiles + lane / boxes, key);
         int failed = 0;
         item_settle(job, item, row, &known, &failed);
-        if (__any_sync(0xffffffff, failed || (lane == 0 && item_cancelled(job, item))))
+        if (__any_sync(0xffffffff, failed || (lane == 0 && i >= tiles && item_cancelled(job, item))))
             wgmma_stop(slot);
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
 #pragma unroll 1
         for (uint32_t n = 0; n < tiles && i < end; n++, i++)
-            wgmma_fetch_keys(shared, maps, boxes,
+            wgmma_fetch_keys(shared, maps, stays, boxes,
                              (int32_t)__shfl_sync(0xffffffff, page, (int)(n * boxes + lane % boxes)),
                              (int32_t)__shfl_sync(0xffffffff, known.slot, (int)(n * boxes + lane % boxes)), i,
                              begun + i);
@@ -244,7 +246,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
 __device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct mlak_cuda_item *item, const uint8_t *q)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
-#pragma unroll 2
+#pragma unroll 1
     for (uint32_t r = (warp - 1) * 4 + lane / 8; r < WGMMA_ROWS; r += (WGMMA_LOAD_WARPS - 1) * 4) {
         uint32_t to = shared_address(shared->q[0]) + wgmma_at(r, lane);
         bool there = r < item->rows;
@@ -362,18 +364,18 @@ __device__ static inline void wgmma_see_copies(struct wgmma_shared *shared, cons
     shared_to_products();
 }
 
-/* S += Q K^T sets off over pieces [FROM, TO) in the order of their loading, each as soon as its keys are there. */
-template <enum mlak_cuda_types TYPES, uint32_t FROM, uint32_t TO>
+/* S = Q K^T sets off, over each piece as soon as its keys are there. */
+template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
 {
     uint32_t stage = count % WGMMA_STAGES;
 #pragma unroll
-    for (uint32_t n = FROM; n < TO; n++) {
+    for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, owner), first = wgmma_first(piece);
         uint32_t q = operand_here(operand_rows(shared->q[first]));
         uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
         barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
-        if (n == FROM)
+        if (n == 0)
             products_begin();
 #pragma unroll
         for (uint32_t step = 0; step < wgmma_chunks(n) * 4; step++) {
@@ -415,6 +417,14 @@ __device__ static inline struct wgmma_sight wgmma_look(const struct wgmma_item *
         sight.of[1] = half == 1 ? bits : sight.of[1];
     }
     return sight;
+}
+
+/* What this warp has written is there: its arrival. */
+__device__ static inline void wgmma_tell(uint64_t *full)
+{
+    warp_meet();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(full);
 }
 
 /* 2^(from - to), of maxima that may be -inf. */
@@ -467,6 +477,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         if (lane % 4 == 0)
             shared->maximum[stage][r + half * 8] = top;
     }
+    wgmma_tell(&shared->maxima_full[stage]);
 #pragma unroll
     for (uint32_t n = 0; n < 8; n++)
 #pragma unroll
@@ -482,19 +493,19 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         store_matrices(shared->keys[stage][WGMMA_ROPE_CHUNK] + wgmma_at(warp * 16 + lane % 16, step * 2 + lane / 16),
                        p + step * 4);
     shared_to_products();
-    barrier_arrive(&shared->p_full[stage]);
+    wgmma_tell(&shared->p_full[stage]);
 }
 
 /* ---- values ---- */
 
-/* The other warpgroup's tile `count` is weighed: rows and O follow its maxima. */
+/* The other warpgroup has maxima of tile `count`: rows and O follow them. */
 __device__ static inline void wgmma_follow(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t count,
                                            bool first, float o[128])
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32, r = warp * 16 + lane / 4;
     uint32_t stage = count % WGMMA_STAGES;
     float shrink[2];
-    barrier_wait(&shared->p_full[stage], count / WGMMA_STAGES % 2);
+    barrier_wait(&shared->maxima_full[stage], count / WGMMA_STAGES % 2);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         float top = shared->maximum[stage][r + half * 8];
@@ -559,18 +570,19 @@ __device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t o
         barrier_arrive_at(&empty[WGMMA_ROPE], rank);
 }
 
-/* The other one's tile, with all that has set off before. */
+/* The other one's tile. */
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t own,
                                           uint32_t count, bool first, float o[128])
 {
     wgmma_follow(shared, rows, count, first, o);
+    barrier_wait(&shared->p_full[count % WGMMA_STAGES], count / WGMMA_STAGES % 2);
     wgmma_add_shared<TYPES>(shared, own, count, first, o);
     products_wait<0>();
     wgmma_give(shared, own, count, true);
 }
 
-/* Own tile i of the item, of `count` of all; and, unless it is the FIRST, the other one's before it. */
+/* Own tile i of the item, of `count` of all; FIRST: of both. */
 template <enum mlak_cuda_types TYPES, bool FIRST>
 __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct wgmma_item *slot,
                                         struct wgmma_rows *rows, uint32_t own, uint32_t i, uint32_t count,
@@ -579,10 +591,7 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
     float s[32], shrink[2];
     uint32_t p[16];
     wgmma_see_copies(shared, slot, i, count);
-    wgmma_score<TYPES, 0, 2>(shared, own, count, s);
-    if (!FIRST)
-        wgmma_other<TYPES>(shared, rows, own, count - 1, i == 1, o);
-    wgmma_score<TYPES, 2, WGMMA_PIECES>(shared, own, count, s);
+    wgmma_score<TYPES>(shared, own, count, s);
     struct wgmma_sight sight = wgmma_look(slot, slot->item.tile + i);
     float scale = slot->scale;
     bool last = i + 2 >= slot->tiles; /* q is not needed any more */
@@ -687,15 +696,17 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_
         if (tiles == 0)
             return;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+        if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
+            barrier_arrive(&shared->q_empty);
         if (own == 0) {
             wgmma_own<TYPES, true>(shared, slot, &rows, own, 0, begun, o);
             i += 2;
         }
 #pragma unroll 1
-        for (; i < tiles; i += 2)
+        for (; i < tiles; i += 2) {
+            wgmma_other<TYPES>(shared, &rows, own, begun + i - 1, i == 1, o);
             wgmma_own<TYPES, false>(shared, slot, &rows, own, i, begun + i, o);
-        if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
-            barrier_arrive(&shared->q_empty);
+        }
         if (i == tiles) /* the last one is not own */
             wgmma_other<TYPES>(shared, &rows, own, begun + tiles - 1, tiles == 1, o);
         begun += tiles;
@@ -718,7 +729,8 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
-            barrier_new(&shared->p_full[stage], WGMMA_GROUP);
+            barrier_new(&shared->maxima_full[stage], WGMMA_GROUP / 32);
+            barrier_new(&shared->p_full[stage], WGMMA_GROUP / 32);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32 * job->cluster);

@@ -18,12 +18,12 @@ void barrier_meet(uint32_t id, uint32_t threads);
 void copy_async_to(uint32_t to, const void *from, bool valid);
 void map_acquire(const struct mlak_cuda_map *map);
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
-              uint64_t *barrier);
+              uint64_t *barrier, uint64_t stays);
 uint32_t cluster_rank();
 void cluster_meet();
 void barrier_arrive_at(uint64_t *barrier, uint32_t rank);
 void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
-                      int32_t page, uint64_t *barrier);
+                      int32_t page, uint64_t *barrier, uint64_t stays);
 void warp_meet();
 int64_t shuffle(int64_t value, uint32_t lane);
 bool __any_sync(uint32_t mask, bool value);

@@ -220,13 +220,13 @@ static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda
 }
 
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
-              uint64_t *barrier)
+              uint64_t *barrier, uint64_t)
 {
     box_set_off(gpu.block, to, map, element, row, chunk, page, barrier);
 }
 
 void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
-                      int32_t page, uint64_t *barrier)
+                      int32_t page, uint64_t *barrier, uint64_t)
 {
     for (uint32_t rank = 0; rank < 2; rank++)
         box_set_off(cluster_block(rank), to, map, element, row, chunk, page, barrier);
