@@ -51,7 +51,7 @@ def a_tiny_bench(daemon, *arguments):
 
 def bench_times_the_gpu_and_the_daemon_and_names_no_ceilings(daemon):
     report = json.loads(a_tiny_bench(daemon, "--json"))
-    assert set(report) == {"device", "variant", "load", "batch", "heads", "kv_len", "page_size", "cases",
+    assert set(report) == {"device", "variant", "transport", "load", "batch", "heads", "kv_len", "page_size", "cases",
                            "round_trip"}, report
     assert (report["device"], report["batch"], report["kv_len"]) == (GPU, 1, 4)
     assert [case["q_len"] for case in report["cases"]] == [1, 4]
