@@ -51,7 +51,7 @@ static void fetch(struct shared_tiles *shared, const struct mlak_cuda_job *job)
         barrier_wait(&shared->empty[stage], n / STAGES % 2 ^ 1);
         barrier_arrive_expecting(&shared->full[stage], TILE);
         copy_box_to_both(to, &job->source.keys[0], 0, 0, (int32_t)rank, (int32_t)(blockIdx.x / 2 * TILES + n),
-                         &shared->full[stage], MLAK_COMES_ONCE);
+                         &shared->full[stage], 0);
     }
 }
 
