@@ -419,14 +419,6 @@ __device__ static inline struct wgmma_sight wgmma_look(const struct wgmma_item *
     return sight;
 }
 
-/* What this warp has written is there: its arrival. */
-__device__ static inline void wgmma_tell(uint64_t *full)
-{
-    warp_meet();
-    if (threadIdx.x % 32 == 0)
-        barrier_arrive(full);
-}
-
 /* 2^(from - to), of maxima that may be -inf. */
 __device__ static inline float wgmma_shrink(float from, float to)
 {
@@ -477,7 +469,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         if (lane % 4 == 0)
             shared->maximum[stage][r + half * 8] = top;
     }
-    wgmma_tell(&shared->maxima_full[stage]);
+    barrier_arrive(&shared->maxima_full[stage]);
 #pragma unroll
     for (uint32_t n = 0; n < 8; n++)
 #pragma unroll
@@ -493,7 +485,7 @@ __device__ static inline void wgmma_weigh(struct wgmma_shared *shared, float sca
         store_matrices(shared->keys[stage][WGMMA_ROPE_CHUNK] + wgmma_at(warp * 16 + lane % 16, step * 2 + lane / 16),
                        p + step * 4);
     shared_to_products();
-    wgmma_tell(&shared->p_full[stage]);
+    barrier_arrive(&shared->p_full[stage]);
 }
 
 /* ---- values ---- */
@@ -729,8 +721,8 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
-            barrier_new(&shared->maxima_full[stage], WGMMA_GROUP / 32);
-            barrier_new(&shared->p_full[stage], WGMMA_GROUP / 32);
+            barrier_new(&shared->maxima_full[stage], WGMMA_GROUP);
+            barrier_new(&shared->p_full[stage], WGMMA_GROUP);
             for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
                 barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32 * job->cluster);
