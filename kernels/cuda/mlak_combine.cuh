@@ -1,7 +1,7 @@
 /* mlak_combine.cuh - kernel 3 of a launch: parts become outputs, and the host hears of it.
  *
- *     entry      of job.merges: a row block that was split, or rows without a key. Blocks take entries in turn; or, where
- *                there are more blocks than entries, several blocks one entry
+ *     entry      of job.merges: a row block that was split, or rows without a key. Blocks take entries in turn; or,
+ *                where there are more blocks than entries, several blocks one entry
  *     piece      of a row: all of its 512 columns, a half, a quarter or an eighth, as there are enough warps
  *     warp       takes a piece of a row at a time; or up to eight of a block one piece, each some of its parts
  *     lane       owns 2 neighbouring columns of each 64; looks at one of 32 parts' maximum and sum
@@ -12,7 +12,7 @@
  * time. */
 #include "mlak_items.cuh"
 
-enum { COMBINE_WARPS = MLAK_CUDA_THREADS / 32, COMBINE_MOST_PIECES = 8, COMBINE_COLUMNS = MLAK_V / COMBINE_MOST_PIECES };
+enum { COMBINE_WARPS = MLAK_CUDA_THREADS / 32, COMBINE_MOST_PIECES = 8, COMBINE_COLUMNS = MLAK_V / 8 };
 
 struct combine_shared {
     uint32_t last;
@@ -57,8 +57,8 @@ template <int PAIRS> struct combine_columns {
 };
 
 /* Of parts [first, end), the columns from `column` on of row `r`, weighed by how far they are from the row's top, which
- * is told, as is the sum of the weights of those parts. Up to 16 loads are on their way at a time, and none of them waits
- * for a weight. */
+ * is told, as is the sum of the weights of those parts. Up to 16 loads are on their way at a time, and none of them
+ * waits for a weight. */
 template <int PAIRS>
 __device__ static inline struct combine_columns<PAIRS> combine_add(const struct mlak_cuda_job *job,
                                                                    const struct mlak_cuda_merge *merge, uint32_t r,

@@ -30,7 +30,8 @@ __device__ static inline struct mlak_row row_here(const struct mlak_cuda_job *jo
 }
 
 /* The item's maps, of boxes of one chunk and of two. */
-__device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item)
+__device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak_cuda_job *job,
+                                                               const struct mlak_cuda_item *item)
 {
     return job->n_sources == 1 ? job->source.keys : job->sources[item->source].keys;
 }
@@ -38,8 +39,8 @@ __device__ static inline const struct mlak_cuda_map *item_maps(const struct mlak
 /* ---- begin ---- */
 
 /* Copy the item's request to `row`, in shared memory, by `threads` threads, of which this is the `thread`-th. */
-__device__ static inline void row_copy(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item, struct mlak_row *row,
-                                       uint32_t thread, uint32_t threads)
+__device__ static inline void row_copy(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item,
+                                       struct mlak_row *row, uint32_t thread, uint32_t threads)
 {
     const uint64_t *from = (const uint64_t *)(const void *)&job->rows[item->request];
     const struct mlak_cuda_moved moved = row_moved(job, item->source);
@@ -58,8 +59,8 @@ __device__ static inline void row_copy(const struct mlak_cuda_job *job, const st
 /* Copy the item's request to `row`, in shared memory, by all `threads` of the block, and begin with `failed`, shared
  * too: the request has a bad page, or its source is cancelled. False: there is nothing to do. Until the next barrier
  * some threads may still have to look at `failed`: nobody sets it before. */
-__device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item, struct mlak_row *row,
-                                        int *failed, uint32_t threads)
+__device__ static inline bool item_open(const struct mlak_cuda_job *job, const struct mlak_cuda_item *item,
+                                        struct mlak_row *row, int *failed, uint32_t threads)
 {
     row_copy(job, item, row, threadIdx.x, threads);
     if (threadIdx.x == 0)
@@ -84,8 +85,8 @@ __device__ static inline bool item_look(struct mlak_cuda_item *item, const struc
     return true;
 }
 
-/* Narrow [*from, *to), of an item's tiles, to those that the copy engine can fetch: what it finds it fetches, so all keys
- * must be some row's. */
+/* Narrow [*from, *to), of an item's tiles, to those that the copy engine can fetch: what it finds it fetches, so all
+ * keys must be some row's. */
 __device__ static inline void item_fetchable(const struct mlak_cuda_item *item, int64_t *from, int64_t *to)
 {
     *from = row_most(*from, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
@@ -133,8 +134,8 @@ struct item_key {
 };
 
 /* Key `i` of a tile; none from MLAK_CUDA_TILE on. A page is needed iff some row of the item sees one of its keys. */
-__device__ static inline struct item_key item_ask(const struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t tile,
-                                                  uint32_t i)
+__device__ static inline struct item_key item_ask(const struct mlak_cuda_item *item, const struct mlak_row *row,
+                                                  uint32_t tile, uint32_t i)
 {
     int64_t c = (int64_t)tile * MLAK_CUDA_TILE + i;
     struct item_key key = {false, 0, 0, 0};

@@ -13,8 +13,8 @@
 #include "mlak_cuda.h"
 #include "mlak_ptx.cuh"
 
-/* How long what is fetched stays in the L2 cache, as createpolicy ("fractional", 1.0) encodes it. What comes once should
- * not push out what comes again: code, rows, parts. */
+/* How long what is fetched stays in the L2 cache, as createpolicy ("fractional", 1.0) encodes it. What comes once
+ * should not push out what comes again: code, rows, parts. */
 #define MLAK_COMES_ONCE 0x12f0000000000000ull  /* evict_first */
 #define MLAK_COMES_AGAIN 0x1000000000000000ull /* evict_normal */
 
@@ -51,8 +51,8 @@ __device__ static inline void copy_async_to(uint32_t to, const void *from, bool 
 __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
                                        int32_t chunk, int32_t page, uint64_t *barrier, uint64_t stays)
 {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-                 "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
                  "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
                  "l"(stays)
                  : "memory");
@@ -153,8 +153,8 @@ __device__ static inline void shared_to_products(void)
 /* As load_matrices of mlak_ptx.cuh, the other way: lane 8 m + r names where row r of matrix m goes. */
 __device__ static inline void store_matrices(void *row, const uint32_t r[4])
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 

@@ -3,14 +3,14 @@
  * one loads.
  *
  *   warpgroup   what it does                                                          registers a thread
- *   0, 1        own tiles: S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)  208
+ *   0, 1        own tiles: S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)  200
  *               every tile: O[64][own 256 columns] += P V, 4 products of 64 x 256 x 16  (O is 128 of them, S 32)
- *   loads       page ids, keys, q: tiles that are seen whole by the copy engine         88
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine        104
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
- * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner of
- * tile t does this, and the other one of t + 1 the same a half turn later:
+ * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner
+ * of tile t does this, and the other one of t + 1 the same a half turn later:
  *
  *     P(t - 1), which the other made, times own columns | scores of t | its weights | P(t) times own columns
  *
@@ -24,11 +24,11 @@
  * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
  * given back in this order: the owner's half, whose products are the first; the other half; the rope.
  *
- * Where requests have several row blocks, the blocks of a cluster of two take the same tiles: each fetches half of every
- * tile, to both. So a tile comes from the L2 cache once for two.
+ * Where requests have several row blocks, the blocks of a cluster of two take the same tiles: each fetches half of
+ * every tile, to both. So a tile comes from the L2 cache once for two.
  *
- * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are on
- * their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
+ * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are
+ * on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
  * eight items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles, and
  * one more item that they look up, ahead of either of the others at most. */
 #include "mlak_items.cuh"
@@ -85,8 +85,8 @@ static_assert(sizeof(struct wgmma_shared) <= MLAK_CUDA_SPLIT_SHARED_WGMMA, "");
 
 /* ---- loads ---- */
 
-/* The warps of the loads have each an arrival at keys_full, and all but one at q_full. Copies by cp.async, of a thread of any of them,
- * add one more, which comes when they have landed. */
+/* The warps of the loads have each an arrival at keys_full, and all but one at q_full. Copies by cp.async, of a thread
+ * of any of them, add one more, which comes when they have landed. */
 enum { WGMMA_LOAD_WARPS = WGMMA_GROUP / 32, WGMMA_FETCHER = 0, WGMMA_SEEKER = WGMMA_LOAD_WARPS - 1 };
 
 /* Where piece `lane % 8`, 16 bytes, of row `row` of a chunk lies. */
@@ -173,7 +173,8 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
 /* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
  * place of box i. One warp. */
 __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
-                                               uint64_t stays, uint32_t boxes, int32_t page, int32_t slot, uint32_t i, uint32_t count)
+                                               uint64_t stays, uint32_t boxes, int32_t page, int32_t slot, uint32_t i,
+                                               uint32_t count)
 {
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
     uint32_t rank = cluster_rank();
@@ -243,7 +244,8 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
 }
 
 /* Four rows at a time, by all warps but the one that fetches keys. Rows beyond the item's are zeros. */
-__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct mlak_cuda_item *item, const uint8_t *q)
+__device__ static inline void wgmma_load_q(struct wgmma_shared *shared, const struct mlak_cuda_item *item,
+                                           const uint8_t *q)
 {
     uint32_t warp = threadIdx.x % WGMMA_GROUP / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -307,8 +309,8 @@ __device__ static inline void wgmma_start(const struct mlak_cuda_job *job, struc
         wgmma_fill(job, &start->item, slot);
 }
 
-/* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's ends.
- * Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups of
+/* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's
+ * ends. Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups of
  * memory, one after the other. */
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
