@@ -538,7 +538,7 @@ static enum mlak_code launch_slices(struct mlak_device *device, const struct cud
         return code;
     if (!follows)
         device->n_prepared = count;
-    for (uint32_t i = 0; i < count; i++) /* nothing was prepared for a source that was given up before the launch began */
+    for (uint32_t i = 0; i < count; i++) /* nothing was prepared for a source that was given up before it began */
         if (device->cancelled[i] == job.ticket)
             device->n_prepared = 0;
     for (uint32_t i = 0, at = 0; i < count; at += slices[i].count, i++) {
