@@ -62,8 +62,8 @@ mla_status mlac_need_driver(mla_error *error)
 /* Errors that stay: this process's context is of no use any more, of its own doing or, under MPS, of another's. */
 static bool is_lost(int code)
 {
-    return code == 214 || code == 220 || code == 700 || code == 702 || code == 709 || code == 710 || (code >= 714 && code <= 719) ||
-           (code >= 805 && code <= 810);
+    return code == 214 || code == 220 || code == 700 || code == 702 || code == 709 || code == 710 ||
+           (code >= 714 && code <= 719) || (code >= 805 && code <= 810);
 }
 
 mla_status mlac_driver_fail(mla_error *error, const char *field, const char *call, int code)

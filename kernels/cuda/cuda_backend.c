@@ -536,8 +536,11 @@ static enum mlak_code launch_slices(struct mlak_device *device, const struct cud
     enum mlak_code code = cuda_await(device, job.ticket, slices, count, fault);
     if (code != MLAK_OK)
         return code;
-    if (!follows) /* nothing was prepared for one source that was given up before the launch began */
-        device->n_prepared = count == 1 && device->cancelled[0] == job.ticket ? 0 : count;
+    if (!follows)
+        device->n_prepared = count;
+    for (uint32_t i = 0; i < count; i++) /* nothing was prepared for a source that was given up before it began */
+        if (device->cancelled[i] == job.ticket)
+            device->n_prepared = 0;
     for (uint32_t i = 0, at = 0; i < count; at += slices[i].count, i++) {
         struct mlak_part *part = slices[i].part;
         if (cuda_outcome(device, i, at, &slices[i], &part->fault) != MLAK_OK)

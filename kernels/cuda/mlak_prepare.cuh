@@ -18,11 +18,11 @@ enum { PREPARE_WARPS = MLAK_CUDA_PREPARE_THREADS / 32 };
 struct prepare_shared {
     uint64_t row[MLAK_CUDA_MAX_SOURCES];         /* as in mlak_cuda_source, if there are several */
     uint32_t first_fault[MLAK_CUDA_MAX_SOURCES]; /* entry of cu_q */
+    bool given_up[MLAK_CUDA_MAX_SOURCES]; /* before it began: nothing of it is computed or written */
     float q_scale[MLAK_CUDA_MAX_SOURCES], k_scale[MLAK_CUDA_MAX_SOURCES], v_scale[MLAK_CUDA_MAX_SOURCES];
     uint64_t first[MLAK_CUDA_MAX_REQUESTS]; /* as in mlak_cuda_request, and tiles */
     uint32_t tiles[MLAK_CUDA_MAX_REQUESTS];
     uint64_t sums[2][PREPARE_WARPS]; /* of warps; two, since one sum may begin where another is still read */
-    bool runs; /* false: given up before it began, and nothing of it is computed or written */
 };
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
@@ -33,11 +33,13 @@ __device__ static float prepare_scale(const struct mlak_scale *scale, float abse
     return !scale->present ? absent : scale->tensor != NULL ? read_once(scale->tensor) : scale->value;
 }
 
-__device__ static void prepare_begin(const struct mlak_cuda_source *source, struct prepare_shared *shared, uint32_t s)
+__device__ static void prepare_begin(const struct mlak_cuda_job *job, const struct mlak_cuda_source *source,
+                                     struct prepare_shared *shared, uint32_t s)
 {
     const struct mlak_batch *batch = &source->batch;
     shared->row[s] = source->row;
     shared->first_fault[s] = UINT32_MAX;
+    shared->given_up[s] = read_once(&job->schedule->cancelled[s]) == job->ticket;
     shared->q_scale[s] = prepare_scale(&batch->q_scale, 1);
     shared->k_scale[s] = prepare_scale(&batch->k_scale, 1);
     shared->v_scale[s] = prepare_scale(&batch->v_scale, shared->k_scale[s]);
@@ -99,7 +101,7 @@ __device__ static inline uint32_t prepare_row(const struct mlak_cuda_job *job, c
     struct mlak_row copy, *row = &job->rows[i];
     request->source = s;
     request->box_rows = source->box_rows;
-    if (shared->first_fault[s] != UINT32_MAX) {
+    if (shared->first_fault[s] != UINT32_MAX || shared->given_up[s]) {
         row->code = MLAK_ROW_CANCELLED;
         row->local_len = row->detail[0] = row->detail[1] = 0;
         return 0;
@@ -255,12 +257,10 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     const bool deterministic = job.source.batch.deterministic;
     uint32_t thread = threadIdx.x, s = 0;
     let_next_kernel_start();
-    if (thread == 0)
-        shared->runs = job.n_sources > 1 || read_once(&job.schedule->cancelled[0]) != job.ticket;
     if (job.n_sources == 1 && thread == 0)
-        prepare_begin(&job.source, shared, 0);
+        prepare_begin(&job, &job.source, shared, 0);
     else if (job.n_sources > 1 && thread < job.n_sources)
-        prepare_begin(&job.sources[thread], shared, thread);
+        prepare_begin(&job, &job.sources[thread], shared, thread);
     __syncthreads();
     if (job.n_sources > 1) {
         s = prepare_find(shared->row, job.n_sources, thread);
@@ -293,13 +293,12 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     request.first = prepare_sum(shared->sums[0],
                                 (uint64_t)request.strips * (deterministic ? request.splits : request.tiles), job.count,
                                 &work);
-    work = shared->runs ? work : 0; /* nor are there parts to merge */
     uint32_t shares = job.grid / job.abreast;
     uint64_t share = deterministic ? 0 : (uint64_t)row_most((int64_t)((work + shares - 1) / shares), PREPARE_MIN_TILES);
     if (deterministic)
         request.first_slot = (uint32_t)prepare_sum(
             shared->sums[1], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
-    bool own = thread < job.count && shared->runs;
+    bool own = thread < job.count;
     uint32_t merge = (uint32_t)prepare_sum(
         shared->sums[deterministic ? 0 : 1],
         own ? prepare_merges(&job, &request, thread, folded, share, NULL) : 0, job.count, &merges);

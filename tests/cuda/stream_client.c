@@ -464,13 +464,17 @@ static void run_beside(void)
     static const uint8_t nothing[OUT_BYTES];
     static uint8_t got[OUT_BYTES];
     mla_ticket tickets[EACH][LAYERS];
+    CUstream held;
     setup(30000);
     printf("%s\n", mla_transport_used(client) == MLA_TRANSPORT_RINGS ? "rings" : "socket");
     set_round(1);
     CU(cuLaunchHostFunc, (CUstream, void (*)(void *), void *), stream, hold, NULL);
     REQUIRE(run_layer(&layers[0]) == MLA_OK, error.message);
+    held = stream;
+    CU(cuStreamCreate, (CUstream *, unsigned), &stream, 1);
     for (int i = 1; i < LAYERS; i++)
-        CU(cuMemcpyHtoD_v2, (CUdeviceptr, const void *, size_t), layers[i].memory + OUT_AT, nothing, OUT_BYTES);
+        copy_in(layers[i].memory + OUT_AT, nothing, OUT_BYTES);
+    drain();
     for (int n = 0; n < EACH; n++)
         for (int i = 1; i < LAYERS; i++)
             REQUIRE(mla_submit(client, layers[i].plan, &tickets[n][i], &error) == MLA_OK, error.message);
@@ -478,11 +482,13 @@ static void run_beside(void)
         for (int i = 1; i < LAYERS; i++)
             REQUIRE(mla_wait(client, tickets[n][i], 120000, NULL, &error) == MLA_OK, error.message);
     for (int i = 1; i < LAYERS; i++) { /* q is still the last round's of make_layer */
-        CU(cuMemcpyDtoH_v2, (void *, CUdeviceptr, size_t), got, layers[i].memory + OUT_AT, OUT_BYTES);
+        copy_out(got, layers[i].memory + OUT_AT, OUT_BYTES);
+        drain();
         REQUIRE(memcmp(got, layers[i].wanted[LAST], OUT_BYTES) == 0, "the output in host order is another");
     }
     REQUIRE(memcmp(layers[0].out, nothing, OUT_BYTES) == 0, "the stream has passed what holds it");
     __atomic_store_n(&let_go, true, __ATOMIC_RELEASE);
+    stream = held;
     drain();
     REQUIRE(memcmp(layers[0].out, layers[0].wanted[1], OUT_BYTES) == 0, "the output in stream order is another");
     REQUIRE(mla_plan_status(layers[0].plan, &error) == MLA_OK, error.message);
