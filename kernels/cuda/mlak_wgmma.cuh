@@ -28,8 +28,8 @@
  * every tile, to both. So a tile comes from the L2 cache once for two.
  *
  * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are
- * on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written anew
- * eight items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles, and
+ * on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written
+ * anew eight items later, when its readers are long past it: an item has a tile at least, and the loads are two tiles, and
  * one more item that they look up, ahead of either of the others at most. */
 #include "mlak_items.cuh"
 #include "mlak_ptx_sm90.cuh"
@@ -310,8 +310,8 @@ __device__ static inline void wgmma_start(const struct mlak_cuda_job *job, struc
 }
 
 /* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's
- * ends. Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups of
- * memory, one after the other. */
+ * ends. Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups
+ * of memory, one after the other. */
 __device__ static inline void wgmma_loads(struct wgmma_shared *shared, const struct mlak_cuda_job *job)
 {
     uint32_t warp = warp_uniform(threadIdx.x % WGMMA_GROUP / 32), begun = 0;
