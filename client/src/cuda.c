@@ -113,8 +113,11 @@ static mla_status name_gpu(uint64_t pointer, char name[64], mla_error *error)
 bool mlac_cuda_current(char gpu[64], int *mps)
 {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), *context = NULL;
-    if (!library)
+    if (!library) {
+        dlerror(); /* or its words about this stay with the thread */
+        dlerror();
         return false;
+    }
     int (*current)(void **);
     *(void **)(void *)&current = dlsym(library, "cuCtxGetCurrent");
     bool found = current && current(&context) == 0 && context; /* it fails where nobody has called cuInit */
