@@ -354,6 +354,7 @@ static void run_graph(void)
         REQUIRE(run_layer(&layers[i]) == MLA_OK, error.message);
     CU(cuStreamEndCapture, (CUstream, void **), stream, &graph);
     CU(cuGraphInstantiateWithFlags, (void **, void *, unsigned long long), &exec, graph, 0);
+    CU(cuGraphDestroy, (void *), graph);
     for (int round = 0; round < ROUNDS; round++) {
         set_round(round);
         replay(exec);
@@ -362,6 +363,7 @@ static void run_graph(void)
         require_round(round);
     }
     REQUIRE(mla_step_status(step, &error) == MLA_OK, error.message);
+    CU(cuGraphExecDestroy, (void *), exec);
     mla_close(client);
 }
 
@@ -385,6 +387,7 @@ static void run_killed(void)
     drain();
     require_round(2);
     REQUIRE(mla_step_status(step, &error) == MLA_OK, error.message);
+    CU(cuGraphExecDestroy, (void *), exec);
     mla_close(client);
 }
 
@@ -406,6 +409,7 @@ static void run_loop(void)
     }
     REQUIRE(mla_step_status(step, &error) == MLA_OK, error.message);
     printf("%u rounds\n", rounds);
+    CU(cuGraphExecDestroy, (void *), exec);
     mla_close(client);
 }
 
@@ -445,6 +449,7 @@ static void run_late(void)
     REQUIRE(mla_step_status(step, &error) == MLA_OK, error.message);
     for (int i = 0; i < LAYERS; i++)
         REQUIRE(mla_plan_status(layers[i].plan, &error) == MLA_OK, error.message);
+    CU(cuGraphExecDestroy, (void *), exec);
     mla_close(client);
 }
 
@@ -493,6 +498,24 @@ static void run_beside(void)
     REQUIRE(memcmp(layers[0].out, layers[0].wanted[1], OUT_BYTES) == 0, "the output in stream order is another");
     REQUIRE(mla_plan_status(layers[0].plan, &error) == MLA_OK, error.message);
     mla_close(client);
+}
+
+/* Memory on the GPU for as long as this runs: its handle, and where in the allocation it begins. */
+static void run_memory(void)
+{
+    CUdeviceptr memory, base;
+    size_t size;
+    uint8_t handle[64];
+    CU(cuInit, (unsigned), 0);
+    CU(cuCtxSetCurrent, (CUcontext), context_of(getenv("MLAD_DEVICE")));
+    CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), &memory, 1 << 20);
+    CU(cuMemGetAddressRange_v2, (CUdeviceptr *, size_t *, CUdeviceptr), &base, &size, memory);
+    CU(cuIpcGetMemHandle, (void *, CUdeviceptr), handle, memory);
+    for (size_t i = 0; i < sizeof handle; i++)
+        printf("%02x", handle[i]);
+    printf(" %llu ", (unsigned long long)(memory - base));
+    await_line("bytes");
+    CU(cuMemFree_v2, (CUdeviceptr), memory);
 }
 
 /* The daemon goes for longer than the client waits. */
@@ -545,6 +568,7 @@ static void run_host(void)
     CU(cuStreamBeginCapture_v2, (CUstream, int), stream, 1);
     REQUIRE(run_layer(&layers[0]) == MLA_UNSUPPORTED, error.message);
     CU(cuStreamEndCapture, (CUstream, void **), stream, &graph);
+    CU(cuGraphDestroy, (void *), graph);
     say(why);
     mla_close(client);
 }
@@ -557,7 +581,7 @@ int main(int argc, char **argv)
     } cases[] = {{"eager", run_eager}, {"ahead", run_ahead}, {"step", run_step},         {"graph", run_graph},
                  {"killed", run_killed}, {"armed", run_armed}, {"late", run_late},         {"gone", run_gone},
                  {"host", run_host},   {"failures", run_failures}, {"loop", run_loop},
-                 {"beside", run_beside}};
+                 {"beside", run_beside}, {"memory", run_memory}};
     for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof cases[0]; i++) {
         if (strcmp(argv[1], cases[i].name) != 0)
             continue;

@@ -3,7 +3,6 @@ themselves: gates wait, workers and clients die while they do.
 
 usage: test_streams.py, with MLAD_BIN, MLACTL_BIN, STREAM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -86,17 +85,6 @@ def host_order_gives_the_same(daemon):
     Client(daemon, "host", order="host").end()
 
 
-def gpu_memory(bytes_):
-    """(IPC handle in hexadecimal, offset in its allocation) of new memory on the fake GPU, by the driver."""
-    cuda, context, pointer = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_uint64()
-    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_ubyte * 64)()
-    assert cuda.cuInit(0) == 0 and cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
-    assert cuda.cuCtxSetCurrent(context) == 0 and cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(bytes_)) == 0
-    assert cuda.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), pointer) == 0
-    assert cuda.cuIpcGetMemHandle(handle, pointer) == 0
-    return bytes(handle).hex(), pointer.value - base.value
-
-
 def refused(client, kind, fields, code, field):
     try:
         client.call(kind, fields)
@@ -107,8 +95,10 @@ def refused(client, kind, fields, code, field):
 
 
 def wrong_steps_are_refused_by_name(daemon):
+    owner = Client(daemon, "memory")
+    handle, offset, _ = owner.line().split()
+    offset = int(offset)
     with mlad_client.Client(daemon.socket, GPU) as client:
-        handle, offset = gpu_memory(1 << 20)
         client.call("IMPORT", {"buffer": 1, "handle": handle, "gpu": GPU, "offset": offset, "bytes": 1 << 19})
         client.call("IMPORT", {"buffer": 2, "handle": handle, "gpu": GPU, "offset": offset + (1 << 19), "bytes": 4096,
                                "access": "read"})
@@ -140,6 +130,8 @@ def wrong_steps_are_refused_by_name(daemon):
         client.call("DROP", {"plan": 5})  # the step has it still
         client.call("STEP_DROP", {"step": 7})
         client.call("UNREGISTER", {"buffer": 1})
+    owner.go_on()
+    owner.end()
     cpu = Daemon("cpu")
     try:
         with mlad_client.Client(cpu.socket, "cpu") as client:
