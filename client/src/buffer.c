@@ -86,12 +86,7 @@ static mla_status start_register(mla_client *client, mla_buffer *buffer, const s
         return MLA_MEMORY;
     call->buffer = buffer;
     buffer->call = call;
-    mlac_call_start(client, call);
-    mlac_await(client, id, MLAC_KEPT, MLAC_NEVER);
-    mla_status status = mlac_report(error, &call->error);
-    if (status != MLA_OK)
-        mlac_call_free(client, call);
-    return status;
+    return mlac_call_establish(client, call, error);
 }
 
 /* Register it and hand it to the caller, or destroy it. */

@@ -110,6 +110,16 @@ void mlac_call_start(struct mla_client *client, struct mlac_call *call)
     }
 }
 
+mla_status mlac_call_establish(struct mla_client *client, struct mlac_call *call, mla_error *error)
+{
+    mlac_call_start(client, call);
+    mlac_await(client, call->id, MLAC_KEPT, MLAC_NEVER);
+    mla_status status = mlac_report(error, &call->error);
+    if (status != MLA_OK)
+        mlac_call_free(client, call);
+    return status;
+}
+
 /* Send rounds that were held back, as far as may be: those that came too soon for their streams once the daemon has let
  * go of all of them. */
 static void send_held(struct mla_client *client, int64_t now)

@@ -57,14 +57,11 @@ static mla_status create(mla_client *client, const mla_batch *batch, mla_plan **
     plan->call->plan = plan;
     note_outputs(plan, batch);
     mlac_batch_hold(plan->call, uses, n_uses);
-    mlac_call_start(client, plan->call);
-    mlac_await(client, plan->call->id, MLAC_KEPT, MLAC_NEVER);
-    status = mlac_report(error, &plan->call->error);
+    status = mlac_call_establish(client, plan->call, error);
     if (status == MLA_OK) {
         *out = plan;
         return MLA_OK;
     }
-    mlac_call_free(client, plan->call);
     mlac_call_free(client, plan->drop);
     free(plan);
     return status;

@@ -403,14 +403,11 @@ static mla_status new_step(struct mla_client *client, mla_plan *const *plans, ui
         return status;
     }
     step->call->step = step;
-    mlac_call_start(client, step->call);
-    mlac_await(client, step->call->id, MLAC_KEPT, MLAC_NEVER);
-    status = mlac_report(error, &step->call->error);
+    status = mlac_call_establish(client, step->call, error);
     if (status == MLA_OK) {
         *out = step;
         return MLA_OK;
     }
-    mlac_call_free(client, step->call);
     mlac_call_free(client, step->drop);
     free_step(step);
     return status;

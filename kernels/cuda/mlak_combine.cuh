@@ -152,14 +152,14 @@ __device__ static inline void combine_together(const struct mlak_cuda_job *job, 
     shared->columns[warp][lane * 2] = o.at[0].x;
     shared->columns[warp][lane * 2 + 1] = o.at[0].y;
     __syncthreads();
-    if (own > 0 || !there)
-        return;
-    for (uint32_t other = warp + 1; other < warp + warps; other++) {
+    for (uint32_t other = warp + 1; own == 0 && other < warp + warps; other++) {
         sum += shared->sums[other];
         o.at[0].x += shared->columns[other][lane * 2];
         o.at[0].y += shared->columns[other][lane * 2 + 1];
     }
-    combine_end<1>(row, merge->first_row + r, column, top, sum, &o);
+    if (own == 0 && there)
+        combine_end<1>(row, merge->first_row + r, column, top, sum, &o);
+    __syncthreads(); /* shared memory is the next entry's */
 }
 
 /* One entry, by `blocks` blocks, of which this is number `block`. */

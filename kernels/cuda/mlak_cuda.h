@@ -47,8 +47,6 @@ enum {
 /* How far the schedule went; device memory, filled by prepare. Kernels look at nothing that lies in host memory: a look
  * takes more than 1 us, and those of all blocks at one address follow one another. */
 struct mlak_cuda_schedule {
-    uint64_t work;                 /* tiles of all strips; deterministic: items */
-    uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t slots;                /* parts in use, deterministic only */
     uint32_t merges;               /* job.merges in use */
     uint32_t blocks_done;          /* combine's own, 0 before and after */
@@ -86,7 +84,8 @@ struct mlak_cuda_item {
 
 /* Tiles (deterministic: items) of all, from a thread block's next one on; and the strip it is at. */
 struct mlak_cuda_walk {
-    uint64_t at, end, first, share;
+    uint64_t at, end, first;
+    uint64_t share;                /* tiles of a thread block; deterministic: 0 */
     uint32_t block;                /* the thread block */
     uint32_t request, strip, tile; /* of `at`; tile 0 but at first */
 };

@@ -75,7 +75,7 @@ __device__ static void order_signal(const struct mlak_cuda_order *order, bool re
         order_barrier();
     uint64_t status = refused ? MLAK_MAIL_BATCH : failed ? MLAK_MAIL_REQUESTS : MLAK_MAIL_OK;
     if (ORDER_THREAD == 0)
-        order_release_64(order->done, status << 32 | *order->round);
+        publish(order->done, status << 32 | *order->round);
 }
 
 struct order_sums {
@@ -113,7 +113,7 @@ __device__ static void order_report(const struct mlak_cuda_order *order, const s
         result->detail[0] = row->detail[0];
         result->detail[1] = row->detail[1];
     }
-    order_write_64(order->life, ++order->lane->life);
+    write_for_host(order->life, ++order->lane->life);
     order_release(&result->ended, *order->round);
 }
 

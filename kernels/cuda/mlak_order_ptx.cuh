@@ -3,13 +3,12 @@
 #ifndef MLAK_ORDER_PTX_CUH
 #define MLAK_ORDER_PTX_CUH
 
-#include <stdint.h>
+#include "mlak_ptx.cuh"
 
 #ifdef MLAK_EMULATE
 #include <sched.h>
 #include <time.h>
 
-#define __device__
 #define ORDER_KERNEL(name, threads, parameter) extern "C" void name(const parameter)
 #define ORDER_SHARED
 #define ORDER_THREAD 0u
@@ -32,17 +31,9 @@ static inline void order_release(uint32_t *pointer, uint32_t value)
 {
     __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
 }
-static inline void order_release_64(uint64_t *pointer, uint64_t value)
-{
-    __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
-}
 static inline uint32_t order_look(const uint32_t *pointer)
 {
     return __atomic_load_n(pointer, __ATOMIC_RELAXED);
-}
-static inline void order_write_64(uint64_t *pointer, uint64_t value)
-{
-    __atomic_store_n(pointer, value, __ATOMIC_RELAXED);
 }
 static inline uint64_t order_now_ns()
 {
@@ -87,20 +78,12 @@ __device__ static inline void order_release(uint32_t *pointer, uint32_t value)
 {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
-__device__ static inline void order_release_64(uint64_t *pointer, uint64_t value)
-{
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
-}
 /* What the host writes now and then, in no order with anything else. */
 __device__ static inline uint32_t order_look(const uint32_t *pointer)
 {
     uint32_t value;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
     return value;
-}
-__device__ static inline void order_write_64(uint64_t *pointer, uint64_t value)
-{
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 __device__ static inline uint64_t order_now_ns()
 {

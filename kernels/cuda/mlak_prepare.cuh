@@ -6,7 +6,8 @@
  *                      or first one's beside it; judges the copies (the first fault of a source counts)
  *                   3. fills row i from the batch; reads its length, its tree masks once
  *                   4. counts its tiles; sums over the block say where it begins
- *                   5. finds where share i of the split kernel's work begins
+ *                   5. lists what of it the combine kernel has to look at
+ *                   6. looks up what thread block i of the split kernel begins with
  *     shared        struct prepare_shared, 14 KB
  *
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
@@ -104,6 +105,7 @@ __device__ static inline uint32_t prepare_row(const struct mlak_cuda_job *job, c
     if (shared->first_fault[s] != UINT32_MAX || shared->given_up[s]) {
         row->code = MLAK_ROW_CANCELLED;
         row->local_len = row->detail[0] = row->detail[1] = 0;
+        job->row_results[i] = {MLAK_ROW_CANCELLED, 0, {0, 0}, 0};
         return 0;
     }
     uint32_t b = source->first + i - source->row, q_len;
@@ -298,11 +300,9 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     if (deterministic)
         request.first_slot = (uint32_t)prepare_sum(
             shared->sums[1], request.splits > 1 ? request.blocks * request.splits : 0, job.count, &slots);
-    bool own = thread < job.count;
-    uint32_t merge = (uint32_t)prepare_sum(
-        shared->sums[deterministic ? 0 : 1],
-        own ? prepare_merges(&job, &request, thread, folded, share, NULL) : 0, job.count, &merges);
-    if (own)
+    uint32_t own = thread < job.count ? prepare_merges(&job, &request, thread, folded, share, NULL) : 0;
+    uint32_t merge = (uint32_t)prepare_sum(shared->sums[deterministic ? 0 : 1], own, job.count, &merges);
+    if (own > 0)
         prepare_merges(&job, &request, thread, folded, share, job.merges + merge);
 
     if (thread < job.count) {
@@ -310,8 +310,6 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         shared->first[thread] = request.first;
     }
     if (thread == 0) {
-        job.schedule->work = work;
-        job.schedule->share = share;
         job.schedule->slots = (uint32_t)slots;
         job.schedule->merges = (uint32_t)merges;
     }

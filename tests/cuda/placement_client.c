@@ -3,37 +3,11 @@
  *
  * usage: placement-client host | context ORDINAL | memory ORDINAL..., with MLAD_SOCKET, MLAD_DEVICE and a libcuda.so.1
  *     context: a context is current when it connects; memory: it connects first, then registers memory on each GPU */
-#include "fake/fake_cuda.h"
-#include "mla.h"
+#include "gpu_client.h"
 
-#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define REQUIRE(condition, why)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s: %s\n", #condition, why);                                                              \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-/* Call a function of the driver that must succeed. */
-#define CU(name, types, ...)                                                                                           \
-    do {                                                                                                               \
-        CUresult(*name##_) types;                                                                                      \
-        *(void **)(void *)&name##_ = dlsym(dlopen("libcuda.so.1", RTLD_NOW), #name);                                   \
-        REQUIRE(name##_ && name##_(__VA_ARGS__) == 0, #name);                                                          \
-    } while (0)
-
-static void use_gpu(const char *ordinal)
-{
-    CUcontext context;
-    CU(cuInit, (unsigned), 0);
-    CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, atoi(ordinal));
-    CU(cuCtxSetCurrent, (CUcontext), context);
-}
 
 int main(int argc, char **argv)
 {
@@ -43,12 +17,12 @@ int main(int argc, char **argv)
     mla_error error;
     char why[MLA_WHY];
     if (strcmp(when, "context") == 0 && argc > 2)
-        use_gpu(argv[2]);
+        use_gpu(atoi(argv[2]));
     REQUIRE(mla_connect(&client, NULL, &error) == MLA_OK, error.message);
     for (int i = 2; strcmp(when, "memory") == 0 && i < argc; i++) {
         CUdeviceptr pointer;
         mla_buffer *buffer;
-        use_gpu(argv[i]);
+        use_gpu(atoi(argv[i]));
         CU(cuMemAlloc_v2, (CUdeviceptr *, size_t), &pointer, 4096);
         REQUIRE(mla_buffer_import_device(client, (void *)(uintptr_t)pointer, 4096, MLA_READ, &buffer, &error) == MLA_OK,
                 error.message);

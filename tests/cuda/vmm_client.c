@@ -2,59 +2,17 @@
  * a run, for tests/daemon/test_gpu.py. Memory is touched by the driver's copies only, so it runs on a real GPU too.
  *
  * usage: vmm-client CASE [WORDS], with MLAD_SOCKET, MLAD_DEVICE (GPU 0's) and a libcuda.so.1 */
-#include "fake/fake_cuda.h"
-#include "mla.h"
+#include "gpu_client.h"
 
 #include <dirent.h>
-#include <dlfcn.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-enum { MIB = 1 << 20, PIECE = 2 * MIB, PIECES = 3, HEADS = 4, ROWS = 4, PAGES = 8, PAGE = 64, COLUMNS = 4 };
-
-static void die(const char *what, const char *why)
-{
-    fprintf(stderr, "%s: %s\n", what, why);
-    exit(1);
-}
-
-#define REQUIRE(condition, why)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition))                                                                                              \
-            die(#condition, why);                                                                                      \
-    } while (0)
+enum { MIB = 1 << 20, PIECE = 2 * MIB, PIECES = 3 };
 
 /* ---- the driver ---- */
-
-static void *driver(const char *name)
-{
-    void *found = dlsym(dlopen("libcuda.so.1", RTLD_NOW), name);
-    REQUIRE(found, name);
-    return found;
-}
-
-/* Call a function of the driver that must succeed. */
-#define CU(name, types, ...)                                                                                           \
-    do {                                                                                                               \
-        CUresult(*name##_) types;                                                                                      \
-        *(void **)(void *)&name##_ = driver(#name);                                                                    \
-        CUresult result_ = name##_(__VA_ARGS__);                                                                       \
-        if (result_ != 0) {                                                                                            \
-            fprintf(stderr, "%s: %d\n", #name, result_);                                                               \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
-
-static void use_gpu(void)
-{
-    CUcontext context;
-    CU(cuInit, (unsigned), 0);
-    CU(cuDevicePrimaryCtxRetain, (CUcontext *, int), &context, 0);
-    CU(cuCtxSetCurrent, (CUcontext), context);
-}
 
 static uint64_t reserve(size_t bytes)
 {
@@ -110,13 +68,7 @@ static unsigned open_descriptors(void)
 static void fill(uint8_t *memory)
 {
     uint32_t state = 1;
-    for (size_t i = 0; i < INPUTS / 2; i++) { /* bf16 between -1 and 1 */
-        state = state * 1664525 + 1013904223;
-        float value = (float)(state >> 8) / (1 << 23) - 1;
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        ((uint16_t *)(void *)memory)[i] = (uint16_t)(bits >> 16);
-    }
+    draw((uint16_t *)(void *)memory, INPUTS / 2, &state);
     const int32_t table[2][COLUMNS] = {{7, 2, 5, 0}, {1, 6, 3, 4}}, lens[2] = {200, 131};
     memcpy(memory + TABLE_AT, table, sizeof table);
     memcpy(memory + LENS_AT, lens, sizeof lens);
@@ -124,14 +76,7 @@ static void fill(uint8_t *memory)
 
 static void lay_out(mla_batch *batch, mla_buffer *inputs, mla_buffer *outputs, uint64_t outputs_at)
 {
-    mla_batch_init(batch);
-    batch->batch = 2;
-    batch->heads = HEADS;
-    batch->q_rows = ROWS;
-    batch->pages = PAGES;
-    batch->page_size = PAGE;
-    batch->max_pages = COLUMNS;
-    batch->softmax_scale = 1 / sqrt(192);
+    shape_batch(batch);
     batch->q = (mla_tensor){inputs, Q_AT};
     batch->kv = (mla_tensor){inputs, KV_AT};
     batch->block_table = (mla_tensor){inputs, TABLE_AT};
@@ -467,7 +412,7 @@ static void run_stuck(void)
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
-    use_gpu();
+    use_gpu(0);
     if (strcmp(name, "decode") == 0)
         run_decode(false);
     else if (strcmp(name, "replay") == 0)
@@ -489,7 +434,7 @@ int main(int argc, char **argv)
     else if (strcmp(name, "failing") == 0 && argc > 2)
         run_failing(argv[2]);
     else
-        die("usage", "vmm-client decode | replay | overlap | refusals | elsewhere | many | lost | stuck | "
-                     "death MEMORY CODE | failing WORD");
+        REQUIRE(!"usage", "vmm-client decode | replay | overlap | refusals | elsewhere | many | lost | stuck | "
+                          "death MEMORY CODE | failing WORD");
     return 0;
 }

@@ -12,22 +12,11 @@ import threading
 import time
 
 sys.path[:0] = [os.path.join(os.environ["MLAD_SOURCE"], "tests", folder) for folder in ("mlactl", "proto")]
-CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=False)
-os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
 from daemon import CAPTURE, Daemon, run  # noqa: E402
+from fake_gpu import GPU, SECOND, inject  # noqa: E402
 from mlad_client import Client, Refused  # noqa: E402
 
-GPU, SECOND = "GPU-fa4e0000-0000-4000-8000-000000000000", "GPU-fa4e0000-0000-4000-8000-000000000001"
 FAKE = os.environ["LD_LIBRARY_PATH"]
-times = 0
-
-
-def inject(words=""):
-    """What goes wrong from now on, in words of tests/cuda/fake/fake_cuda.h."""
-    global times
-    times += 1  # another size: the file is read again when it changes
-    with open(CONTROL.name, "w") as file:
-        file.write(words + " " * times + "\n")
 
 
 def decode(daemon, **extra):
@@ -468,21 +457,18 @@ for test in (a_gpu_that_is_not_there_is_absent_with_its_reason, the_worker_lists
              a_launch_that_hangs_is_a_delay_for_the_client):
     test()
     print("ok   ", test.__name__, flush=True)
-try:
-    run([every_combination_meets_the_bar, bench_times_the_gpu_and_the_daemon_and_names_no_ceilings,
-         the_kernels_own_bench_names_no_ceilings_either, nothing_stays_held,
-         a_failed_import_is_the_clients_error_and_only_that, a_sticky_error_is_a_delay_for_the_client,
-         a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
-         a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
-         a_lost_context_of_the_clients_own_is_said_to_be_lost,
-         a_stream_that_hangs_is_waited_for_no_longer_than_asked, vmm_memory_decodes_as_any_other,
-         vmm_outputs_may_not_lie_in_inputs,
-         memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
-         any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
-         vmm_memory_is_exported_again_for_another_worker, a_death_is_a_delay_whatever_the_memory,
-         a_death_that_took_the_clients_context_along_is_device_lost,
-         a_death_after_which_memory_cannot_be_opened_is_what_the_worker_says,
-         an_import_that_finds_the_gpu_lost_is_a_delay, an_idle_worker_whose_gpu_is_lost_is_replaced,
-         a_gpu_that_cannot_be_opened_for_a_while_is_a_delay, nothing_stays_held], Daemon(f"reference,{GPU}"))
-finally:
-    os.unlink(CONTROL.name)
+run([every_combination_meets_the_bar, bench_times_the_gpu_and_the_daemon_and_names_no_ceilings,
+     the_kernels_own_bench_names_no_ceilings_either, nothing_stays_held,
+     a_failed_import_is_the_clients_error_and_only_that, a_sticky_error_is_a_delay_for_the_client,
+     a_batch_that_always_loses_the_device_is_given_up, a_killed_worker_is_a_delay_for_the_client,
+     a_client_killed_in_mid_decode_leaves_nothing, nothing_stays_held,
+     a_lost_context_of_the_clients_own_is_said_to_be_lost,
+     a_stream_that_hangs_is_waited_for_no_longer_than_asked, vmm_memory_decodes_as_any_other,
+     vmm_outputs_may_not_lie_in_inputs,
+     memory_that_cannot_be_shared_is_refused_with_what_to_change, a_buffer_takes_252_allocations,
+     any_driver_call_of_a_vmm_registration_may_fail, wrong_descriptors_are_refused_by_name,
+     vmm_memory_is_exported_again_for_another_worker, a_death_is_a_delay_whatever_the_memory,
+     a_death_that_took_the_clients_context_along_is_device_lost,
+     a_death_after_which_memory_cannot_be_opened_is_what_the_worker_says,
+     an_import_that_finds_the_gpu_lost_is_a_delay, an_idle_worker_whose_gpu_is_lost_is_replaced,
+     a_gpu_that_cannot_be_opened_for_a_while_is_a_delay, nothing_stays_held], Daemon(f"reference,{GPU}"))

@@ -7,25 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 sys.path[:0] = [os.path.join(os.environ["MLAD_SOURCE"], "tests", folder) for folder in ("mlactl", "proto")]
-CONTROL = tempfile.NamedTemporaryFile(prefix="mlad-fake-", mode="w", delete=False)
-os.environ["MLAD_FAKE_CUDA_CONTROL"] = CONTROL.name  # before the daemon starts
 import mlad_client  # noqa: E402
 from daemon import Daemon, run  # noqa: E402
-
-GPU, SECOND = "GPU-fa4e0000-0000-4000-8000-000000000000", "GPU-fa4e0000-0000-4000-8000-000000000001"
-times = 0
-
-
-def inject(words=""):
-    """What goes wrong in the worker from now on."""
-    global times
-    times += 1  # another size: the file is read again when it changes
-    with open(CONTROL.name, "w") as file:
-        file.write(words + " " * times + "\n")
+from fake_gpu import GPU, SECOND, inject  # noqa: E402
 
 
 class Client:

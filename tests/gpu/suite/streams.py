@@ -90,14 +90,19 @@ class Scene:
     def wait_ready(self):
         wait_for("device", 40, lambda: self.daemon.status().get("state") == "ready")
 
-    def kill_worker_before_it_answers(self):
-        """The stream waits for a worker that is stopped, and then dead."""
-        process, worker = self.start("stream-client", "killed"), self.pid()
+    def start_with_worker_stopped(self, name):
+        """(the client, whose stream waits for the worker that is stopped; the worker's pid)"""
+        process, worker = self.start("stream-client", name), self.pid()
         self.part.require(process.stdout.readline() == "ready\n", "no client is ready")
         os.kill(worker, signal.SIGSTOP)
         process.stdin.write("\n")
         process.stdin.flush()
         process.stdout.readline()
+        return process, worker
+
+    def kill_worker_before_it_answers(self):
+        """The stream waits for a worker that is stopped, and then dead."""
+        process, worker = self.start_with_worker_stopped("killed")
         time.sleep(0.3)
         os.kill(worker, signal.SIGKILL)
         began = time.monotonic()
@@ -145,12 +150,7 @@ class Scene:
 
 def daemon_that_stays_away(scene):
     """The last scene of a daemon: it and its worker are gone for longer than the client waits."""
-    process, worker = scene.start("stream-client", "gone"), scene.pid()
-    scene.part.require(process.stdout.readline() == "ready\n", "no client is ready")
-    os.kill(worker, signal.SIGSTOP)
-    process.stdin.write("\n")
-    process.stdin.flush()
-    process.stdout.readline()
+    process, worker = scene.start_with_worker_stopped("gone")
     scene.daemon.process.kill()
     scene.daemon.process.wait()
     with contextlib.suppress(ProcessLookupError):       # it may have gone with the daemon
