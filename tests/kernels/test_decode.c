@@ -81,6 +81,30 @@ static void many_keys(void **state)
         random_batches(maker, types, 200 + 1000 * types, 3);
 }
 
+/* Requests of four row blocks and many tiles, even and odd numbers of them: blocks that share what they fetch, where
+ * there are any, are handed from one request to the next in every phase. */
+static void many_rows_over_many_tiles(void **state)
+{
+    (void)state;
+    static const int32_t lengths[] = {64 * 9 + 5, 64 * 6, 64 * 4 + 63, 64 * 11};
+    enum { COUNT = sizeof lengths / sizeof lengths[0] };
+    for (uint32_t page_size = 16; page_size <= 64; page_size *= 4) {
+        struct maker maker = maker_seeded(400 + page_size);
+        struct mlak_batch shape = {.page_size = page_size};
+        mlak_batch_defaults(&shape);
+        shape.batch = COUNT;
+        shape.heads = MLAK_MAX_HEADS;
+        shape.q_rows = 2 * COUNT;
+        shape.max_pages = 64 * 11 / page_size;
+        shape.pages = COUNT * shape.max_pages;
+        shape.softmax_scale = 1 / 24.0;
+        shape.has_lse = true;
+        struct made *made = made_new(&maker, &shape, lengths, NULL);
+        test_device_assert_right(made, 0, "many rows over many tiles");
+        made_free(made);
+    }
+}
+
 /* Every K around tile edges, with the causal mask and without, because a lost mask hides at long K. */
 static void short_contexts(void **state)
 {
@@ -111,7 +135,8 @@ int main(int argc, char **argv)
     test_device_open(argc, argv);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_type_and_feature), cmocka_unit_test(many_heads),     cmocka_unit_test(many_tokens),
-        cmocka_unit_test(many_keys),              cmocka_unit_test(short_contexts),
+        cmocka_unit_test(many_keys),              cmocka_unit_test(many_rows_over_many_tiles),
+        cmocka_unit_test(short_contexts),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
     test_device_close();
