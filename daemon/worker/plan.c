@@ -188,23 +188,24 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
     void *first = buffer->pointer + wire->offset;
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */
     plan->buffers[tensor] = buffer;
+    plan->offsets[tensor] = wire->offset;
     mlad_buffer_ref(buffer);
     return MLAP_code_OK;
 }
 
+static bool share_a_byte(const struct mlad_plan *a, unsigned tensor_a, const struct mlad_plan *b, unsigned tensor_b)
+{
+    return a->buffers[tensor_a] && b->buffers[tensor_b] &&
+           mlad_buffer_overlap(a->buffers[tensor_a], a->offsets[tensor_a], mlak_extent(&a->batch, tensor_a),
+                               b->buffers[tensor_b], b->offsets[tensor_b], mlak_extent(&b->batch, tensor_b));
+}
+
 /* Does an output share a byte with another tensor? */
-static enum mlap_code check_overlap(const struct mlad_plan *plan, const struct place places[MLAK_T_COUNT],
-                                    struct mlap_fault *fault)
+static enum mlap_code check_overlap(const struct mlad_plan *plan, struct mlap_fault *fault)
 {
     for (unsigned output = MLAK_T_OUT; output <= MLAK_T_LSE; output++) {
-        if (!plan->buffers[output])
-            continue;
         for (unsigned other = 0; other < output; other++) {
-            if (!plan->buffers[other])
-                continue;
-            if (mlad_buffer_overlap(plan->buffers[output], places[output].wire->offset,
-                                    mlak_extent(&plan->batch, output), plan->buffers[other], places[other].wire->offset,
-                                    mlak_extent(&plan->batch, other)))
+            if (share_a_byte(plan, output, plan, other))
                 return FAIL_TENSOR(fault, MLAP_code_OVERLAP, output, "",
                                    "shares memory with %s; give outputs memory of their own", mlak_tensor_name(other));
         }
@@ -233,7 +234,7 @@ enum mlap_code mlad_plan_new(const struct mlap_batch *wire, uint32_t id, const s
             code = resolve(made, tensor, &places[tensor], buffers, fault);
     }
     if (code == MLAP_code_OK)
-        code = check_overlap(made, places, fault);
+        code = check_overlap(made, fault);
     if (code != MLAP_code_OK) {
         mlad_plan_unref(made);
         return code;
@@ -263,6 +264,17 @@ bool mlad_plan_names(const struct mlad_plan *plan, const struct mlad_buffer *buf
     for (unsigned tensor = 0; tensor < MLAK_T_COUNT; tensor++) {
         if (plan->buffers[tensor] == buffer)
             return true;
+    }
+    return false;
+}
+
+bool mlad_plan_depends(const struct mlad_plan *a, const struct mlad_plan *b)
+{
+    for (unsigned output = MLAK_T_OUT; output <= MLAK_T_LSE; output++) {
+        for (unsigned other = 0; other < MLAK_T_COUNT; other++) {
+            if (share_a_byte(a, output, b, other) || share_a_byte(b, output, a, other))
+                return true;
+        }
     }
     return false;
 }

@@ -15,6 +15,7 @@
 struct mlad_plan {
     struct mlak_batch batch;
     struct mlad_buffer *buffers[MLAK_T_COUNT]; /* NULL: the batch has no such tensor */
+    uint64_t offsets[MLAK_T_COUNT];            /* bytes, in those buffers */
     uint32_t id;                               /* 0: a DECODE's, used once */
     uint32_t refs;
 };
@@ -33,5 +34,8 @@ void mlad_plan_ref(struct mlad_plan *plan);
 void mlad_plan_unref(struct mlad_plan *plan);
 
 bool mlad_plan_names(const struct mlad_plan *plan, const struct mlad_buffer *buffer);
+
+/* Whether one writes what the other reads or writes, so that their decodes must run in order, not together. */
+bool mlad_plan_depends(const struct mlad_plan *a, const struct mlad_plan *b);
 
 #endif

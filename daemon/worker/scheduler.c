@@ -142,6 +142,20 @@ static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
     mlad_stats_running(scheduler->stats, ++scheduler->running);
 }
 
+/* Whether the decode has to see what an earlier one of its session, which is in the launch, leaves behind. */
+static bool depends(const struct mlad_scheduler *scheduler, const struct mlad_decode *decode)
+{
+    if (decode->queue->launch != scheduler->launches)
+        return false;
+    for (uint32_t i = 0; i < scheduler->n_slices; i++) {
+        const struct mlad_decode *earlier = scheduler->slices[i].decode;
+        if (earlier->queue == decode->queue &&
+            (earlier->plan == decode->plan || mlad_plan_depends(earlier->plan, decode->plan)))
+            return true;
+    }
+    return false;
+}
+
 /* Add the queue's next decode, or a slice of it if nothing else is in the launch, which has room. False: it does not go
  * with what is there already. */
 static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
@@ -153,7 +167,7 @@ static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
     bool first = scheduler->n_slices == 0;
     uint32_t left = batch->batch - decode->done, room = MLAD_SLICE_REQUESTS - scheduler->n_rows;
     uint64_t cost, estimate = 0;
-    if (decode->running || (left > room && !first))
+    if (decode->running || (left > room && !first) || depends(scheduler, decode))
         return false;
     *part = (struct mlak_part){.batch = batch, .first = decode->done, .rows = scheduler->rows + scheduler->n_rows};
     if (backend->launch_batches) {

@@ -1,8 +1,8 @@
 /* scheduler.h - which decodes run next, and running them.
  *
- * Each session has a queue; a queue's decodes run in the order they came, or together. One launch runs at a time.
- * Whatever comes meanwhile waits, and the next launch takes of it what can run together, from all queues: no decode
- * waits for company. A launch that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which
+ * Each session has a queue; a queue's decodes run in the order they came, or together where none writes what another
+ * reads or writes. One launch runs at a time. Whatever comes meanwhile waits, and the next launch takes of it what can
+ * run together, from all queues: no decode waits for company. A launch that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which
  * spares two wake-ups; any other on the launch thread, as do all of a device that prepares batches itself (a GPU).
  *
  * Who goes first, when not all fit: deficit round robin on KV tokens. A queue pays for the keys of its decodes and may

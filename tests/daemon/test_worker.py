@@ -348,7 +348,7 @@ def flood_does_not_starve_others():
 def busy(worker):
     """A session with a plan that takes long enough for others to submit theirs meanwhile."""
     session = worker.attach(client="busy")
-    (Case(B=32, H=128, K=4096) if DEVICE == "cpu" else slow(0.1)).register(session).plan(session)
+    slow(0.1, device=DEVICE, heads=128 if DEVICE == "cpu" else 8).register(session).plan(session)
     return session
 
 
@@ -384,6 +384,38 @@ def clients_share_launches():
         together = worker.report()
         parts, launches = (together[name] - alone[name] for name in ("launched_parts", "launches"))
         assert parts >= rounds * 9 and parts > 1.5 * launches, (parts, launches)
+
+
+def dependent_decodes_run_in_order():
+    """What one decode leaves behind is what the session's next one finds, however many wait."""
+    with start() as worker:
+        blocker = busy(worker)
+        session, first, second = worker.attach(), Case(B=3, H=4, K=200), Case(B=3, H=4, K=190)
+        first.register(session).plan(session, 1)
+        second.q[:] = 0x3D00
+        session.register(3, second.inputs.fd, second.inputs.size, access="read")
+        session.register(4, second.outputs.fd, second.outputs.size)
+        inputs = {name: dict(value, buffer=3) for name, value in second.batch.items()
+                  if isinstance(value, dict) and value["buffer"] == 1}
+        outputs = {name: dict(second.batch[name], buffer=4) for name in ("out", "lse")}
+        session.ask("PLAN", dict(plan=2, batch=dict(second.batch, **inputs)))               # writes where plan 1 does
+        session.ask("PLAN", dict(plan=3, batch=dict(second.batch, **inputs, **outputs)))    # has memory of its own
+        expected = []
+        for plan, case in ((1, first), (2, first), (3, second)):
+            done(session, submit(session, plan))
+            expected.append(case.out.copy())
+        assert np.array_equal(expected[1], expected[2]) and not np.array_equal(expected[0], expected[1])
+        for plans, wanted, most in (((1, 2, 1, 2), 1, 1), ((2, 1, 2, 1), 0, 1), ((2, 2, 1, 1), 0, 1), ((1, 3, 1, 3), 0, 2)):
+            before = worker.report()
+            last = submit(blocker)
+            sent = [submit(session, plan) for plan in plans]
+            for sequence in sent:
+                assert done(session, sequence)["failed"] == 0
+            done(blocker, last)
+            assert np.array_equal(first.out, expected[wanted]), plans
+            after = worker.report()
+            launches = after["launches"] - before["launches"]
+            assert launches == 1 + len(plans) // most, (plans, launches)
 
 
 def clients_that_die_in_company_harm_nobody():

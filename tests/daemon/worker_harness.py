@@ -296,17 +296,17 @@ def start(**named):
 
 
 @functools.cache
-def keys_per_second():
-    """How many keys the reference device does for one head of one token; a sanitizer makes it 50 times fewer."""
-    with start(device="reference") as worker:
+def keys_per_second(device, heads):
+    """How many keys of one head of one token a device does; a sanitizer makes it 50 times fewer."""
+    with start(device=device) as worker:
         session = worker.attach()
-        Case(B=4, H=8, K=128).register(session).plan(session)
-        return 4 * 8 * 128 / min(done(session, submit(session))["kernel_ns"] / 1e9 for _ in range(3))
+        Case(B=4, H=heads, K=128).register(session).plan(session)
+        return 4 * heads * 128 / min(done(session, submit(session))["kernel_ns"] / 1e9 for _ in range(3))
 
 
-def slow(seconds=0.15, B=16):
-    """A batch that keeps the reference device busy for about that long, so that messages arrive meanwhile."""
-    return Case(B=B, H=8, K=max(1, int(seconds * keys_per_second() / B / 8)))
+def slow(seconds=0.15, B=16, device="reference", heads=8):
+    """A batch that keeps the device busy for about that long, so that messages arrive meanwhile."""
+    return Case(B=B, H=heads, K=max(1, int(seconds * keys_per_second(device, heads) / B / heads)))
 
 
 def submit(session, plan=1):
