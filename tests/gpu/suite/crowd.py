@@ -156,7 +156,9 @@ class Crowd:
 
 
 def spread(values):
-    return {"median": statistics.median(values), "least": min(values), "most": max(values), "all": list(values)}
+    """Of one value a turn."""
+    return {"median": round(statistics.median(values), 4), "least": round(min(values), 4),
+            "most": round(max(values), 4), "all": [round(value, 4) for value in values]}
 
 
 def together(answers):
@@ -165,5 +167,12 @@ def together(answers):
 
 
 def latencies(turns, *names):
-    """Over the turns of a group of one, the spread of each percentile, in microseconds."""
-    return {name: spread([answers[0][name] for answers in turns]) for name in names if name in turns[0][0]}
+    """Over the turns of a group of one, the spread of each percentile, in microseconds. A turn without a decode has
+    none."""
+    return {name: spread([answers[0][name] for answers in turns if name in answers[0]]) for name in names}
+
+
+def require_decodes(part, what, turns):
+    """Every tenant of a group had some in all its turns together."""
+    for i in range(len(turns[0])):
+        part.require(sum(answers[i]["decodes"] for answers in turns), f"{what}: tenant {i} got nothing")

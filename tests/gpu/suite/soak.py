@@ -40,8 +40,9 @@ def decibels(bits, wanted):
     return float(10 * np.log10(np.sum(want ** 2) / noise)) if noise else 999.0
 
 
-def expectations(part, daemon, environment, folder):
-    """Files of the bits that each variant has to have: what a client alone gets, near what `reference` gets."""
+def expectations(part, daemon, environment, folder, wanted):
+    """Files of the bits that each variant has to have: what a client alone gets, near what `reference` gets, which is
+    in `wanted` from then on; and the worst of them in decibels."""
     def decode(variant, device, path):
         given = client_environment(part, daemon, MLAD_DEVICE=device, **environment)
         done = subprocess.run([str(part.tree.program("soak-client")), "expect", str(variant), str(path)], env=given,
@@ -50,8 +51,9 @@ def expectations(part, daemon, environment, folder):
         return path.read_bytes()
 
     paths = [folder / f"variant-{i}" for i in range(VARIANTS)]
-    worst = min(decibels(decode(i, daemon.devices[-1], path), decode(i, "reference", folder / "reference"))
-                for i, path in enumerate(paths))
+    for i in range(VARIANTS):
+        wanted[i] = wanted.get(i) or decode(i, "reference", folder / "reference")
+    worst = min(decibels(decode(i, daemon.devices[-1], path), wanted[i]) for i, path in enumerate(paths))
     part.require(worst >= LEAST_DB, f"a client alone is within {worst:.1f} dB of `reference` only")
     return paths, worst
 
@@ -86,7 +88,7 @@ class Life:
 class Soak:
     """`kill`: clients are killed too; else all leave when they are asked to."""
 
-    def __init__(self, part, name, daemon, environment, folder, kill):
+    def __init__(self, part, name, daemon, environment, folder, wanted, kill):
         self.part, self.name, self.daemon, self.kill = part, name, daemon, kill
         self.environment = dict(environment)
         self.folder = Path(folder)
@@ -95,7 +97,7 @@ class Soak:
         with open(self.slots_path, "r+b") as file:
             self.slots = mmap.mmap(file.fileno(), SLOTS * SLOT.size)
         self.given = client_environment(part, daemon, MLAD_DEVICE=daemon.devices[-1], **self.environment)
-        self.expected, self.decibels = expectations(part, daemon, environment, self.folder)
+        self.expected, self.decibels = expectations(part, daemon, environment, self.folder, wanted)
         self.alive, self.leaving, self.lives, self.killed, self.left = [], [], 0, 0, 0
         self.samples, self.gpu_samples, self.hung = [], [], 0
 
@@ -268,10 +270,10 @@ def nothing_held(part, name, daemon):
     return left
 
 
-def soak_in(part, name, daemon, environment, clients, seconds, kill):
+def soak_in(part, name, daemon, environment, wanted, clients, seconds, kill):
     """Clients for so long in one setting."""
     with tempfile.TemporaryDirectory(prefix="mlad-soak-") as folder:
-        soak = Soak(part, name, daemon, environment, folder, kill)
+        soak = Soak(part, name, daemon, environment, folder, wanted, kill)
         before, restarts = idle_gpu(part, daemon), daemon.status()["restarts"]
         begun = time.monotonic()
         figures = part.figures[name] = {"clients": clients, "seconds": seconds, "worst_db": round(soak.decibels, 1)}
@@ -301,14 +303,14 @@ def soak(part: Part):
     if not part.tree.program("soak-client").exists():
         raise Skip("this build has no soak-client")
     random.seed(1)
-    given = part.options
+    given, wanted = part.options, {}
 
     def plain(name, daemon, environment):
-        soak_in(part, name, daemon, environment, given.get("soak_clients") or CLIENTS,
+        soak_in(part, name, daemon, environment, wanted, given.get("soak_clients") or CLIENTS,
                 given.get("soak_seconds") or SECONDS, True)
 
     def quiet(name, daemon, environment):
-        soak_in(part, name, daemon, environment, given.get("soak_mps_clients") or MPS_CLIENTS,
+        soak_in(part, name, daemon, environment, wanted, given.get("soak_mps_clients") or MPS_CLIENTS,
                 given.get("soak_mps_seconds") or MPS_SECONDS, False)
     without_mps(part, part.device, plain, OPTIONS, ["reference"])
     under_mps(part, part.device, quiet, OPTIONS, ["reference"])
