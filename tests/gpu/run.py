@@ -26,7 +26,7 @@ PARTS = {
     "python": ("frontends", 90), "hostile": ("hostile", 120), "kills": ("kills", 120), "uids": ("sharing", 60),
     "placement": ("placement", 90), "fault": ("fault", 40), "two_gpus": ("sharing", 60), "stream": ("streams", 300),
     "bench": ("programs", 180), "sanitizer": ("programs", 120),
-    "tenants": ("tenants", 240), "beside": ("tenants", 120), "engines": ("tenants", 180), "soak": ("soak", 580),
+    "tenants": ("tenants", 240), "beside": ("tenants", 120), "engines": ("tenants", 240), "soak": ("soak", 580),
 }
 KILLS_WORKERS = {"kills"}       # the only part that may leave another worker behind
 
@@ -73,7 +73,7 @@ def parse():
         parser.add_argument(f"--{name}", type=int, help=f"{what}; fewer for a trial")
     parser.add_argument("--peer-library", help="tenants: a library to tests/bench/kernels/peer.h, to compare with")
     parser.add_argument("--load-seconds", type=float, help="of each turn of tenants, beside and engines; 1")
-    parser.add_argument("--small", action="store_true", help="tenants, beside, engines: few, and small shapes, for a trial")
+    parser.add_argument("--small", action="store_true", help="few small tenants in tenants, beside, engines: a trial")
     parser.add_argument("--run-part", help=argparse.SUPPRESS)      # the child's: a file that says what to run
     return parser.parse_args()
 

@@ -41,7 +41,8 @@ with tempfile.TemporaryDirectory() as folder:
     assert set(report["skipped"]) == {"two_gpus"} and not report["parts"]["two_gpus"]["ok"], report
     assert run(*command, "--only", "nonsense", code=1) == ""
     if with_gpu:
-        print(run(*command, "--device", DEVICE, "--only", "beside", "--small", "--load-seconds", 0.2, "--out", out), end="")
+        print(run(*command, "--device", DEVICE, "--only", "beside", "--small", "--load-seconds", 0.2, "--out", out),
+              end="")
         shape = ["--only", "B=1,H=16,q=1,K=512", "--sets", "uniform", "--pairs", 1, "--limit-seconds", 1]
         print(run(sys.executable, moved / "tests/bench/kernels/compare.py", "--device", DEVICE, *shape,
                   "--cold-mb", 0.1, "--ceilings", "3000,790"), end="")

@@ -1,5 +1,6 @@
-"""The parts `tenants`, `beside`, `engines` and `soak` over the fake driver with two GPUs: what they measure is there, in
-both settings, and what is wrong fails them. MPS's control daemon is a stand-in; where it is used, the driver says so.
+"""The parts `tenants`, `beside`, `engines` and `soak` over the fake driver with two GPUs: what they measure is there,
+in both settings, and what is wrong fails them. MPS's control daemon is a stand-in; where it is used, the driver says
+so.
 
 usage: test_tenants.py BUILD"""
 import json

@@ -23,10 +23,12 @@ READY, LEFT = 1, 2
 LEAST_DB = 50                   # of what `reference` computes
 CLIENTS, SECONDS, MPS_CLIENTS, MPS_SECONDS = 64, 60, 32, 30
 LIFE_SECONDS = 16               # of a client on average; a quarter of the whole, if that is less
-QUIET_SECONDS = 60              # without a result, or until it is ready, or until it has gone: it hangs
+QUIET_SECONDS = 60              # without a result (twice that for the first one), or until it has gone: it hangs
+END_SECONDS = 30                # for clients to start and to go
 PAUSE, SAMPLE_SECONDS, GPU_SAMPLE_SECONDS = 0.02, 1.0, 5.0
-# What the last minute may hold more than the first (of a short run, the quarters): a share, and bytes of its own of each
-# of the daemon's processes, descriptors, and bytes of the GPU, which are mostly the clients' contexts.
+MOST_UNTOLD = 16                # clients that end by themselves or hang; then it is enough
+# What the last minute may hold more than the first (of a short run, the quarters): a share, and bytes of its own of
+# each of the daemon's processes, descriptors, and bytes of the GPU, which are mostly the clients' contexts.
 GROWTH, OWN_BYTES, FDS, GPU_BYTES = 1.1, 16 << 20, 32, 512 << 20
 IDLE_GPU_BYTES = 64 << 20       # of the GPU when all have gone, more than before they came
 OPTIONS = ("max_sessions=1024", "max_connections_per_user=512", "max_in_flight=4096")
@@ -41,8 +43,8 @@ def decibels(bits, wanted):
 
 
 def expectations(part, daemon, environment, folder, wanted):
-    """Files of the bits that each variant has to have: what a client alone gets, near what `reference` gets, which is
-    in `wanted` from then on; and the worst of them in decibels."""
+    """Files of the bits that each variant has to have: what a client alone gets; and how near they are, in decibels, to
+    what `reference` gets, which is in `wanted` from then on."""
     def decode(variant, device, path):
         given = client_environment(part, daemon, MLAD_DEVICE=device, **environment)
         done = subprocess.run([str(part.tree.program("soak-client")), "expect", str(variant), str(path)], env=given,
@@ -73,7 +75,7 @@ class Life:
 
     def __init__(self, soak, index):
         self.index, self.errors, self.begun = index, soak.folder / f"errors-{index}", time.monotonic()
-        self.seen, self.decodes, self.state = self.begun, 0, 0
+        self.seen, self.decodes, self.state, self.killed = self.begun, 0, 0, False
         variant = index % VARIANTS
         words = [soak.part.tree.program("soak-client"), "loop", variant, soak.expected[variant], soak.slots_path, index]
         words += ["all"] if index // VARIANTS % 4 == 3 else []
@@ -99,7 +101,7 @@ class Soak:
         self.given = client_environment(part, daemon, MLAD_DEVICE=daemon.devices[-1], **self.environment)
         self.expected, self.decibels = expectations(part, daemon, environment, self.folder, wanted)
         self.alive, self.leaving, self.lives, self.killed, self.left = [], [], 0, 0, 0
-        self.samples, self.gpu_samples, self.hung = [], [], 0
+        self.samples, self.gpu_samples, self.hung, self.untold = [], [], 0, 0
 
     def slot(self, index):
         state, *counts, text = SLOT.unpack_from(self.slots, index * SLOT.size)
@@ -116,53 +118,52 @@ class Soak:
             return False
         life = random.choice(ready)
         self.alive.remove(life)
-        if self.kill and random.random() < 0.5:
-            life.process.kill()
-            life.process.wait()
-            self.killed += 1
-            self.forget(life)
-        else:
-            self.ask(life)
+        self.send_off(life, self.kill and random.random() < 0.5)
         return True
 
-    def ask(self, life):
-        life.process.send_signal(signal.SIGTERM)
-        life.seen = time.monotonic()
+    def send_off(self, life, kill):
+        life.killed, life.seen = kill, time.monotonic()
+        life.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         self.leaving.append(life)
-
-    def forget(self, life):
-        """It has gone: what its account says to the end."""
-        _, counts, text = self.slot(life.index)
-        self.part.check(counts["wrong"] == 0 and counts["lost"] == 0 and counts["errors"] == 0,
-                        f"{self.name}, client {life.index}: {counts}: {text or life.said()}")
-        life.errors.unlink(missing_ok=True)
 
     def look(self):
         """Who has ended, and who hangs."""
         now = time.monotonic()
+        if self.untold + self.hung > MOST_UNTOLD:
+            raise Failed(f"{self.name}: {self.untold} clients ended by themselves, {self.hung} hang")
         for life in list(self.alive):
             life.state, counts, _ = self.slot(life.index)
             if counts["decodes"] != life.decodes:
                 life.decodes, life.seen = counts["decodes"], now
             if life.process.poll() is not None:
                 self.alive.remove(life)
+                self.untold += 1
                 self.part.check(False, f"{self.name}, client {life.index} ended with {life.process.returncode}: "
                                 f"{self.slot(life.index)[1:]} {life.said()}")
                 self.start()
-            elif now - life.seen > QUIET_SECONDS:
+            elif now - life.seen > QUIET_SECONDS * (1 if life.decodes else 2):
                 self.alive.remove(life)
                 self.hang(life, "has no results")
                 self.start()
         for life in list(self.leaving):
             if life.process.poll() is not None:
                 self.leaving.remove(life)
-                self.left += 1
-                self.part.check(life.process.returncode == 0 and self.slot(life.index)[0] == LEFT,
-                                f"{self.name}, client {life.index} left with {life.process.returncode}: {life.said()}")
-                self.forget(life)
+                self.gone(life)
             elif now - life.seen > QUIET_SECONDS:
                 self.leaving.remove(life)
-                self.hang(life, "does not leave")
+                self.hang(life, "does not go")
+
+    def gone(self, life):
+        """It has ended; as it was told to?"""
+        state, counts, text = self.slot(life.index)
+        code = life.process.returncode
+        self.killed += life.killed
+        self.left += not life.killed
+        self.part.check(code == -signal.SIGKILL if life.killed else code == 0 and state == LEFT,
+                        f"{self.name}, client {life.index} ended with {code}: {life.said()}")
+        self.part.check(not counts["wrong"] and not counts["lost"] and not counts["errors"],
+                        f"{self.name}, client {life.index}: {counts}: {text or life.said()}")
+        life.errors.unlink(missing_ok=True)
 
     def hang(self, life, why):
         self.hung += 1
@@ -181,7 +182,7 @@ class Soak:
         life_seconds = min(LIFE_SECONDS, seconds / 4)
         for _ in range(clients):
             self.start()
-        wait_for(f"{clients} clients at work", QUIET_SECONDS + clients,
+        wait_for(f"{clients} clients at work", 2 * QUIET_SECONDS,
                  lambda: self.look() or all(life.decodes for life in self.alive))
         begun = time.monotonic()
         next_end, next_sample, next_gpu = begun, begun, begun
@@ -203,7 +204,7 @@ class Soak:
 
     def stop(self):
         for life in self.alive:
-            self.ask(life)
+            self.send_off(life, False)
         self.alive = []
         while self.leaving:
             self.look()
@@ -281,7 +282,8 @@ def soak_in(part, name, daemon, environment, wanted, clients, seconds, kill):
             soak.run(clients, seconds)
         finally:
             soak.abandon()
-            figures.update(lives=soak.lives, killed=soak.killed, left=soak.left, hung=soak.hung, **soak.totals(),
+            figures.update(lives=soak.lives, killed=soak.killed, left=soak.left, hung=soak.hung,
+                           ended_by_themselves=soak.untold, **soak.totals(),
                            took=round(time.monotonic() - begun, 1))
         figures["flat"] = check_flat(part, name, soak, seconds)
         figures["held_after"] = nothing_held(part, name, daemon)
@@ -305,12 +307,20 @@ def soak(part: Part):
     random.seed(1)
     given, wanted = part.options, {}
 
+    def number(key, default):
+        return default if given.get(key) is None else given[key]
+
     def plain(name, daemon, environment):
-        soak_in(part, name, daemon, environment, wanted, given.get("soak_clients") or CLIENTS,
-                given.get("soak_seconds") or SECONDS, True)
+        soak_in(part, name, daemon, environment, wanted, number("soak_clients", CLIENTS),
+                number("soak_seconds", SECONDS), True)
 
     def quiet(name, daemon, environment):
-        soak_in(part, name, daemon, environment, wanted, given.get("soak_mps_clients") or MPS_CLIENTS,
-                given.get("soak_mps_seconds") or MPS_SECONDS, False)
-    without_mps(part, part.device, plain, OPTIONS, ["reference"])
-    under_mps(part, part.device, quiet, OPTIONS, ["reference"])
+        seconds = min(number("soak_mps_seconds", MPS_SECONDS), part.left - END_SECONDS)
+        if seconds < 1:
+            part.not_run(name, f"{part.left:.0f} s are left")
+            return
+        soak_in(part, name, daemon, environment, wanted, number("soak_mps_clients", MPS_CLIENTS), seconds, False)
+    if number("soak_seconds", SECONDS):
+        without_mps(part, part.device, plain, OPTIONS, ["reference"])
+    if number("soak_mps_seconds", MPS_SECONDS):
+        under_mps(part, part.device, quiet, OPTIONS, ["reference"])

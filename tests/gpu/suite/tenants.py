@@ -8,8 +8,9 @@ import numpy as np
 from .crowd import Crowd, latencies, require_decodes, settings, spread, together, under_mps, without_mps
 from .part import Part, Skip
 
-TENANTS, ROUNDS, TURN_SECONDS = 8, 5, 1.0
+TENANTS, ROUNDS, ENGINE_ROUNDS, TURN_SECONDS = 8, 5, 3, 1.0
 SMALL_TENANTS, SMALL_ROUNDS = 3, 2
+START_SECONDS = 20      # for tenants to start and to leave
 # batch, heads, q_len, keys; those of --small are for an emulated GPU
 SHAPES = {"tenants": ((1, 16, 4, 4096), (4, 16, 4, 4096)), "beside": ((1, 16, 4, 4096), (64, 16, 4, 8192)),
           "engines": ((16, 16, 1, 1024), (1, 16, 4, 4096), (64, 16, 1, 4096))}
@@ -26,7 +27,15 @@ def shapes(part):
 
 
 def rounds_of(part):
-    return SMALL_ROUNDS if part.options.get("small") else ROUNDS
+    return SMALL_ROUNDS if part.options.get("small") else ENGINE_ROUNDS if part.name == "engines" else ROUNDS
+
+
+def has_time(part, what, turns):
+    """For so many turns, and for tenants to start and leave."""
+    if part.left > START_SECONDS + turns * seconds(part):
+        return True
+    part.not_run(what, f"{part.left:.0f} s are left; give it more by --limit {part.name}=SECONDS")
+    return False
 
 
 def seconds(part):
@@ -86,6 +95,8 @@ def compare_tenants(part, name, daemon, environment):
     count = SMALL_TENANTS if part.options.get("small") else TENANTS
     for shape in shapes(part):
         what = f"{name}, {named(shape)}"
+        if not has_time(part, what, 4 * rounds_of(part)):
+            break
         with Crowd(part, daemon, environment, cold_bytes(part)) as crowd:
             crowd.add("daemon", count, "daemon", shape, depth=2)
             crowd.add("daemon, one at a time", count, "daemon", shape)
@@ -167,6 +178,8 @@ def compare_engines(part, name, daemon, environment, engines):
     layers = SMALL_LAYERS if part.options.get("small") else LAYERS
     for shape in shapes(part):
         for order, depth in (("host", 1), ("stream", layers)):
+            if not has_time(part, f"{name}, {named(shape)}, {order} order", 3 * rounds_of(part)):
+                return
             with Crowd(part, daemon, environment, cold_bytes(part)) as crowd:
                 for i, gpu in enumerate(engines):
                     crowd.add(f"engine {i}", 1, "daemon" if order == "host" else order, shape, depth, gpu)
