@@ -1,5 +1,6 @@
 """Tenants that wait until they are told to work (load_client.c), so that ways to share a GPU are measured in turn; and
 the two settings of one GPU in which they do."""
+import contextlib
 import json
 import os
 import shutil
@@ -82,12 +83,13 @@ class Tenant:
         return json.loads(line)
 
     def leave(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
 
-    def gone(self):
+    def gone(self, seconds):
         """Its exit status; of one that does not go, "hung"."""
         try:
-            return self.process.wait(30)
+            return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -109,7 +111,8 @@ class Crowd:
     def __exit__(self, *failure):
         for tenant in self.tenants:
             tenant.leave()
-        codes = {f"{tenant.name}: {tenant.gone()}" for tenant in self.tenants}
+        patience = 30 if failure[0] is None else 1     # those who wait for one that has died wait on
+        codes = {f"{tenant.name}: {tenant.gone(patience)}" for tenant in self.tenants}
         for tenant in self.tenants:
             tenant.process.stdout.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -29,7 +29,7 @@ PAUSE, SAMPLE_SECONDS, GPU_SAMPLE_SECONDS = 0.02, 1.0, 5.0
 MOST_UNTOLD = 16                # clients that end by themselves or hang; then it is enough
 # What the last minute may hold more than the first (of a short run, the quarters): a share, and bytes of its own of
 # each of the daemon's processes, descriptors, and bytes of the GPU, which are mostly the clients' contexts.
-GROWTH, OWN_BYTES, FDS, GPU_BYTES = 1.1, 16 << 20, 32, 512 << 20
+GROWTH, DAEMON_BYTES, WORKER_BYTES, FDS, GPU_BYTES = 1.1, 1 << 20, 16 << 20, 32, 512 << 20
 IDLE_GPU_BYTES = 64 << 20       # of the GPU when all have gone, more than before they came
 OPTIONS = ("max_sessions=1024", "max_connections_per_user=512", "max_in_flight=4096")
 
@@ -234,7 +234,7 @@ def window(samples, key, begin, end):
 def check_flat(part, name, soak, seconds):
     """What is held in the last minute beside what was held in the first."""
     share, found = min(60.0, seconds / 4), {}
-    rooms = {"daemon_bytes": OWN_BYTES, "worker_bytes": OWN_BYTES, "daemon_fds": FDS, "worker_fds": FDS}
+    rooms = {"daemon_bytes": DAEMON_BYTES, "worker_bytes": WORKER_BYTES, "daemon_fds": FDS, "worker_fds": FDS}
     for samples, rooms in ((soak.samples, rooms), (soak.gpu_samples, {"gpu_bytes": GPU_BYTES})):
         for key, room in rooms.items():
             first, last = window(samples, key, 0, share), window(samples, key, seconds - share, seconds + 60)
