@@ -181,7 +181,7 @@ __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
     await_kernel_before();
     let_next_kernel_start();
     struct mlak_cuda_walk walk = job->starts[blockIdx.x].walk;
-    while (schedule_next(job, &walk, &s.item)) {
+    while (schedule_next(job, job->requests, &walk, &s.item)) {
         split_item<TYPES, GROUPS>(&s, stages);
         copy_wait<0>();  /* an item that was abandoned had copies under way */
         __syncthreads(); /* shared memory is the next item's */

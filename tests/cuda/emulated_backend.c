@@ -160,7 +160,7 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
 
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     char name[64];
-    run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, 1, MLAK_CUDA_PREPARE_SHARED, &job);
+    run("mlak_cuda_prepare", 1, mlak_cuda_prepare_threads(&job), 1, MLAK_CUDA_PREPARE_SHARED, &job);
     run(split_kernel(&job, name), job.grid, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
         device->shared, &job);
     run("mlak_cuda_combine", job.grid, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);

@@ -9,6 +9,7 @@
 
 #define __device__
 #define __host__
+#define MLAK_CALLED static
 #define MLAK_KERNEL(name, threads, parameter) extern "C" void name(const parameter)
 
 struct uint2 {
