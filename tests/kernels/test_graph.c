@@ -11,7 +11,7 @@
 
 #include <cmocka.h>
 
-enum { B = 4, PAGES = 16, KEYS = PAGES * 16, REPLAYS = 24 };
+enum { B = 4, PAGES = 16, KEYS = PAGES * 16, REPLAYS = 9 };
 
 /* heads * q_len: up to 16, and above, where a device may use other kernels; of deterministic ones the heads alone. */
 static const struct kind {

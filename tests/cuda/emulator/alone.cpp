@@ -1,4 +1,5 @@
-/* alone.cpp - kernels of one block that wait for other processes: each runs on its caller's thread, as one thread. */
+/* alone.cpp - kernels of one block that wait for other processes: each runs on its caller's thread, as one thread, and
+ * sanitizers may watch it; and publish, by which they know of the other kernels' order with the host. */
 #include "emulator.h"
 
 #include <cstddef>
@@ -8,6 +9,11 @@
 #define MLAC_EMULATE
 #include "mlac_gates.cu"
 #include "mlak_order.cu"
+
+void publish(uint64_t *pointer, uint64_t value)
+{
+    __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
+}
 
 #define KERNELS(K)                                                                                                     \
     K(mlak_cuda_gate, mlak_cuda_order) K(mlak_cuda_signal, mlak_cuda_order) K(mlac_arm, mlac_gate)                     \

@@ -114,10 +114,8 @@ template <typename T> static inline T read_once(const T *pointer)
 {
     return *(const volatile T *)pointer;
 }
-static inline void publish(uint64_t *pointer, uint64_t value)
-{
-    __atomic_store_n(pointer, value, __ATOMIC_RELEASE);
-}
+/* alone.cpp: the sanitizers see it, and so know that all before it is over for who has seen the word. */
+void publish(uint64_t *pointer, uint64_t value);
 static inline void write_for_host(uint64_t *pointer, uint64_t value)
 {
     __atomic_store_n(pointer, value, __ATOMIC_RELAXED);

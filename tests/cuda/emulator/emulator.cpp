@@ -353,43 +353,45 @@ struct product {
     uint32_t b[2];
 };
 
-static void multiply_all(product *const *all, float (*decode)(uint16_t))
+template <float (*DECODE)(uint16_t)> static void multiply_all(product *const *all)
 {
-    float a[16][16], b[16][8];
-    for (uint32_t l = 0; l < WARP; l++)
-        for (uint32_t i = 0; i < 4; i++)
-            for (uint32_t half = 0; half < 2; half++) {
-                uint32_t row = l / 4 + i % 2 * 8, column = l % 4 * 2 + i / 2 * 8 + half;
-                a[row][column] = decode((uint16_t)(all[l]->a[i] >> (16 * half)));
-                if (i < 2)
-                    b[l % 4 * 2 + i * 8 + half][l / 4] = decode((uint16_t)(all[l]->b[i] >> (16 * half)));
-            }
+    float a[16][16], b[16][8], c[16][8];
     for (uint32_t l = 0; l < WARP; l++)
         for (uint32_t i = 0; i < 4; i++) {
-            uint32_t row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
-            float sum = all[l]->c[i];
-            for (uint32_t k = 0; k < 16; k++)
-                sum += a[row][k] * b[k][column];
-            all[l]->c[i] = sum;
+            for (uint32_t half = 0; half < 2; half++) {
+                uint32_t row = l / 4 + i % 2 * 8, column = l % 4 * 2 + i / 2 * 8 + half;
+                a[row][column] = DECODE((uint16_t)(all[l]->a[i] >> (16 * half)));
+                if (i < 2)
+                    b[l % 4 * 2 + i * 8 + half][l / 4] = DECODE((uint16_t)(all[l]->b[i] >> (16 * half)));
+            }
+            c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2] = all[l]->c[i];
         }
+    for (uint32_t row = 0; row < 16; row++)
+        for (uint32_t k = 0; k < 16; k++)
+            for (uint32_t column = 0; column < 8; column++)
+                c[row][column] += a[row][k] * b[k][column];
+    for (uint32_t l = 0; l < WARP; l++)
+        for (uint32_t i = 0; i < 4; i++)
+            all[l]->c[i] = c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
 
-static void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, float (*decode)(uint16_t))
+template <float (*DECODE)(uint16_t)>
+static void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
     product own = {c, a, {b0, b1}};
     if (!meet(warp(), lane(), &own))
         return;
-    multiply_all((product *const *)warp()->arguments, decode);
+    multiply_all<DECODE>((product *const *)warp()->arguments);
     leave(warp());
 }
 
 void multiply_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
-    multiply(c, a, b0, b1, mlak_bf16_to_float);
+    multiply<mlak_bf16_to_float>(c, a, b0, b1);
 }
 void multiply_fp16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
-    multiply(c, a, b0, b1, mlak_fp16_to_float);
+    multiply<mlak_fp16_to_float>(c, a, b0, b1);
 }
 uint32_t pack_bf16(float low, float high)
 {

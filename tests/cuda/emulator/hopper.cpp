@@ -354,16 +354,16 @@ static void operand_of_registers(fiber *group, size_t n, float a[64][16])
 }
 
 /* The n-th product of all threads of the warpgroup; 16 summed over. */
-static void product_compute(fiber *group, size_t n)
+template <uint32_t COLUMNS, bool FP16> static void product_compute(fiber *group, size_t n)
 {
-    static float a[64][16], b[16][256], c[64][256];
+    static float a[64][16], b[16][COLUMNS], c[64][COLUMNS];
     const group_product *product = &group->products[n];
     for (uint32_t k = 0; k < 16; k++) {
         for (uint32_t row = 0; row < 64 && !product->own; row++)
-            a[row][k] = operand_value(product->a, row, k, product->fp16);
-        for (uint32_t column = 0; column < product->columns; column++)
-            b[k][column] = product->columns == 64 ? operand_value(product->b, column, k, product->fp16)
-                                                  : operand_value(product->b, k, column, product->fp16);
+            a[row][k] = operand_value(product->a, row, k, FP16);
+        for (uint32_t column = 0; column < COLUMNS; column++)
+            b[k][column] = COLUMNS == 64 ? operand_value(product->b, column, k, FP16)
+                                         : operand_value(product->b, k, column, FP16);
     }
     if (product->own)
         operand_of_registers(group, n, a);
@@ -374,13 +374,20 @@ static void product_compute(fiber *group, size_t n)
     }
     for (uint32_t row = 0; row < 64; row++)
         for (uint32_t k = 0; k < 16; k++)
-            for (uint32_t column = 0; column < product->columns; column++)
+            for (uint32_t column = 0; column < COLUMNS; column++)
                 c[row][column] += a[row][k] * b[k][column];
     for (uint32_t t = 0; t < WARPGROUP; t++) {
         accumulators *own = accumulators_of(&group[t], group[t].products[n].c);
         for (uint32_t i = 0; i < own->count; i++)
             own->values[i] = c[row_of(t, i)][column_of(t, i)];
     }
+}
+
+static void (*product_of(const fiber *group, size_t n))(fiber *group, size_t n)
+{
+    bool narrow = group->products[n].columns == 64, fp16 = group->products[n].fp16;
+    return narrow ? fp16 ? product_compute<64, true> : product_compute<64, false>
+                  : fp16 ? product_compute<256, true> : product_compute<256, false>;
 }
 
 /* The thread's first `computed` products are over: the accumulators that no other one is at work on are its own. */
@@ -435,7 +442,7 @@ void emulated_products_wait(uint32_t pending)
             fault("threads of a warpgroup differ about its products");
     for (; computed < group->products.size() && group->products[computed].group + pending < group->product_groups;
          computed++)
-        product_compute(group, computed);
+        product_of(group, computed)(group, computed);
     for (uint32_t t = 0; t < WARPGROUP; t++)
         products_return(&group[t], computed);
     leave(meeting);

@@ -61,10 +61,13 @@ static void run_op(struct op *op)
     if (slow) usleep(slow * 1000);
     if (fake_sticky() && op->kind != OP_EVENT && op->kind != OP_CALL) return;
     switch (op->kind) {
-    case OP_COPY: memmove(op->to, op->from, op->n); break;
+    case OP_COPY: /* kernels may be looking at a word */
+        if (op->n == 4) __atomic_store_n((int *)op->to, *(const int *)op->from, __ATOMIC_RELAXED);
+        else memmove(op->to, op->from, op->n);
+        break;
     case OP_SET: memset(op->to, op->value, op->n); break;
     case OP_SET_WORDS:
-        for (size_t i = 0; i < op->n; i++) ((volatile int *)op->to)[i] = op->value;
+        for (size_t i = 0; i < op->n; i++) __atomic_store_n((int *)op->to + i, op->value, __ATOMIC_RELAXED);
         break;
     case OP_CALL: op->call(op->to); break;
     case OP_EVENT: clock_gettime(CLOCK_MONOTONIC, &op->event->at); break;
