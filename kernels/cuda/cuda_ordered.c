@@ -296,6 +296,7 @@ static CUresult launch_layer(const struct mlak_device *device, struct mlak_order
     struct mlak_cuda_job job =
         cuda_job_in(device, &lane->room, &(struct cuda_slice){.batch = batch, .count = batch->batch}, 1);
     CUdeviceptr result, life;
+    job.silent = true; /* what comes next on the stream is the signal, and the host looks at that one's word */
     CUresult code = device->cu->host_pointer(&result, results_of(device, lane, unit + i), 0);
     if (code == CUDA_SUCCESS)
         code = device->cu->host_pointer(&life, &device->ordered->lives[lane->number], 0);

@@ -147,10 +147,10 @@ static bool handle(struct peer *peer, const struct arrival *a)
     return act != HANG_UP;
 }
 
-/* What the submission ring holds; false: hang up. */
+/* What the submission ring holds, until deaf; false: hang up. */
 static bool serve_ring(struct peer *peer, struct arrival *a, union mlap_body *body)
 {
-    while (peer->mapping && mlap_ring_has_news(&peer->submission)) {
+    while (peer->mapping && !atomic_load(&peer->deaf) && mlap_ring_has_news(&peer->submission)) {
         union mlap_entry entry;
         if (mlap_ring_pop(&peer->submission, &entry) != 0)
             abort();
@@ -164,6 +164,12 @@ static bool serve_ring(struct peer *peer, struct arrival *a, union mlap_body *bo
     return true;
 }
 
+static void until_it_hears(struct peer *peer)
+{
+    while (atomic_load(&peer->deaf) && !atomic_load(&peer->stopping))
+        sleep_ms(1);
+}
+
 static void serve(struct peer *peer, int socket, union mlap_body *body)
 {
     static _Thread_local uint8_t inbox[MLAP_MAX_MESSAGE];
@@ -175,9 +181,11 @@ static void serve(struct peer *peer, int socket, union mlap_body *body)
     for (;;) {
         int fds[MLAP_MAX_FDS];
         unsigned n_fds = 0;
-        while (atomic_load(&peer->deaf) && !atomic_load(&peer->stopping))
-            sleep_ms(1);
+        until_it_hears(peer);
+        if (!serve_ring(peer, &of_ring, &entry)) /* the word of it may have been taken before it was deaf */
+            return;
         long length = mlap_receive(socket, inbox, sizeof inbox, fds, &n_fds, 0);
+        until_it_hears(peer); /* the ring's entries come before the message */
         if (length <= 0 || !serve_ring(peer, &of_ring, &entry))
             return;
         struct mlap_fault fault;

@@ -47,17 +47,31 @@ void *unhang_soon(void *over)
     return NULL;
 }
 
-unsigned succeeded(const char *function)
+/* Lines of the trace that end so. */
+static unsigned traced(const char *end)
 {
-    char line[128], want[128];
+    char line[256];
     unsigned count = 0;
     FILE *file = fopen(trace, "r");
     assert_non_null(file);
-    snprintf(want, sizeof want, " %s 0\n", function);
     while (fgets(line, sizeof line, file))
-        count += strstr(line, want) != NULL;
+        count += strstr(line, end) != NULL;
     fclose(file);
     return count;
+}
+
+unsigned succeeded(const char *function)
+{
+    char end[128];
+    snprintf(end, sizeof end, " %s 0\n", function);
+    return traced(end);
+}
+
+unsigned launched(const char *kernel)
+{
+    char end[128];
+    snprintf(end, sizeof end, " launch %s\n", kernel);
+    return traced(end);
 }
 
 struct mlak_device *open_device(uint64_t *progress)

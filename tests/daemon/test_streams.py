@@ -144,17 +144,48 @@ def a_killed_worker_is_a_delay(daemon):
     daemon.wait_ready()
 
 
+def await_device(daemon, what):
+    began = time.monotonic()
+    while not what(daemon.devices()[GPU]):
+        assert time.monotonic() < began + 20, daemon.devices()[GPU]
+        time.sleep(0.02)
+
+
+def nothing_is_held(device):
+    return not device["held_bytes"] and not device["sessions_draining"] and not device["orphaned_bytes"]
+
+
+def a_client_killed_in_its_own_gate_holds_nothing(daemon):
+    worker = daemon.devices()[GPU]["pid"]
+    client = Client(daemon, "gone")
+    assert client.line() == "ready", client.process.stderr.read()
+    inject("hang=2")  # behind the worker's gate: the client's stream has come, and waits for an answer
+    try:
+        client.go_on()
+        assert client.line() == "waiting"
+        time.sleep(0.3)
+        assert client.process.poll() is None
+        Client(daemon, "eager").end()
+        client.process.kill()
+        client.process.wait()
+        await_device(daemon, lambda device: device["sessions_draining"] == 1)  # its memory is still in use
+        Client(daemon, "eager").end()
+        assert daemon.devices()[GPU]["sessions_draining"] == 1
+    finally:
+        inject()
+    await_device(daemon, nothing_is_held)
+    Client(daemon, "step").end()
+    assert daemon.devices()[GPU]["pid"] == worker
+
+
 def a_killed_client_holds_nothing(daemon):
     client = Client(daemon, "armed")
     assert client.line() == "armed", client.process.stderr.read()
     assert daemon.devices()[GPU]["sessions"] == 1
     Client(daemon, "eager").end()  # beside its gate
-    began = time.monotonic()
     client.process.kill()
     client.process.wait()
-    while daemon.devices()[GPU]["held_bytes"] or daemon.devices()[GPU]["sessions_draining"]:
-        assert time.monotonic() < began + 10, daemon.devices()[GPU]
-        time.sleep(0.02)
+    await_device(daemon, nothing_is_held)
     Client(daemon, "step").end()
 
 
@@ -205,8 +236,9 @@ TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_message,
          what_fails_is_nan, a_late_stream_is_served,
          host_order_goes_on_beside_an_armed_round, host_order_gives_the_same,
          wrong_steps_are_refused_by_name, a_killed_worker_is_a_delay,
-         a_killed_client_holds_nothing, more_clients_than_lanes_fall_back,
-         two_gpus_are_stream_order_by_themselves, a_daemon_that_stays_away_leaves_nan]
+         a_client_killed_in_its_own_gate_holds_nothing, a_killed_client_holds_nothing,
+         more_clients_than_lanes_fall_back, two_gpus_are_stream_order_by_themselves,
+         a_daemon_that_stays_away_leaves_nan]
 if __name__ == "__main__":
     names = sys.argv[1:]
     run([test for test in TESTS if not names or test.__name__ in names], Daemon(GPU))

@@ -125,6 +125,7 @@ def a_terminal_is_left_as_it_was(daemon):
 
 
 def tenants_add_up(daemon):
+    before = daemon.devices()["cpu"]["decodes"]
     report = daemon.json("bench", "tenants", "--tenants", "3", "--kv-len", "4", "--heads", "2", "--seconds", "1")
     assert (report["device"], report["tenants"], report["batch"], report["heads"], report["q_len"],
             report["kv_len"]) == ("cpu", 3, 1, 2, 4, 4), report
@@ -133,8 +134,12 @@ def tenants_add_up(daemon):
         assert 0 < part["tenant_least_per_s"] <= part["tenant_most_per_s"], report
         assert 0 < part["batch_p50_ns"] <= part["batch_p99_ns"], report
     assert report["alone"]["tenant_least_per_s"] == report["alone"]["tenant_most_per_s"]
-    together = report["together"]
-    assert together["batches_per_s"] >= 0.5 * 3 * together["tenant_least_per_s"], report
+    decodes = daemon.devices()["cpu"]["decodes"] - before
+    alone, together = report["alone"], report["together"]
+    slices = 5 / 11  # of a second, in which each way is measured, or more
+    assert decodes >= slices * (alone["tenant_least_per_s"] + 3 * together["tenant_least_per_s"]), (decodes, report)
+    # A median of rounds, beside means of them: at most twice what it would be of the means, however the rounds differ.
+    assert 0 < together["batches_per_s"] <= 2 * 3 * together["tenant_most_per_s"] + 1e-3, report
     assert abs(report["together_over_alone"] * report["alone"]["batches_per_s"] - together["batches_per_s"]) < 1e-3
     counted = "launched_parts" in daemon.devices()["cpu"]
     assert (report["parts_per_launch"] is not None) == counted, report
@@ -143,8 +148,10 @@ def tenants_add_up(daemon):
 
 
 def tenants_that_fail_end_the_bench(daemon):
-    result = daemon.ctl("bench", "tenants", "--tenants", "65", "--kv-len", "1", "--seconds", "1")  # max_sessions is 64
-    assert result.returncode == 1 and "max_sessions" in result.stderr and "failed" in result.stderr, result
+    result = daemon.ctl("bench", "tenants", "--tenants", "65", "--kv-len", "1", "--seconds", "1")
+    # max_sessions is 64; with buffers of one that just went, max_buffers may come first
+    refused = "max_sessions" in result.stderr or "max_buffers" in result.stderr
+    assert result.returncode == 1 and refused and "failed" in result.stderr, result
 
 
 def latency_parts_make_the_call(daemon):

@@ -46,6 +46,7 @@ static void parse_word(const char *word)
     else if (sscanf(word, "no_driver_device=%ld", &a) == 1) control.set.no_device = (int)a;
     else if (sscanf(word, "cc=%ld.%ld", &a, &b) == 2) control.set.major = (int)a, control.set.minor = (int)b;
     else if (sscanf(word, "smem=%ld", &a) == 1) control.set.smem = (int)a;
+    else if (sscanf(word, "processors=%ld", &a) == 1) control.set.processors = a < 1 ? 1 : a > 132 ? 132 : (int)a;
     else if (sscanf(word, "memory=%ld", &a) == 1) control.set.memory = (size_t)a;
     else if (sscanf(word, "own_ipc=%ld", &a) == 1) control.set.own_ipc = (int)a;
     else if (sscanf(word, "mps=%ld", &a) == 1) control.set.mps = (int)a;
@@ -74,7 +75,7 @@ static void reread(void)
     control.size = st.st_size;
     control.mtime = st.st_mtim;
     control.set = (struct fake_settings){
-        .devices = 1, .peer = 1, .major = 9, .smem = 232448, .memory = (size_t)1 << 30};
+        .devices = 1, .peer = 1, .major = 9, .smem = 232448, .processors = 4, .memory = (size_t)1 << 30};
     control.fails = 0;
     control.sticky_left = control.hang_left = 0;
     control.hang_word = false;
@@ -129,14 +130,19 @@ CUresult fake_enter(const char *function)
     return !result && unsafe_in_capture(function) && fake_capturing() ? FAKE_CAPTURE_UNSUPPORTED : result;
 }
 
+void fake_note(const char *line)
+{
+    char whole[256];
+    if (control.trace < 0) return;
+    int n = snprintf(whole, sizeof whole, "%d %s\n", (int)getpid(), line);
+    if (write(control.trace, whole, (size_t)n) != n) fprintf(stderr, "fake_cuda: the trace is not whole\n");
+}
+
 CUresult fake_leave(const char *function, CUresult result)
 {
     char line[128];
-    if (control.trace >= 0) {
-        int n = snprintf(line, sizeof line, "%d %s %d\n", (int)getpid(), function, result);
-        if (write(control.trace, line, (size_t)n) != n) return result;
-    }
-    return result;
+    snprintf(line, sizeof line, "%s %d", function, result);
+    return fake_note(line), result;
 }
 
 int fake_next_launch(bool *hang)

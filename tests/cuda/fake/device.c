@@ -89,14 +89,14 @@ API(cuDeviceTotalMem_v2, (size_t *bytes, CUdevice d), (bytes, d))
 API(cuDeviceGetAttribute, (int *out, int attribute, CUdevice d), (out, attribute, d))
 {
     static const int values[148] = {[1] = 1024, [2] = 1024, [3] = 1024, [4] = 64, [5] = 2147483647, [6] = 65535,
-        [7] = 65535, [8] = 49152, [10] = 32, [12] = 65536, [13] = 1980000, [16] = 4, [19] = 1, [31] = 1,
+        [7] = 65535, [8] = 49152, [10] = 32, [12] = 65536, [13] = 1980000, [19] = 1, [31] = 1,
         [38] = 52428800, [39] = 2048, [40] = 3, [41] = 1, [78] = 1, [81] = 233472, [82] = 65536, [90] = 1, [91] = 1,
         [95] = 1, [99] = 1, [102] = 1, [103] = 1, [106] = 32, [111] = 1024, [115] = 1, [119] = 1};
     struct fake_settings set = fake_settings();
     if (!is_device(d)) return FAKE_INVALID_DEVICE;
     if (attribute < 1 || attribute >= 148) return FAKE_INVALID_VALUE;
     *out = attribute == 75 ? set.major : attribute == 76 ? set.minor : attribute == 97 ? set.smem
-         : attribute == 33 ? d + 1 : attribute == 133 ? set.mps : values[attribute];
+         : attribute == 16 ? set.processors : attribute == 33 ? d + 1 : attribute == 133 ? set.mps : values[attribute];
     return FAKE_OK;
 }
 API(cuDeviceCanAccessPeer, (int *can, CUdevice a, CUdevice b), (can, a, b))

@@ -2,7 +2,8 @@
  * 13's, declared here so that no toolkit is needed.
  *
  * Environment: MLAD_FAKE_CUDA_DIR      folder for device memory as files; without it memfds, reached through /proc
- *              MLAD_FAKE_CUDA_TRACE    file to append "pid function result" to, one line a call
+ *              MLAD_FAKE_CUDA_TRACE    file to append "pid function result" to, one line a call, and before that of a
+ *                                      kernel "pid launch kernel grid cluster", and "silent" if its job is that
  *              MLAD_FAKE_CUDA_CONTROL  file of the words below, read again when its mtime or size changes
  *              MLAD_FAKE_CUDA          the same words, separated by blanks, read once
  * Words (blank or newline between them; codes default to 999, CUDA_ERROR_UNKNOWN):
@@ -14,6 +15,7 @@
  *     devices=K               1..8, default 1      peer=0|1           default 1
  *     no_driver_device=1      cuInit: no device    cc=MAJOR.MINOR     default 9.0
  *     smem=BYTES              opt-in shared memory
+ *     processors=N            1..132, default 4
  *     memory=BYTES            of each device, counted per process; default 1 GiB
  *     own_ipc=1               a process may open its own IPC handle
  *     mps=0|1                 what the driver says of MPS; default 0 */
@@ -64,11 +66,16 @@ enum { /* the results in use, numbers of cuda.h */
 enum { FAKE_CAPTURE_GLOBAL, FAKE_CAPTURE_THREAD_LOCAL, FAKE_CAPTURE_RELAXED };
 
 struct fake_context { int device; unsigned refs; };
-struct fake_settings { int devices, peer, no_device, major, minor, smem, own_ipc, mps; unsigned slow; size_t memory; };
+struct fake_settings {
+    int devices, peer, no_device, major, minor, smem, processors, own_ipc, mps;
+    unsigned slow;
+    size_t memory;
+};
 
 struct fake_settings fake_settings(void);
 CUresult fake_enter(const char *function);          /* an injected failure, the sticky error, or FAKE_OK */
 CUresult fake_leave(const char *function, CUresult result);
+void fake_note(const char *line);                   /* into the trace */
 int fake_next_launch(bool *hang);                   /* counts a launch: the sticky code it ends with, or 0 */
 bool fake_hanging(void);                            /* the word hang is still there */
 void fake_set_sticky(int code);

@@ -2,6 +2,7 @@
  * that a stream noted while it was captured. */
 #include "fake_cuda.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -358,9 +359,12 @@ static CUresult launch(CUfunction f, const unsigned grid[3], const unsigned bloc
     struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = grid[0], .block = block[0], .cluster = cluster,
                     .shared = shared};
     memcpy(op.job, parameters[0], f->parameter);
-    bool split = !strncmp(f->name, "mlak_cuda_split_", 16);
-    if (cluster != (split ? ((struct mlak_cuda_job *)(void *)op.job)->cluster : 1) || grid[0] % cluster)
-        return FAKE_INVALID_VALUE;
+    bool split = !strncmp(f->name, "mlak_cuda_split_", 16), whole = f->parameter == sizeof(struct mlak_cuda_job);
+    const struct mlak_cuda_job *job = (void *)op.job;
+    if (cluster != (split ? job->cluster : 1) || grid[0] % cluster) return FAKE_INVALID_VALUE;
+    char line[200];
+    snprintf(line, sizeof line, "launch %s %u %u%s", f->name, grid[0], cluster, whole && job->silent ? " silent" : "");
+    fake_note(line);
     return enqueue(s, &op);
 }
 API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
