@@ -266,7 +266,7 @@ bool mlac_rings_open(struct mla_client *client, int fd, uint32_t entries);
 void mlac_rings_close(struct mla_client *client);
 /* By the thread that led: unmap what was closed meanwhile. */
 void mlac_rings_retire(struct mla_client *client);
-/* Submit a call by the ring. False: it has to go over the socket. */
+/* Send a call by the ring. False: it has to go over the socket. */
 bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call);
 /* Unlocked, by the leader, as mlac_rings_news and mlac_rings_ask: take up to `most` completions; -1: the daemon's index
  * is nonsense. */

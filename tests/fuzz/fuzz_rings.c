@@ -151,7 +151,8 @@ static void start(void)
 static void neighbour_is_right(void)
 {
     static uint32_t sequence;
-    union mlap_entry entry = {.submission = {MLAP_OPERATION_SUBMIT, ++sequence ? sequence : ++sequence, 1, {0}}};
+    union mlap_entry entry = {.submission = {
+        .operation = MLAP_OPERATION_SUBMIT, .sequence = ++sequence ? sequence : ++sequence, .plan = 1}};
     for (int i = 0; i < 576; i++)
         neighbour.memory[KV / 2 + i] = (uint16_t)(0x3f80 + (sequence + (uint32_t)i) % 64);
     require(mlap_ring_push(&neighbour.submission, &entry) == 0);
@@ -179,7 +180,7 @@ static void step(struct side *side, struct input *input)
     uint8_t which;
     uint16_t at;
     uint32_t value;
-    union mlap_entry entry = {.submission = {MLAP_OPERATION_SUBMIT, 1, 1, {0}}};
+    union mlap_entry entry = {.submission = {.operation = MLAP_OPERATION_SUBMIT, .sequence = 1, .plan = 1}};
     struct mlap_submit submit = {.plan = 1};
     take(input, &which, sizeof which);
     switch (which % 8) {
