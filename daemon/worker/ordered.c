@@ -213,6 +213,10 @@ static void answer(struct mlad_session *session, const struct mlad_round *round,
     struct mlad_stats *stats = session->sessions->stats;
     const uint64_t now = mlad_now_ns();
     struct mlap_fault fault;
+    for (uint32_t i = 0; i < outcome->n_times; i++) { /* of a round that stopped, what ran is not run again */
+        mlad_histogram_add(&stats->phases[MLAP_phase_GATE], outcome->times[i].gate_ns);
+        mlad_histogram_add(&stats->phases[MLAP_phase_SERVE], outcome->times[i].serve_ns);
+    }
     if (outcome->stopped) {
         mlap_fail(&fault, MLAP_code_TIMEOUT, "",
                   "the client's stream did not come to this round, or to one before it, within %d ms; arm it again",

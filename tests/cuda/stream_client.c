@@ -405,6 +405,30 @@ static void dawdle(void *unused)
     sleep(3);
 }
 
+static void pause_a_little(void *unused)
+{
+    (void)unused;
+    usleep(500000);
+}
+
+/* Each round is armed half a second before its stream comes to it. */
+static void run_paced(void)
+{
+    setup(30000);
+    mla_step *step = make_step();
+    void *exec = capture();
+    for (int round = 0; round < ROUNDS; round++) {
+        set_round(round);
+        CU(cuLaunchHostFunc, (CUstream, void (*)(void *), void *), stream, pause_a_little, NULL);
+        arm(step);
+        replay(exec);
+        drain();
+        require_round(round);
+    }
+    CU(cuGraphExecDestroy, (void *), exec);
+    mla_close(client);
+}
+
 /* The stream comes later than the worker waits: rounds of a step and of single plans stop, and are armed again. */
 static void run_late(void)
 {
@@ -560,6 +584,7 @@ int main(int argc, char **argv)
         void (*run)(void);
     } cases[] = {{"eager", run_eager}, {"ahead", run_ahead}, {"step", run_step},         {"graph", run_graph},
                  {"killed", run_killed}, {"armed", run_armed}, {"late", run_late},         {"gone", run_gone},
+                 {"paced", run_paced},
                  {"host", run_host},   {"failures", run_failures}, {"loop", run_loop},
                  {"beside", run_beside}, {"memory", run_memory}};
     for (size_t i = 0; argc > 1 && i < sizeof cases / sizeof cases[0]; i++) {

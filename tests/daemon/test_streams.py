@@ -68,6 +68,34 @@ def a_late_stream_is_served(daemon):
     assert daemon.devices()[GPU]["refused"] - before >= 4, daemon.devices()[GPU]  # rounds that stopped
 
 
+def waits_for_the_stream_and_for_the_daemon_are_measured(daemon):
+    rounds, layers, pause, slow = 4, 3, 0.5, 0.01
+
+    def phases():
+        return {entry["phase"]: entry for entry in daemon.devices()[GPU]["latency"]}
+    before, began = phases(), time.monotonic()
+    inject("slow=10")  # each kernel of the worker
+    Client(daemon, "paced").end()
+    inject()
+    took, after = time.monotonic() - began, phases()
+    counts = [after[name]["count"] - before[name]["count"] for name in ("gate", "serve")]
+    gate, serve = ((after[name]["sum_ns"] - before[name]["sum_ns"]) / 1e9 for name in ("gate", "serve"))
+    assert counts == [rounds * layers] * 2, counts
+    assert gate >= rounds * pause / 2, gate  # the rest for the entry's way
+    assert serve >= rounds * layers * 3 * slow, serve  # prepare, split and combine
+    assert gate + serve <= took, (gate, serve, took)  # one behind the other
+    for name in "gate", "serve":
+        phase = after[name]
+        assert 0 < phase["p50_ns"] <= phase["p90_ns"] <= phase["p99_ns"] <= phase["max_ns"], phase
+        top, = daemon.json("top", "--once", "--interval", "0.1")["devices"]
+        assert top["phases"][name] == {key: phase[key] for key in ("count", "p50_ns", "p99_ns")}, (top, phase)
+        count = f'mlad_decode_phase_seconds_count{{device="{GPU}",phase="{name}"}} {phase["count"]}\n'
+        assert count in daemon.ctl("metrics").stdout, count
+    assert after["gate"]["max_ns"] >= pause / 2 * 1e9
+    assert "STREAM ORDER, P50 / P99" in daemon.ctl("top", "--once", "--interval", "0.1").stdout
+    assert "serve" in daemon.ctl("status").stdout
+
+
 def host_order_goes_on_beside_an_armed_round(daemon):
     out = Client(daemon, "beside").end()
     assert out.startswith("rings\n") and by_the_socket(out) == (0, 0), out
@@ -276,7 +304,7 @@ def a_daemon_that_stays_away_leaves_nan(_):
 TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_entry_or_message, graphs_arm_themselves,
          entries_of_the_ring_arm_and_are_refused_like_messages,
          a_ring_full_of_rounds_is_its_own_session_s_trouble,
-         what_fails_is_nan, a_late_stream_is_served,
+         what_fails_is_nan, a_late_stream_is_served, waits_for_the_stream_and_for_the_daemon_are_measured,
          host_order_goes_on_beside_an_armed_round, host_order_gives_the_same,
          wrong_steps_are_refused_by_name, a_killed_worker_is_a_delay,
          a_killed_client_holds_nothing, more_clients_than_lanes_fall_back,

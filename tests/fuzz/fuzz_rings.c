@@ -126,7 +126,9 @@ static enum mlak_code order_poll(struct mlak_device *device, struct mlak_order *
     *ended = lane->stopped || way != ROUND_LINGERS || ++order->polls == LINGERS;
     if (!*ended)
         return MLAK_OK;
-    *outcome = (struct mlak_order_outcome){.round = round, .stopped = lane->stopped};
+    static const struct mlak_layer_time times[] = {{1000, UINT64_MAX}};
+    *outcome = (struct mlak_order_outcome){
+        .round = round, .stopped = lane->stopped, .n_times = !lane->stopped, .times = times};
     if (way == ROUND_FAILS || way == ROUND_IS_REFUSED) {
         outcome->failed = 1;
         outcome->code = way == ROUND_FAILS ? MLAK_REQUESTS : MLAK_BATCH;
