@@ -78,7 +78,7 @@ struct mlac_call {
     bool loose;         /* a ticket of mla_submit: mla_fd speaks for it */
     bool detached;      /* nobody waits: freed when answered, forgotten when the session dies */
     bool established;   /* was accepted once: a refusal now means that the session cannot be restored */
-    bool ringed;        /* sent by the ring: counted in client->ringed */
+    bool posted;        /* a decode or round, sent over the socket: counted in client->posted */
     bool replaying;     /* established, and sent again on this connection: counted in client->replaying */
     uint32_t deaths;    /* sessions that died with this call in flight */
     uint32_t replays;
@@ -181,7 +181,7 @@ struct mla_client {
     struct mlac_call *bucket[MLAC_BUCKETS];
     int64_t paused_until;       /* nothing is sent before */
     uint32_t unanswered;        /* sent on this connection */
-    uint32_t ringed;            /* of these, those that went by the ring */
+    uint32_t posted;            /* of these, decodes and rounds that went over the socket */
     struct mlac_rings *rings;   /* of this connection; NULL: none */
     struct mlac_rings *retired; /* closed while a thread leads: still mapped for it */
     uint32_t replaying;         /* established calls not yet accepted again on this connection */
