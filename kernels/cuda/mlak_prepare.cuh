@@ -258,6 +258,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
     const bool deterministic = job.source.batch.deterministic;
     uint32_t thread = threadIdx.x, s = 0;
+    kernel_begins();
     let_next_kernel_start();
     if (job.n_sources == 1 && thread == 0)
         prepare_begin(&job, &job.source, shared, 0);
