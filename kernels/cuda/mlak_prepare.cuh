@@ -352,6 +352,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     uint32_t thread = threadIdx.x, s = 0;
     int32_t length = 0;
     bool own = thread < job.count;
+    kernel_begins();
     let_next_kernel_start();
     if (own && job.n_sources == 1)
         length = prepare_ask(&job.source, thread);

@@ -178,6 +178,7 @@ __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
     room += stages * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES);
     s.p = (float *)(void *)room;
     s.shared = (struct split_shared<GROUPS> *)(void *)(room + SPLIT_P_BYTES(GROUPS));
+    kernel_begins();
     await_kernel_before();
     let_next_kernel_start();
     struct mlak_cuda_walk walk = job->starts[blockIdx.x].walk;

@@ -1,5 +1,5 @@
-/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated KIND`, for the test programs of
- * tests/kernels.
+/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated KIND[:SEED]`, for the test programs of
+ * tests/kernels; with a seed, in disorder (emulator.h).
  *
  * Launches what cuda hardware would be launched with: prepare, split, combine; few items a device, so that short
  * batches are split too. Scratch is filled with NaN before each launch, and lies between inaccessible pages. */
@@ -29,10 +29,13 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
     static const size_t shared[] = {MLAK_CUDA_SPLIT_SHARED_1, MLAK_CUDA_SPLIT_SHARED_2, MLAK_CUDA_SPLIT_SHARED_WIDE,
                                     MLAK_CUDA_SPLIT_SHARED_WGMMA};
     int kind = options->variant ? options->variant[0] - '1' : 1;
-    if (kind < 0 || kind > 3 || (options->variant && options->variant[1])) {
-        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1 to 4", options->variant);
+    const char *seed = options->variant && options->variant[0] ? options->variant + 1 : "";
+    if (kind < 0 || kind > 3 || (seed[0] && (seed[0] != ':' || atoi(seed + 1) < 1))) {
+        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1 to 4, or such as 4:1",
+                  options->variant);
         return NULL;
     }
+    mlak_emulate_disorder(seed[0] ? (uint64_t)atoi(seed + 1) : 0);
     device.shared = shared[kind];
     device.wgmma = kind == 3;
     mlak_cuda_capabilities(device.capabilities, device.wgmma);
