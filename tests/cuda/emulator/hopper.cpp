@@ -458,7 +458,7 @@ void products_commit()
             return;
     size_t computed = 0;
     for (; computed < group->products.size() && group->products[computed].group < committed; computed++)
-        product_compute(group, computed);
+        product_of(group, computed)(group, computed);
     for (uint32_t t = 0; t < WARPGROUP; t++)
         group[t].products.erase(group[t].products.begin(), group[t].products.begin() + (ptrdiff_t)computed);
 }
