@@ -1,4 +1,4 @@
-/* mlac_gates.h - what stream.c and the kernels of mlac_gates.cu agree on. */
+/* mlac_gates.h - what streams.h and the kernels of mlac_gates.cu agree on. */
 #ifndef MLAC_GATES_H
 #define MLAC_GATES_H
 

@@ -325,7 +325,7 @@ MLA_API mla_status mla_submit_stream(mla_plan *plan, void *stream, mla_error *er
  * MLA_OK. Never blocks; tells of a decode some milliseconds after it has ended. */
 MLA_API mla_status mla_plan_status(mla_plan *plan, mla_error *error);
 
-/* A step: plans (1..256) that a stream runs one after the other, such as a model's layers. One message arms them
+/* A step: plans (1..256) that a stream runs one after the other, such as a model's layers. One ring entry arms them
  * all. A plan is in one step at most, and stays until the step is destroyed. */
 typedef struct mla_step mla_step;
 MLA_API mla_status mla_step_create(mla_client *client, mla_plan *const *plans, uint32_t count, mla_step **step,

@@ -59,8 +59,8 @@ static const struct ctl_command commands[] = {
      "Decodes and KV tokens a second since the last look, what waits and runs, percentiles of each phase since the "
      "worker's start: of decodes in host order (receive, queue, kernel, reply), and of each layer in stream order how "
      "long the worker was ready before the client's stream came (gate), and from then until it was told that the "
-     "outputs are written (serve). Ends with q or ctrl-c, and goes on when the daemon is started again. Not on a terminal, looks "
-     "follow one another; with --json each is a line.",
+     "outputs are written (serve). Ends with q or ctrl-c, and goes on when the daemon is started again. Not on a "
+     "terminal, looks follow one another; with --json each is a line.",
      {{"--interval", "SECONDS", "between two looks; default 2", 0},
       {"--once", NULL, "one look over one interval, then end; fails if no daemon answers", 0},
       DEVICE_ONLY}},

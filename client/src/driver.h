@@ -1,4 +1,4 @@
-/* driver.h - the CUDA driver's functions that libmla calls, found at run time, for cuda.c and stream.c. Declared here
+/* driver.h - the CUDA driver's functions that libmla calls, found at run time, for cuda.c and streams.h. Declared here
  * with the driver's ABI. */
 #ifndef MLAC_DRIVER_H
 #define MLAC_DRIVER_H

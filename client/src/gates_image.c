@@ -1,4 +1,4 @@
-/* gates_image.c - the machine code of mlac_gates.cu, as the compiler of CMakeLists.txt left it, for stream.c. */
+/* gates_image.c - the machine code of mlac_gates.cu, as the compiler of CMakeLists.txt left it, for streams.c. */
 __asm__(".section .rodata\n"
         ".globl mlac_gates_image\n"
         ".hidden mlac_gates_image\n"

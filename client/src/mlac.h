@@ -8,7 +8,7 @@
  * There are no threads of our own. A thread that waits either leads, which is to sit in recvmsg for everybody, or
  * sleeps until the leader has its answer or leaves (wait.c). One mutex guards all of it; it is not held in recvmsg.
  *
- *   public functions: client.c placement.c buffer.c batch.c plan.c ticket.c fd.c error.c
+ *   public functions: client.c placement.c buffer.c batch.c plan.c ticket.c step.c stream.c fd.c error.c
  *            |
  *         wait.c        leader and followers
  *            |
@@ -193,7 +193,7 @@ struct mla_client {
     bool arms_held;             /* others are held back */
     bool arms_stopped;          /* because the daemon let go of rounds: until it has let go of all */
     int64_t arms_progress;      /* when one was done last, or the first of them armed */
-    struct mlac_streams *streams;   /* stream.c's; NULL until stream order is asked for */
+    struct mlac_streams *streams;   /* streams.c's; NULL until stream order is asked for */
 
     int epoll, timer;           /* mla_fd; -1 until first asked for */
     int watched;                /* the socket in the epoll set, or -1 */
@@ -312,7 +312,7 @@ void mlac_placement_memory(struct mla_client *client, const char *gpu);
 /* The placement as it is known now; `why` may be NULL. Locked. */
 mla_placement mlac_placement(const struct mla_client *client, char why[MLA_WHY]);
 
-/* ---- stream.c ---- */
+/* ---- step.c, streams.c: see streams.h ---- */
 
 /* Its owner needs it no more: free it, once no round does either. Locked. */
 void mlac_step_destroy(struct mla_step *step);

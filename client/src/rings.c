@@ -3,8 +3,8 @@
  * The daemon sends their memory before its WELCOME; they last as long as the connection. Plans are submitted and steps
  * armed by the ring while no decode or round that was sent over the socket is unanswered, else by the socket: so the
  * daemon, which empties the ring before it reads a datagram, sees them in the order of the calls. What they need was
- * accepted before, or is being restored: then, too, they follow it over the socket. Completions come by the ring however
- * their decode or round was asked for; what failed, and why, comes over the socket.
+ * accepted before, or is being restored: then, too, they follow it over the socket. Completions come by the ring
+ * however their decode or round was asked for; what failed, and why, comes over the socket.
  *
  * Pushing is done under the lock; popping by the thread that leads. The daemon's indices are believed no further than
  * the ring's size: what is beyond ends the client like any other break of the protocol. */
