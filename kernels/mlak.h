@@ -213,6 +213,12 @@ struct mlak_mapping {
 struct mlak_flags { uint32_t *go; uint64_t *done; };
 enum mlak_mail { MLAK_MAIL_OK, MLAK_MAIL_REQUESTS, MLAK_MAIL_BATCH };
 
+/* How long a layer in stream order took, by the device's clock, whose steps may be as long as a microsecond. */
+struct mlak_layer_time {
+    uint64_t gate_ns;        /* from when its launch was ready, with all before it done, until it saw `go` */
+    uint64_t serve_ns;       /* from then until it had written `done` */
+};
+
 /* What came of a round. */
 struct mlak_order_outcome {
     uint32_t round;
@@ -221,6 +227,8 @@ struct mlak_order_outcome {
     uint64_t kv_tokens;      /* of the requests that completed */
     enum mlak_code code;     /* MLAK_OK, MLAK_REQUESTS, MLAK_BATCH */
     struct mlak_fault fault; /* the first of them, "layers[3].seqlens[7]" */
+    uint32_t n_times;        /* layers that ran, not those whose `done` had come before or that stopped */
+    const struct mlak_layer_time *times; /* [n_times], the order's; until its next call */
 };
 
 struct mlak_options {

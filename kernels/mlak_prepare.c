@@ -121,11 +121,9 @@ enum mlak_code mlak_prepare(const struct mlak_batch *batch, int32_t *cu_q_copy, 
         uint32_t q_len = batch->has_cu_q ? (uint32_t)(cu_q_copy[b + 1] - cu_q_copy[b]) : uniform;
         row_describe(row, batch, b, token, q_len, q_scale, k_scale, v_scale);
         row_set_length(row, __atomic_load_n(&batch->seqlens[b], __ATOMIC_RELAXED));
-        if (batch->mask != MLAK_MASK_TREE)
-            continue;
-        uint64_t valid = row_tree_bits(row);
+        uint64_t valid = batch->mask == MLAK_MASK_TREE ? row_tree_bits(row) : 0;
         for (uint32_t t = 0; t < q_len; t++)
-            row->tree_mask[t] = __atomic_load_n(&batch->tree_mask[token + t], __ATOMIC_RELAXED) & valid;
+            row->tree_mask[t] = valid ? __atomic_load_n(&batch->tree_mask[token + t], __ATOMIC_RELAXED) & valid : 0;
     }
     return MLAK_OK;
 }

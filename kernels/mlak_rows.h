@@ -67,16 +67,22 @@ MLAK_ROWS bool row_tree_sees(const struct mlak_row *row, uint64_t bits, int64_t 
     return draft >= 0 && draft < row->q_len && (bits >> draft & 1);
 }
 
-/* What any of the tokens [first, end) sees, first < end; as mlak_visible_any. Windows of consecutive tokens advance by
+/* What any of the tokens [first, end) sees, first < end, but for the draft bits. Windows of consecutive tokens advance by
  * a key at most and hold one at least, so their union has no gap. */
+MLAK_ROWS struct mlak_visible row_visible_range(const struct mlak_row *row, uint32_t first, uint32_t end)
+{
+    struct mlak_visible any = row_visible(row, end - 1);
+    any.lo = row_local_count(row, row_global_start(row, first));
+    return any;
+}
+
+/* The same with the bits; as mlak_visible_any. */
 MLAK_ROWS struct mlak_visible row_visible_any(const struct mlak_row *row, uint32_t first, uint32_t end, uint64_t *bits)
 {
     *bits = 0;
     for (uint32_t t = first; t < end; t++)
         *bits |= row->tree_mask[t];
-    struct mlak_visible any = row_visible(row, end - 1);
-    any.lo = row_local_count(row, row_global_start(row, first));
-    return any;
+    return row_visible_range(row, first, end);
 }
 
 /* ---- a batch into rows ---- */
@@ -93,7 +99,8 @@ MLAK_ROWS enum row_cu_q_fault row_judge_cu_q(uint32_t i, int64_t value, int64_t 
                                      : ROW_CU_Q_OK;
 }
 
-/* The row of request b, whose query tokens are [token, token + q_len): everything but its length and tree masks. */
+/* The row of request b, whose query tokens are [token, token + q_len): everything but its length, and its tree masks,
+ * which are zero without a tree. */
 MLAK_ROWS void row_describe(struct mlak_row *row, const struct mlak_batch *batch, uint32_t b, uint64_t token,
                             uint32_t q_len, float q_scale, float k_scale, float v_scale)
 {
@@ -106,8 +113,6 @@ MLAK_ROWS void row_describe(struct mlak_row *row, const struct mlak_batch *batch
     row->sink = batch->has_sink && batch->dcp_rank == 0 ? batch->sink : NULL;
     row->page_stride = batch->page_stride;
     row->row_stride = batch->row_stride;
-    for (uint32_t t = 0; t < q_len; t++)
-        row->tree_mask[t] = 0;
     row->pages = batch->pages;
     row->page_size = batch->page_size;
     row->max_pages = batch->max_pages;

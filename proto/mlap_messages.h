@@ -28,7 +28,7 @@
 #define MLAP_MAX_CAPABILITIES 64
 #define MLAP_MAX_SESSIONS_LISTED 64
 #define MLAP_MAX_FAILURES_LISTED 32
-#define MLAP_MAX_PHASES 4
+#define MLAP_MAX_PHASES 6
 #define MLAP_MAX_LAYERS 256
 #define MLAP_I64_MAX INT64_MAX
 #define MLAP_U32_MAX UINT32_MAX
@@ -116,7 +116,9 @@
     E(M, RECEIVE, "receive", "datagram read to work queued: decode, validate") \
     E(M, QUEUE, "queue", "queued to launched") \
     E(M, KERNEL, "kernel", "launched to complete") \
-    E(M, REPLY, "reply", "complete to completion sent")
+    E(M, REPLY, "reply", "complete to completion sent") \
+    E(M, GATE, "gate", "stream order, of each layer, by the GPU's clock: the worker is ready for it to its go seen") \
+    E(M, SERVE, "serve", "stream order, of each layer, by the GPU's clock: its go seen to its done written")
 
 #define MLAP_ENUM_placement(E, M) \
     E(M, SHARED_MPS, "shared_mps", \
@@ -194,7 +196,7 @@
 
 #define MLAP_FIELDS_latency(F, M) \
     F(M, ENUM, phase, phase, 0, 0, REQ, "which phase") \
-    F(M, U64, count, _, 0, UINT64_MAX, REQ, "decodes measured") \
+    F(M, U64, count, _, 0, UINT64_MAX, REQ, "decodes measured; layers, of gate and serve") \
     F(M, U64, sum_ns, _, 0, UINT64_MAX, REQ, "their total, nanoseconds") \
     F(M, U64, p50_ns, _, 0, UINT64_MAX, REQ, "median, nanoseconds") \
     F(M, U64, p90_ns, _, 0, UINT64_MAX, REQ, "90th percentile") \

@@ -16,7 +16,7 @@
 #include <stdint.h>
 
 #define MLAP_RINGS_MAGIC 0x52504c4du   /* "MLPR" in memory */
-#define MLAP_RINGS_VERSION 1u
+#define MLAP_RINGS_VERSION 2u
 #define MLAP_RING_MAX_ENTRIES 4096u    /* a power of two, as every ring's size */
 #define MLAP_RING_NEED_WAKEUP 1u       /* in flags: the consumer sleeps, or is about to */
 
@@ -35,11 +35,16 @@ _Static_assert(offsetof(struct mlap_ring_indices, tail) == 64, "one line a side"
 struct mlap_submission {
     uint32_t operation;                /* enum mlap_operation */
     uint32_t sequence;                 /* the ticket, echoed by the completion; not 0 */
-    uint32_t plan;
-    uint32_t zero[13];
+    union {
+        uint32_t plan;                 /* SUBMIT */
+        uint32_t step;                 /* ARM */
+    };
+    uint32_t round;                    /* ARM; else 0 */
+    uint32_t zero[12];
 };
-enum mlap_operation { MLAP_OPERATION_SUBMIT = 1 };
+enum mlap_operation { MLAP_OPERATION_SUBMIT = 1, MLAP_OPERATION_ARM = 2 };
 _Static_assert(sizeof(struct mlap_submission) == 64, "one entry");
+_Static_assert(offsetof(struct mlap_submission, zero) == 16, "no implicit padding");
 
 /* What came of it: the figures of DONE. A decode that failed, wholly or in part, is answered over the socket, where
  * there is room to say why: `code` and `failed` are 0. */

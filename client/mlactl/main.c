@@ -17,7 +17,7 @@
 static const struct ctl_command commands[] = {
     {"status", "", 0, 0, 5, ctl_status, "Show the daemon, its devices, their work and what runs where",
      "Devices with state, worker, sessions and bytes; work done and waiting; latency percentiles of each phase of a "
-     "decode; the capability table, grouped.",
+     "decode, and of a layer in stream order; the capability table, grouped.",
      {{"--capabilities", NULL, "every row of the capability table", 0},
       {"--sessions", NULL, "the open sessions too; those of others only for admin users", 0},
       DEVICE_ONLY}},
@@ -57,7 +57,9 @@ static const struct ctl_command commands[] = {
       {"--transport", "WAY", "rings or socket, for what goes through the daemon; default: rings if it has them", 0}}},
     {"top", "", 0, 0, 5, ctl_top, "Watch the daemon at work: rates of each device and client, live",
      "Decodes and KV tokens a second since the last look, what waits and runs, percentiles of each phase since the "
-     "worker's start. Ends with q or ctrl-c, and goes on when the daemon is started again. Not on a terminal, looks "
+     "worker's start: of decodes in host order (receive, queue, kernel, reply), and of each layer in stream order how "
+     "long the worker was ready before the client's stream came (gate), and from then until it was told that the "
+     "outputs are written (serve). Ends with q or ctrl-c, and goes on when the daemon is started again. Not on a terminal, looks "
      "follow one another; with --json each is a line.",
      {{"--interval", "SECONDS", "between two looks; default 2", 0},
       {"--once", NULL, "one look over one interval, then end; fails if no daemon answers", 0},

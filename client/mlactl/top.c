@@ -140,6 +140,8 @@ static void rate_clients(const struct look *before, struct look *now)
 
 /* ---- as text ---- */
 
+enum { FIRST_OF_STREAM = MLAP_phase_GATE }; /* phases before it are those of decodes in host order */
+
 static void number_cell(struct table *table, double value)
 {
     if (isnan(value))
@@ -158,15 +160,48 @@ static const struct mlap_latency *find_phase(const struct mlap_device *device, i
     return NULL;
 }
 
-static void print_devices(const struct look *before, const struct look *now, const char *only)
+/* Has anything run in stream order on a device that is shown? */
+static bool has_streams(const struct look *now, const char *only)
 {
-    char headings[256] = "PHASES, P50 / P99";
-    for (int phase = 0; phase < MLAP_phase_COUNT; phase++)
+    for (unsigned i = 0; i < now->status->n_devices; i++) {
+        const struct mlap_device *d = &now->status->devices[i];
+        const struct mlap_latency *l = find_phase(d, FIRST_OF_STREAM);
+        if (l && l->count && (!only || strcmp(only, d->name) == 0))
+            return true;
+    }
+    return false;
+}
+
+/* The phases [first, end). */
+static void print_phases(const struct look *now, const char *only, const char *title, int first, int end)
+{
+    char headings[256];
+    snprintf(headings, sizeof headings, "%s, P50 / P99", title);
+    for (int phase = first; phase < end; phase++)
         snprintf(headings + strlen(headings), sizeof headings - strlen(headings), "|>%s",
                  mlap_phase_text((enum mlap_phase)phase));
+    struct table *table = table_new(headings);
+    for (unsigned i = 0; i < now->status->n_devices; i++) {
+        const struct mlap_device *d = &now->status->devices[i];
+        if (only && strcmp(only, d->name) != 0)
+            continue;
+        table_cell(table, BOLD, "%s", d->name);
+        for (int phase = first; phase < end; phase++) {
+            const struct mlap_latency *l = find_phase(d, phase);
+            if (l && l->count)
+                table_cell(table, PLAIN, "%s / %s", human_ns((double)l->p50_ns).s, human_ns((double)l->p99_ns).s);
+            else
+                table_cell(table, PLAIN, "-");
+        }
+    }
+    putchar('\n');
+    table_print(table);
+}
+
+static void print_devices(const struct look *before, const struct look *now, const char *only)
+{
     struct table *table = table_new("DEVICE|STATE|>DECODES/S|>KV TOKENS/S|>ROWS/LAUNCH|>MERGED|>QUEUED|>RUNNING|"
                                     ">CLIENTS");
-    struct table *phases = table_new(headings);
     for (unsigned i = 0; i < now->status->n_devices; i++) {
         const struct mlap_device *d = &now->status->devices[i], *then = earlier(before, d);
         if (only && strcmp(only, d->name) != 0)
@@ -181,18 +216,11 @@ static void print_devices(const struct look *before, const struct look *now, con
         table_cell(table, d->queued && d->queued >= d->queue_limit ? WARN : PLAIN, "%u", d->queued);
         table_cell(table, PLAIN, "%u", d->running);
         table_cell(table, PLAIN, "%u", d->sessions);
-        table_cell(phases, BOLD, "%s", d->name);
-        for (int phase = 0; phase < MLAP_phase_COUNT; phase++) {
-            const struct mlap_latency *l = find_phase(d, phase);
-            if (l && l->count)
-                table_cell(phases, PLAIN, "%s / %s", human_ns((double)l->p50_ns).s, human_ns((double)l->p99_ns).s);
-            else
-                table_cell(phases, PLAIN, "-");
-        }
     }
     table_print(table);
-    putchar('\n');
-    table_print(phases);
+    print_phases(now, only, "PHASES", 0, FIRST_OF_STREAM);
+    if (has_streams(now, only))
+        print_phases(now, only, "STREAM ORDER", FIRST_OF_STREAM, MLAP_phase_COUNT);
 }
 
 static void print_clients(const struct look *now, unsigned most)
@@ -343,7 +371,9 @@ static bool flushed(void) { return fflush(stdout) == 0 && !ferror(stdout); }
 static void show(const struct ctl *ctl, const struct screen *screen, const struct look *before, const struct look *now)
 {
     const char *only = ctl_value(ctl, "--device");
-    unsigned above = 9 + 2 * now->status->n_devices, rows = screen->terminal ? screen_rows() : 0;
+    bool streams = has_streams(now, only);
+    unsigned above = 9 + 2 * now->status->n_devices + (streams ? 2 + now->status->n_devices : 0);
+    unsigned rows = screen->terminal ? screen_rows() : 0;
     if (ctl->json) {
         print_json(before, now, only);
         return;

@@ -284,12 +284,13 @@ void mlac_flush(struct mla_client *client, int64_t now)
     struct mlac_call *call;
     while (!client->broken && (call = TAILQ_FIRST(&client->outbox))) {
         mla_error error;
-        call->ringed = mlac_rings_submit(client, call);
-        client->ringed += call->ringed;
-        int sent = call->ringed ? 0 : send_call(client, call, &error);
+        bool ringed = mlac_rings_submit(client, call);
+        int sent = ringed ? 0 : send_call(client, call, &error);
         if (sent == 0) {
             dequeue(client, call);
             call->state = MLAC_SENT;
+            call->posted = is_decode(call) && !ringed;
+            client->posted += call->posted;
             client->unanswered++;
             mlac_wake(client, call->id);
         } else if (sent > 0) {      /* of an IMPORT_VMM */
@@ -369,8 +370,8 @@ static void note_answer(struct mla_client *client, struct mlac_call *call)
 {
     client->unanswered--;
     client->arms_sent -= call->type == MLAP_ARM;
-    client->ringed -= call->ringed;
-    call->ringed = false;
+    client->posted -= call->posted;
+    call->posted = false;
 }
 
 bool mlac_done(struct mla_client *client, uint32_t sequence, const struct mlap_done *done)
@@ -420,7 +421,7 @@ bool mlac_answer(struct mla_client *client, const struct mlap_header *header, co
 
 void mlac_calls_end(struct mla_client *client, const mla_error *error)
 {
-    client->unanswered = client->ringed = 0;
+    client->unanswered = client->posted = 0;
     client->replaying = 0;
     client->paused_until = 0;
     client->arms_sent = 0;
@@ -430,7 +431,7 @@ void mlac_calls_end(struct mla_client *client, const mla_error *error)
     for (struct mlac_call *call = TAILQ_FIRST(&client->calls); call; call = next) {
         next = TAILQ_NEXT(call, order);     /* what is freed besides `call` comes before it */
         bool in_flight = call->state == MLAC_SENT;
-        call->queued = call->replaying = call->ringed = call->held = false;
+        call->queued = call->replaying = call->posted = call->held = false;
         if (call->state == MLAC_COMPLETE)
             continue;
         call->state = MLAC_UNSENT;

@@ -78,7 +78,7 @@ struct mlac_call {
     bool loose;         /* a ticket of mla_submit: mla_fd speaks for it */
     bool detached;      /* nobody waits: freed when answered, forgotten when the session dies */
     bool established;   /* was accepted once: a refusal now means that the session cannot be restored */
-    bool ringed;        /* sent by the ring: counted in client->ringed */
+    bool posted;        /* a decode or round, sent over the socket: counted in client->posted */
     bool replaying;     /* established, and sent again on this connection: counted in client->replaying */
     uint32_t deaths;    /* sessions that died with this call in flight */
     uint32_t replays;
@@ -181,7 +181,7 @@ struct mla_client {
     struct mlac_call *bucket[MLAC_BUCKETS];
     int64_t paused_until;       /* nothing is sent before */
     uint32_t unanswered;        /* sent on this connection */
-    uint32_t ringed;            /* of these, those that went by the ring */
+    uint32_t posted;            /* of these, decodes and rounds that went over the socket */
     struct mlac_rings *rings;   /* of this connection; NULL: none */
     struct mlac_rings *retired; /* closed while a thread leads: still mapped for it */
     uint32_t replaying;         /* established calls not yet accepted again on this connection */
@@ -266,7 +266,7 @@ bool mlac_rings_open(struct mla_client *client, int fd, uint32_t entries);
 void mlac_rings_close(struct mla_client *client);
 /* By the thread that led: unmap what was closed meanwhile. */
 void mlac_rings_retire(struct mla_client *client);
-/* Submit a call by the ring. False: it has to go over the socket. */
+/* Send a call by the ring. False: it has to go over the socket. */
 bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call);
 /* Unlocked, by the leader, as mlac_rings_news and mlac_rings_ask: take up to `most` completions; -1: the daemon's index
  * is nonsense. */

@@ -1,9 +1,10 @@
 /* rings.c - the submission and completion rings of the present session, and when decodes go through them.
  *
- * The daemon sends their memory before its WELCOME; they last as long as the connection. Plans are submitted by the
- * ring while nothing that was sent over the socket is unanswered, else by the socket: so the daemon, which empties the
- * ring before it reads a datagram, sees everything in the order of the calls. Completions come by the ring however
- * their decode was submitted; what failed, and why, comes over the socket.
+ * The daemon sends their memory before its WELCOME; they last as long as the connection. Plans are submitted and steps
+ * armed by the ring while no decode or round that was sent over the socket is unanswered, else by the socket: so the
+ * daemon, which empties the ring before it reads a datagram, sees them in the order of the calls. What they need was
+ * accepted before, or is being restored: then, too, they follow it over the socket. Completions come by the ring however
+ * their decode or round was asked for; what failed, and why, comes over the socket.
  *
  * Pushing is done under the lock; popping by the thread that leads. The daemon's indices are believed no further than
  * the ring's size: what is beyond ends the client like any other break of the protocol. */
@@ -56,7 +57,6 @@ void mlac_rings_close(struct mla_client *client)
 {
     struct mlac_rings *rings = client->rings;
     client->rings = NULL;
-    client->ringed = 0;
     if (!rings)
         return;
     if (client->leading) { /* another thread looks at them, and closes them when it is back */
@@ -91,14 +91,31 @@ static void knock(struct mla_client *client)
     shutdown(client->socket, SHUT_WR);
 }
 
+/* What the ring has for a call. False: nothing. */
+static bool make_entry(const struct mlac_call *call, union mlap_entry *entry)
+{
+    *entry = (union mlap_entry){.submission = {.sequence = (uint32_t)call->id}};
+    switch (call->type) {
+    case MLAP_SUBMIT:
+        entry->submission.operation = MLAP_OPERATION_SUBMIT;
+        entry->submission.plan = (uint32_t)call->plan->call->id;
+        return true;
+    case MLAP_ARM:
+        entry->submission.operation = MLAP_OPERATION_ARM;
+        entry->submission.step = (uint32_t)call->step->call->id;
+        entry->submission.round = call->round;
+        return true;
+    default:
+        return false;
+    }
+}
+
 bool mlac_rings_submit(struct mla_client *client, const struct mlac_call *call)
 {
     struct mlac_rings *rings = client->rings;
-    if (!rings || call->type != MLAP_SUBMIT || client->unanswered != client->ringed)
+    union mlap_entry entry;
+    if (!rings || client->posted || client->replaying || !make_entry(call, &entry))
         return false;
-    const union mlap_entry entry = {.submission = {.operation = MLAP_OPERATION_SUBMIT,
-                                                   .sequence = (uint32_t)call->id,
-                                                   .plan = (uint32_t)call->plan->call->id}};
     if (mlap_ring_push(&rings->submission, &entry) != 0)
         return false; /* full; or its index is nonsense, which is the daemon's to find out */
     if (mlap_ring_take_wakeup(&rings->submission))

@@ -213,6 +213,10 @@ static void answer(struct mlad_session *session, const struct mlad_round *round,
     struct mlad_stats *stats = session->sessions->stats;
     const uint64_t now = mlad_now_ns();
     struct mlap_fault fault;
+    for (uint32_t i = 0; i < outcome->n_times; i++) { /* of a round that stopped, what ran is not run again */
+        mlad_histogram_add(&stats->phases[MLAP_phase_GATE], outcome->times[i].gate_ns);
+        mlad_histogram_add(&stats->phases[MLAP_phase_SERVE], outcome->times[i].serve_ns);
+    }
     if (outcome->stopped) {
         mlap_fail(&fault, MLAP_code_TIMEOUT, "",
                   "the client's stream did not come to this round, or to one before it, within %d ms; arm it again",
@@ -231,17 +235,18 @@ static void answer(struct mlad_session *session, const struct mlad_round *round,
         mlad_session_refuse(session, round->sequence, &fault);
         return;
     }
-    static struct mlap_done done; /* large, and only the loop thread's */
-    done.receive_ns = round->queued - round->received;
-    done.queue_ns = round->launched - round->queued;
-    done.kernel_ns = now - round->launched;
-    done.kv_tokens = outcome->kv_tokens;
-    done.failed = outcome->failed;
-    done.n_failures = outcome->failed != 0;
-    done.failures[0] = (struct mlap_failure){.request = 0};
-    memcpy(done.failures[0].field, outcome->fault.field, sizeof done.failures[0].field);
-    memcpy(done.failures[0].message, outcome->fault.message, sizeof done.failures[0].message);
-    mlad_link_send(&session->link, MLAP_DONE, round->sequence, &done);
+    const struct mlap_completion completion = {
+        .sequence = round->sequence,
+        .receive_ns = round->queued - round->received,
+        .queue_ns = round->launched - round->queued,
+        .kernel_ns = now - round->launched,
+        .kv_tokens = outcome->kv_tokens,
+        .failed = outcome->failed,
+    };
+    struct mlap_failure failure = {.request = 0};
+    memcpy(failure.field, outcome->fault.field, sizeof failure.field);
+    memcpy(failure.message, outcome->fault.message, sizeof failure.message);
+    mlad_session_complete(session, &completion, &failure, outcome->failed != 0);
 }
 _Static_assert(sizeof((struct mlap_failure *)0)->field == sizeof((struct mlak_fault *)0)->field &&
                    sizeof((struct mlap_failure *)0)->message == sizeof((struct mlak_fault *)0)->message,

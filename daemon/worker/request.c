@@ -252,6 +252,23 @@ void mlad_session_receive(struct mlad_session *session, struct mlad_message *mes
         mlad_session_drop(session, fault);
 }
 
+void mlad_session_complete(struct mlad_session *session, const struct mlap_completion *completion,
+                           const struct mlap_failure *failures, uint32_t n_failures)
+{
+    if (completion->failed == 0 && mlad_rings_complete(session, completion))
+        return;
+    static struct mlap_done done; /* large, and only the loop thread's */
+    done.receive_ns = completion->receive_ns;
+    done.queue_ns = completion->queue_ns;
+    done.kernel_ns = completion->kernel_ns;
+    done.kv_tokens = completion->kv_tokens;
+    done.failed = completion->failed;
+    done.n_failures = n_failures;
+    if (n_failures)
+        memcpy(done.failures, failures, n_failures * sizeof *done.failures);
+    mlad_link_send(&session->link, MLAP_DONE, completion->sequence, &done);
+}
+
 void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode, const struct mlap_fault *fault)
 {
     if (fault) {
@@ -266,17 +283,7 @@ void mlad_session_answer(struct mlad_session *session, const struct mlad_decode 
         .queue_ns = decode->launched - decode->queued,
         .kernel_ns = decode->completed - decode->launched,
         .kv_tokens = decode->kv_tokens,
+        .failed = decode->failed,
     };
-    if (decode->failed == 0 && mlad_rings_complete(session, &completion))
-        return;
-    static struct mlap_done done; /* large, and only the loop thread's */
-    done.receive_ns = completion.receive_ns;
-    done.queue_ns = completion.queue_ns;
-    done.kernel_ns = completion.kernel_ns;
-    done.kv_tokens = completion.kv_tokens;
-    done.failed = decode->failed;
-    done.n_failures = decode->n_failures;
-    if (decode->n_failures)
-        memcpy(done.failures, decode->failures, decode->n_failures * sizeof *done.failures);
-    mlad_link_send(&session->link, MLAP_DONE, decode->sequence, &done);
+    mlad_session_complete(session, &completion, decode->failures, decode->n_failures);
 }

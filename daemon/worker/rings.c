@@ -69,12 +69,18 @@ bool mlad_rings_complete(struct mlad_session *session, const struct mlap_complet
 
 /* ---- submissions ---- */
 
-static enum mlap_code submit(struct mlad_session *session, const struct mlap_submission *entry,
-                             struct mlap_fault *fault)
+/* Do what an entry asks for: it is answered once it is done, or else by its fault. */
+static enum mlap_code act(struct mlad_session *session, const struct mlap_submission *entry, struct mlap_fault *fault)
 {
-    if (entry->operation != MLAP_OPERATION_SUBMIT)
+    const uint64_t received = mlad_now_ns();
+    const bool arms = entry->operation == MLAP_OPERATION_ARM;
+    if (!arms && entry->operation != MLAP_OPERATION_SUBMIT)
         return mlap_fail(fault, MLAP_code_INVALID, "submission.operation",
-                         "%" PRIu32 " is no operation; %d runs a plan", entry->operation, MLAP_OPERATION_SUBMIT);
+                         "%" PRIu32 " is no operation; %d runs a plan, and %d arms a step", entry->operation,
+                         MLAP_OPERATION_SUBMIT, MLAP_OPERATION_ARM);
+    if (!arms && entry->round)
+        return mlap_fail(fault, MLAP_code_INVALID, "submission.round",
+                         "a plan has no rounds, so it must be 0; %d arms a step", MLAP_OPERATION_ARM);
     uint32_t zero = 0;
     for (size_t i = 0; i < sizeof entry->zero / sizeof *entry->zero; i++)
         zero |= entry->zero[i];
@@ -82,7 +88,10 @@ static enum mlap_code submit(struct mlad_session *session, const struct mlap_sub
         return mlap_fail(fault, MLAP_code_INVALID, "submission.zero",
                          "bytes %zu to %zu of an entry must be 0", offsetof(struct mlap_submission, zero),
                          sizeof *entry - 1);
-    return mlad_session_submit(session, entry->sequence, entry->plan, mlad_now_ns(), fault);
+    if (!arms)
+        return mlad_session_submit(session, entry->sequence, entry->plan, received, fault);
+    const struct mlap_arm arm = {.step = entry->step, .round = entry->round};
+    return mlad_ordered_arm(session, &arm, entry->sequence, received, fault);
 }
 
 static void drop(struct mlad_session *session, const char *field, const char *what)
@@ -119,7 +128,7 @@ static bool take(struct mlad_session *session)
     struct mlap_fault fault;
     if (entry.submission.sequence == 0)
         drop(session, "submission.sequence", "it must not be 0, which stands for none");
-    else if (submit(session, &entry.submission, &fault) != MLAP_code_OK)
+    else if (act(session, &entry.submission, &fault) != MLAP_code_OK)
         mlad_session_refuse(session, entry.submission.sequence, &fault);
     return true;
 }

@@ -83,6 +83,9 @@ void mlad_session_receive(struct mlad_session *session, struct mlad_message *mes
 /* request.c: queue a decode of the plan of that id, for a message or an entry that was read at `received`. */
 enum mlap_code mlad_session_submit(struct mlad_session *session, uint32_t sequence, uint32_t plan, uint64_t received,
                                    struct mlap_fault *fault);
+/* request.c: tell of a decode, or a round, that is complete: by the ring if there is no more to say, else by DONE. */
+void mlad_session_complete(struct mlad_session *session, const struct mlap_completion *completion,
+                           const struct mlap_failure *failures, uint32_t n_failures);
 /* request.c: a decode has ended; send its completion, DONE or ERROR. */
 void mlad_session_answer(struct mlad_session *session, const struct mlad_decode *decode,
                          const struct mlap_fault *fault);

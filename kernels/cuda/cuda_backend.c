@@ -67,6 +67,8 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     int shared = 0, processors = 0, resident = 0;
     TRY(module_load, "kernels", &device->module, mlak_cuda_image);
     TRY(module_function, "kernels", &device->prepare, device->module, "mlak_cuda_prepare");
+    TRY(function_attribute, "kernels", device->prepare, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        MLAK_CUDA_PREPARE_SHARED);
     TRY(module_function, "kernels", &device->combine, device->module, "mlak_cuda_combine");
     TRY(device_attribute, "device", &shared, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device->gpu);
     TRY(device_attribute, "device", &processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device->gpu);
@@ -419,7 +421,7 @@ CUresult cuda_launch(const struct mlak_device *device, struct mlak_cuda_job *job
         CUfunction kernel;
         unsigned grid, block, shared;
     } kernels[] = {
-        {device->prepare, 1, MLAK_CUDA_PREPARE_THREADS, MLAK_CUDA_PREPARE_SHARED},
+        {device->prepare, 1, mlak_cuda_prepare_threads(job), MLAK_CUDA_PREPARE_SHARED},
         {wgmma ? device->split_wgmma[types] : wide ? device->wide[types] : device->split[types], job->grid,
          wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS,
          wgmma  ? MLAK_CUDA_SPLIT_SHARED_WGMMA

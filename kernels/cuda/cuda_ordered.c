@@ -58,6 +58,7 @@ struct mlak_order {
     uint32_t count, wait_ms;
     struct mlak_batch *batches; /* [count] */
     struct mlak_flags *flags;
+    struct mlak_layer_time *times; /* [count], of the round that ended last */
     struct instance instances[INSTANCES];
     uint32_t made;          /* of them */
     uint32_t first, flying; /* those in flight, in a ring of `made` */
@@ -397,8 +398,9 @@ struct mlak_order *cuda_order_new(struct mlak_device *device, struct mlak_lane *
                                      .count = count,
                                      .wait_ms = wait_ms,
                                      .batches = calloc(count, sizeof *order->batches),
-                                     .flags = calloc(count, sizeof *order->flags)};
-    if (!order || !order->batches || !order->flags) {
+                                     .flags = calloc(count, sizeof *order->flags),
+                                     .times = calloc(count, sizeof *order->times)};
+    if (!order || !order->batches || !order->flags || !order->times) {
         mlak_fail(fault, MLAK_MEMORY, "", "no memory for the step");
     } else {
         for (uint32_t i = 0; i < count; i++)
@@ -423,6 +425,7 @@ void cuda_order_free(struct mlak_device *device, struct mlak_order *order)
     }
     free(order->batches);
     free(order->flags);
+    free(order->times);
     free(order);
 }
 
@@ -474,7 +477,7 @@ static enum mlak_code check_life(struct mlak_device *device, struct mlak_lane *l
 }
 
 /* What one layer adds to the outcome. */
-static void tell(const struct mlak_order *order, uint32_t layer, const struct mlak_cuda_order_result *result,
+static void tell(struct mlak_order *order, uint32_t layer, const struct mlak_cuda_order_result *result,
                  struct mlak_order_outcome *outcome)
 {
     const struct mlak_batch *batch = &order->batches[layer];
@@ -482,6 +485,7 @@ static void tell(const struct mlak_order *order, uint32_t layer, const struct ml
     outcome->stopped |= result->outcome == MLAK_ORDER_STOPPED;
     if (result->outcome != MLAK_ORDER_RAN)
         return;
+    order->times[outcome->n_times++] = (struct mlak_layer_time){result->gate_ns, result->serve_ns};
     outcome->kv_tokens += result->kv_tokens;
     outcome->failed += result->batch_code ? batch->batch : result->failed;
     if (result->batch_code) {
@@ -520,7 +524,7 @@ enum mlak_code cuda_order_poll(struct mlak_device *device, struct mlak_order *or
         return code == MLAK_OK ? check_life(device, lane, fault) : code;
     }
     *ended = true;
-    *outcome = (struct mlak_order_outcome){.round = instance->round, .code = MLAK_OK};
+    *outcome = (struct mlak_order_outcome){.round = instance->round, .code = MLAK_OK, .times = order->times};
     for (uint32_t i = 0; i < order->count; i++)
         tell(order, i, &results[i], outcome);
     order->first = (order->first + 1) % order->made;

@@ -196,6 +196,7 @@ __device__ static inline void combine_entry(const struct mlak_cuda_job *job, con
 MLAK_KERNEL(mlak_cuda_combine, MLAK_CUDA_THREADS, struct mlak_cuda_job job)
 {
     struct combine_shared *shared = (struct combine_shared *)(void *)mlak_shared;
+    kernel_begins();
     await_kernel_before();
     uint32_t merges = job.schedule->merges;
     uint32_t blocks = merges == 0 ? 1 : (uint32_t)row_most(gridDim.x / merges, 1); /* of an entry */

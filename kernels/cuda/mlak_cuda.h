@@ -20,7 +20,7 @@
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
-#include "mlak.h"
+#include "mlak_rows.h"
 
 enum {
     MLAK_CUDA_M = 64,              /* folded rows of an item at most: 16, 32 or 64, see mlak_cuda_rows */
@@ -28,14 +28,14 @@ enum {
     MLAK_CUDA_THREADS = 256,       /* of each block of split and combine */
     MLAK_CUDA_WGMMA_THREADS = 384, /* of each block of the split kernels for Hopper */
     MLAK_CUDA_MOST_ABREAST = 8,
-    MLAK_CUDA_PREPARE_THREADS = 1024,
+    MLAK_CUDA_PREPARE_THREADS = 1024, /* at most, see mlak_cuda_prepare_threads */
     MLAK_CUDA_MAX_REQUESTS = 1024, /* of a job */
     MLAK_CUDA_MAX_SOURCES = 64,    /* of a job */
     MLAK_CUDA_PART_FLOATS = MLAK_CUDA_M * (MLAK_V + 2), /* of a slot: O not normalised [64][512], maximum [64] (of log2
                                                          * scores), sum [64] */
     MLAK_CUDA_FIXED_TILES = 32,    /* deterministic: tiles of a split, more if there would be too many splits */
     MLAK_CUDA_FIXED_SLOTS = 64,    /* deterministic: slots a request uses at most */
-    MLAK_CUDA_PREPARE_SHARED = 15 << 10,   /* dynamic shared memory of each kernel, bytes */
+    MLAK_CUDA_PREPARE_SHARED = 60 << 10,   /* dynamic shared memory of each kernel, bytes */
     MLAK_CUDA_SPLIT_SHARED_1 = 101376,     /* one tile in flight: the most that sm_86, 89 and 120 give */
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
@@ -221,6 +221,13 @@ static inline uint32_t mlak_cuda_abreast(uint64_t rows, uint64_t requests, bool 
 static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
 {
     return rows_per_item == MLAK_CUDA_M && abreast >= 4 && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
+}
+
+/* Threads of the prepare kernel: one for each request, source and thread block of the split kernel, in whole warps. */
+MLAK_ROWS uint32_t mlak_cuda_prepare_threads(const struct mlak_cuda_job *job)
+{
+    uint32_t most = job->count > job->grid ? job->count : job->grid;
+    return ((most > job->n_sources ? most : job->n_sources) + 31) / 32 * 32;
 }
 
 /* Row blocks that are split, each with two parts at least, and requests without a tile. */

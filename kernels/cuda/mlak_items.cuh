@@ -69,7 +69,9 @@ __device__ static inline bool item_open(const struct mlak_cuda_job *job, const s
     return row->code == MLAK_ROW_OK && !*failed;
 }
 
-/* Which rows the item has, of at most `most`, and what they see together. False: it has none. */
+/* Which rows the item has, of at most `most`, and what they see together. False: it has none. TREE: the row may have
+ * tree masks. */
+template <bool TREE = true>
 __device__ static inline bool item_look(struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t most)
 {
     uint32_t folded = row->q_len * row->heads;
@@ -79,7 +81,9 @@ __device__ static inline bool item_look(struct mlak_cuda_item *item, const struc
     item->rows = (uint32_t)row_least(folded - item->first_row, most);
     item->first_token = item->first_row / row->heads;
     item->end_token = (item->first_row + item->rows - 1) / row->heads + 1;
-    item->any = row_visible_any(row, item->first_token, item->end_token, &item->any_bits);
+    item->any_bits = 0;
+    item->any = TREE ? row_visible_any(row, item->first_token, item->end_token, &item->any_bits)
+                     : row_visible_range(row, item->first_token, item->end_token);
     item->all_lo = row_visible(row, item->end_token - 1).lo;
     item->all_end = row_visible(row, item->first_token).base;
     return true;
@@ -95,16 +99,17 @@ __device__ static inline void item_fetchable(const struct mlak_cuda_item *item, 
 
 /* The same, and which tiles may be fetched. Blocks of a cluster agree on these; the second may have no row of its own,
  * and then goes with the first. */
+template <bool TREE = true>
 __device__ static inline void item_look_around(const struct mlak_cuda_job *job, struct mlak_cuda_item *item,
                                                const struct mlak_row *row)
 {
     struct mlak_cuda_item other = *item;
     int64_t from = 0, to = item->end_tile - item->tile;
-    bool there = item_look(item, row, job->rows_per_item);
+    bool there = item_look<TREE>(item, row, job->rows_per_item);
     if (there)
         item_fetchable(item, &from, &to);
     other.block ^= 1;
-    if (job->cluster == 2 && item_look(&other, row, job->rows_per_item)) {
+    if (job->cluster == 2 && item_look<TREE>(&other, row, job->rows_per_item)) {
         item_fetchable(&other, &from, &to);
         if (!there) {
             *item = other;

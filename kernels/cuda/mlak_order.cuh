@@ -20,8 +20,12 @@ __device__ static uint32_t order_wait(const struct mlak_cuda_order *order, uint3
     for (uint32_t looks = 0;; looks++) {
         if (looks % LOOKS == 0 && (order_look(&order->lane->stopped) || order_look(&order->lane->abandoned)))
             return MLAK_ORDER_STOPPED;
-        if (order_reached(order_acquire(order->go), round))
+        if (order_reached(order_acquire(order->go), round)) {
+            const uint64_t now = order_now_ns();
+            order->lane->gate_ns = now - start;
+            order->lane->went = now;
             return MLAK_ORDER_RAN;
+        }
         if (looks % LOOKS == LOOKS - 1 && order_now_ns() - start > order->wait_ns) {
             order->lane->stopped = 1;
             return MLAK_ORDER_STOPPED;
@@ -81,6 +85,7 @@ __device__ static void order_signal(const struct mlak_cuda_order *order, bool re
 struct order_sums {
     uint32_t failed, first;
     unsigned long long kv_tokens;
+    uint64_t done; /* when the client's stream was told */
 };
 
 __device__ static void order_count(const struct mlak_cuda_order *order, struct order_sums *sums)
@@ -105,6 +110,8 @@ __device__ static void order_report(const struct mlak_cuda_order *order, const s
     result->batch_value = order->launched->sources[0].value;
     result->batch_before = order->launched->sources[0].before;
     result->kv_tokens = sums->kv_tokens;
+    result->gate_ns = order->lane->gate_ns;
+    result->serve_ns = sums->done - order->lane->went;
     result->failed = sums->failed;
     if (sums->failed) {
         const struct mlak_row *row = &order->rows[sums->first];
@@ -130,6 +137,8 @@ ORDER_KERNEL(mlak_cuda_signal, MLAK_CUDA_SIGNAL_THREADS, struct mlak_cuda_order 
     const bool failed = order_any(order_failed(&order)) && ran && !refused; /* else the rows are an earlier launch's */
     if (ran)
         order_signal(&order, refused, failed);
+    if (ORDER_THREAD == 0)
+        sums.done = order_now_ns();
     if (ran && !refused)
         order_count(&order, &sums);
     order_barrier();

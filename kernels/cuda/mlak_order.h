@@ -26,6 +26,8 @@ struct mlak_cuda_lane {
     uint32_t abandoned, reserved_b[7]; /* the host's: nobody waits for anything of the lane */
     unsigned long long life;       /* grows with each launch of the lane */
     uint32_t outcome, reserved_c[5]; /* enum mlak_cuda_order_outcome, of the gate that was last */
+    uint64_t gate_ns, went; /* how long that gate waited, and when it saw its flag, nanoseconds */
+    uint64_t reserved_d[2];
 };
 
 /* Pinned host memory, of one layer: what came of its last round. */
@@ -40,7 +42,8 @@ struct mlak_cuda_order_result {
     uint32_t reserved;
     int64_t detail[2];
     unsigned long long kv_tokens;
-    uint64_t reserved_b[6];
+    uint64_t gate_ns, serve_ns; /* of MLAK_ORDER_RAN: see struct mlak_layer_time */
+    uint64_t reserved_b[4];
 };
 
 /* The parameter of gate and signal. */

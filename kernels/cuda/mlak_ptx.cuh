@@ -17,6 +17,13 @@
 #define MLAK_KERNEL(name, threads, parameter)                                                                          \
     extern "C" __global__ __launch_bounds__(threads, 1) void name(const __grid_constant__ parameter)
 
+/* A function that is there once, however often it is called: code that nobody has run lately takes longer to come than
+ * to run. Not for kernels with wgmma, whose products a call puts one after the other. */
+#define MLAK_CALLED __device__ __noinline__ static
+
+/* A kernel's first words, which tests give a meaning to. */
+__device__ static inline void kernel_begins(void) {}
+
 extern __shared__ __align__(128) unsigned char mlak_shared[];
 
 __device__ static inline uint32_t shared_bytes(void)

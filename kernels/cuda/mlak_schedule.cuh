@@ -65,9 +65,9 @@ __device__ static inline struct mlak_cuda_walk schedule_share(const struct mlak_
     return walk;
 }
 
-/* The next item: which it is, its tiles, and where it goes. False: there is none. */
-__device__ static inline bool schedule_next(const struct mlak_cuda_job *job, struct mlak_cuda_walk *walk,
-                                            struct mlak_cuda_item *item)
+/* The next item: which it is, its tiles, and where it goes. False: there is none. `requests` are the job's. */
+__device__ static inline bool schedule_next(const struct mlak_cuda_job *job, const struct mlak_cuda_request *requests,
+                                            struct mlak_cuda_walk *walk, struct mlak_cuda_item *item)
 {
     const struct mlak_cuda_request *request;
     do {
@@ -77,8 +77,8 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
             return false;
         item->part = NULL;
         if (walk->share == 0) {
-            item->request = item_request(job->requests, job->count, at);
-            request = &job->requests[item->request];
+            item->request = item_request(requests, job->count, at);
+            request = &requests[item->request];
             uint32_t own = (uint32_t)(at - request->first), split = own / request->blocks;
             item->block = own % request->blocks;
             item->tile = split * request->split_tiles;
@@ -91,7 +91,7 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, str
         }
         walk->strip += begins ? 0 : 1;
         item->tile = begins ? walk->tile : 0;
-        while (request = &job->requests[walk->request], walk->strip >= request->strips || request->tiles == 0) {
+        while (request = &requests[walk->request], walk->strip >= request->strips || request->tiles == 0) {
             walk->request++;
             walk->strip = 0;
         }

@@ -178,10 +178,11 @@ __device__ static inline void split_kernel(const struct mlak_cuda_job *job)
     room += stages * (SPLIT_KEYS_BYTES + SPLIT_SCALES_BYTES);
     s.p = (float *)(void *)room;
     s.shared = (struct split_shared<GROUPS> *)(void *)(room + SPLIT_P_BYTES(GROUPS));
+    kernel_begins();
     await_kernel_before();
     let_next_kernel_start();
     struct mlak_cuda_walk walk = job->starts[blockIdx.x].walk;
-    while (schedule_next(job, &walk, &s.item)) {
+    while (schedule_next(job, job->requests, &walk, &s.item)) {
         split_item<TYPES, GROUPS>(&s, stages);
         copy_wait<0>();  /* an item that was abandoned had copies under way */
         __syncthreads(); /* shared memory is the next item's */

@@ -406,6 +406,7 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
 {
     struct wgmma_shared *shared = (struct wgmma_shared *)(void *)mlak_shared;
     uint32_t group = warp_uniform(threadIdx.x / WGMMA_GROUP);
+    kernel_begins();
     if (threadIdx.x == 0) {
         shared->cluster = job->cluster;
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);

@@ -184,7 +184,7 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
     struct mlak_cuda_item item;
     bool there, wanted = true;
     do {
-        there = schedule_next(job, walk, &item);
+        there = schedule_next(job, job->requests, walk, &item);
         if (there) {
             int code = read_once(&job->rows[item.request].code);
             wanted = !__any_sync(0xffffffff, code != MLAK_ROW_OK || item_cancelled(job, &item));

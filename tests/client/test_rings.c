@@ -7,6 +7,7 @@
 #include <cmocka.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -122,6 +123,48 @@ static void more_than_the_ring_holds_keep_their_order(void **state)
         assert_int_equal(peer->count[MLAP_SUBMIT] + peer->count[MLAP_DECODE], (round + 1) * MANY);
     }
     assert_in_range(peer->taken, 3, 3 * MANY);
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+/* A second PLAN is answered with the first decode, and not before. */
+static enum act plan_waits_for_a_decode(struct peer *peer, const struct arrival *a)
+{
+    uint32_t *plan = peer->of_test;
+    if (a->header.type == MLAP_PLAN && peer->count[MLAP_PLAN] == 2) {
+        *plan = a->header.sequence;
+        return HANDLED;
+    }
+    if (a->header.type == MLAP_SUBMIT && *plan) {
+        mlap_send_message(a->socket, MLAP_OK, *plan, &(struct mlap_ok){0}, -1, 0);
+        *plan = 0;
+    }
+    return ANSWER;
+}
+
+static void *make_a_plan(void *argument)
+{
+    struct rig *rig = argument;
+    mla_plan *plan;
+    return mla_plan_create(rig->client, &rig->batch, &plan, NULL) == MLA_OK ? rig : NULL;
+}
+
+static void other_messages_keep_no_decode_from_the_ring(void **state)
+{
+    (void)state;
+    uint32_t held = 0;
+    struct peer *peer = ring_peer(plan_waits_for_a_decode, &held);
+    struct rig rig;
+    pthread_t thread;
+    void *made;
+    rig_init(&rig, peer);
+    assert_int_equal(pthread_create(&thread, NULL, make_a_plan, &rig), 0);
+    while (peer->count[MLAP_PLAN] < 2)
+        usleep(1000);
+    assert_ok(mla_decode(rig.client, rig.plan, 5000, NULL, e));
+    assert_int_equal(peer->taken, 1);
+    pthread_join(thread, &made);
+    assert_ptr_equal(made, &rig);
     rig_free(&rig);
     peer_free(peer);
 }
@@ -294,6 +337,7 @@ int main(void)
         cmocka_unit_test(rings_are_used_where_they_are_offered),
         cmocka_unit_test(rings_can_be_declined),
         cmocka_unit_test(more_than_the_ring_holds_keep_their_order),
+        cmocka_unit_test(other_messages_keep_no_decode_from_the_ring),
         cmocka_unit_test(the_descriptor_speaks_for_the_ring),
         cmocka_unit_test(what_was_completed_before_a_death_is_not_done_again),
         cmocka_unit_test(lies_end_the_client),

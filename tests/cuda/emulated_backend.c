@@ -1,5 +1,5 @@
-/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated KIND`, for the test programs of
- * tests/kernels.
+/* emulated_backend.c - the kernels of kernels/cuda as a backend, `emulated KIND[:SEED]`, for the test programs of
+ * tests/kernels; with a seed, in disorder (emulator.h).
  *
  * Launches what cuda hardware would be launched with: prepare, split, combine; few items a device, so that short
  * batches are split too. Scratch is filled with NaN before each launch, and lies between inaccessible pages. */
@@ -29,10 +29,13 @@ static struct mlak_device *emulated_open(const struct mlak_options *options, str
     static const size_t shared[] = {MLAK_CUDA_SPLIT_SHARED_1, MLAK_CUDA_SPLIT_SHARED_2, MLAK_CUDA_SPLIT_SHARED_WIDE,
                                     MLAK_CUDA_SPLIT_SHARED_WGMMA};
     int kind = options->variant ? options->variant[0] - '1' : 1;
-    if (kind < 0 || kind > 3 || (options->variant && options->variant[1])) {
-        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1 to 4", options->variant);
+    const char *seed = options->variant && options->variant[0] ? options->variant + 1 : "";
+    if (kind < 0 || kind > 3 || (seed[0] && (seed[0] != ':' || atoi(seed + 1) < 1))) {
+        mlak_fail(fault, MLAK_INVALID, "variant", "%s is no kind of device; give 1 to 4, or such as 4:1",
+                  options->variant);
         return NULL;
     }
+    mlak_emulate_disorder(seed[0] ? (uint64_t)atoi(seed + 1) : 0);
     device.shared = shared[kind];
     device.wgmma = kind == 3;
     mlak_cuda_capabilities(device.capabilities, device.wgmma);
@@ -160,7 +163,7 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
 
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     char name[64];
-    run("mlak_cuda_prepare", 1, MLAK_CUDA_PREPARE_THREADS, 1, MLAK_CUDA_PREPARE_SHARED, &job);
+    run("mlak_cuda_prepare", 1, mlak_cuda_prepare_threads(&job), 1, MLAK_CUDA_PREPARE_SHARED, &job);
     run(split_kernel(&job, name), job.grid, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
         device->shared, &job);
     run("mlak_cuda_combine", job.grid, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);

@@ -4,6 +4,7 @@ themselves: gates wait, workers and clients die while they do.
 usage: test_streams.py, with MLAD_BIN, MLACTL_BIN, STREAM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,20 +36,26 @@ class Client:
         return out
 
 
+def by_the_socket(out):
+    """How many SUBMIT and ARM libmla sent over it."""
+    return tuple(int(number) for number in re.search(r"by the socket: SUBMIT (\d+), ARM (\d+)", out).groups())
+
+
 def eager(daemon):
-    Client(daemon, "eager").end()
+    assert by_the_socket(Client(daemon, "eager").end()) == (0, 0)
 
 
 def many_rounds_ahead_of_the_device(daemon):
-    Client(daemon, "ahead").end()
+    assert by_the_socket(Client(daemon, "ahead").end()) == (0, 0)
 
 
-def steps_are_armed_by_one_message(daemon):
-    Client(daemon, "step").end()
+def steps_are_armed_by_one_entry_or_message(daemon):
+    assert by_the_socket(Client(daemon, "step").end()) == (0, 0)
+    assert by_the_socket(Client(daemon, "step", MLAD_TRANSPORT="socket").end()) == (12, 12)
 
 
 def graphs_arm_themselves(daemon):
-    Client(daemon, "graph").end()
+    assert by_the_socket(Client(daemon, "graph").end()) == (0, 0)
 
 
 def what_fails_is_nan(daemon):
@@ -57,13 +64,43 @@ def what_fails_is_nan(daemon):
 
 def a_late_stream_is_served(daemon):
     before = daemon.devices()[GPU]["refused"]
-    Client(daemon, "late").end()
+    assert by_the_socket(Client(daemon, "late").end()) == (0, 0)
     assert daemon.devices()[GPU]["refused"] - before >= 4, daemon.devices()[GPU]  # rounds that stopped
 
 
+def waits_for_the_stream_and_for_the_daemon_are_measured(daemon):
+    rounds, layers, pause, slow = 4, 3, 0.5, 0.01
+
+    def phases():
+        return {entry["phase"]: entry for entry in daemon.devices()[GPU]["latency"]}
+    before, began = phases(), time.monotonic()
+    inject("slow=10")  # each kernel of the worker
+    Client(daemon, "paced").end()
+    inject()
+    took, after = time.monotonic() - began, phases()
+    counts = [after[name]["count"] - before[name]["count"] for name in ("gate", "serve")]
+    gate, serve = ((after[name]["sum_ns"] - before[name]["sum_ns"]) / 1e9 for name in ("gate", "serve"))
+    assert counts == [rounds * layers] * 2, counts
+    assert gate >= rounds * pause / 2, gate  # the rest for the entry's way
+    assert serve >= rounds * layers * 3 * slow, serve  # prepare, split and combine
+    assert gate + serve <= took, (gate, serve, took)  # one behind the other
+    for name in "gate", "serve":
+        phase = after[name]
+        assert 0 < phase["p50_ns"] <= phase["p90_ns"] <= phase["p99_ns"] <= phase["max_ns"], phase
+        top, = daemon.json("top", "--once", "--interval", "0.1")["devices"]
+        assert top["phases"][name] == {key: phase[key] for key in ("count", "p50_ns", "p99_ns")}, (top, phase)
+        count = f'mlad_decode_phase_seconds_count{{device="{GPU}",phase="{name}"}} {phase["count"]}\n'
+        assert count in daemon.ctl("metrics").stdout, count
+    assert after["gate"]["max_ns"] >= pause / 2 * 1e9
+    assert "STREAM ORDER, P50 / P99" in daemon.ctl("top", "--once", "--interval", "0.1").stdout
+    assert "serve" in daemon.ctl("status").stdout
+
+
 def host_order_goes_on_beside_an_armed_round(daemon):
-    assert Client(daemon, "beside").end().startswith("rings\n")
-    assert Client(daemon, "beside", MLAD_TRANSPORT="socket").end().startswith("socket\n")
+    out = Client(daemon, "beside").end()
+    assert out.startswith("rings\n") and by_the_socket(out) == (0, 0), out
+    out = Client(daemon, "beside", MLAD_TRANSPORT="socket").end()
+    assert out.startswith("socket\n") and by_the_socket(out) == (28, 1), out
 
 
 def host_order_gives_the_same(daemon):
@@ -72,33 +109,98 @@ def host_order_gives_the_same(daemon):
     Client(daemon, "host", order="host").end()
 
 
-def refused(client, kind, fields, code, field):
+def refused_by(call, arguments, code, field):
     try:
-        client.call(kind, fields)
+        call(*arguments)
     except mlad_client.Refused as error:
-        assert (error.code, error.field) == (code, field), (fields, error)
+        assert (error.code, error.field) == (code, field), (arguments, error)
     else:
-        raise AssertionError(f"{kind} {fields} was not refused")
+        raise AssertionError(f"{arguments} was not refused")
 
 
-def wrong_steps_are_refused_by_name(daemon):
+def refused(client, kind, fields, code, field):
+    refused_by(client.call, (kind, fields), code, field)
+
+
+def tensor(at):
+    return {"buffer": 1, "offset": at}
+
+
+@contextlib.contextmanager
+def raw_step(daemon, **options):
+    """A client without libmla, beside one whose memory is its buffer 1, its step 7 of two layers, and the memory's
+    handle and offset. The memory is zeros: no flag is set, and round 0 of each layer is done."""
     owner = Client(daemon, "memory")
     handle, offset, _ = owner.line().split()
-    offset = int(offset)
-    with mlad_client.Client(daemon.socket, GPU) as client:
-        client.call("IMPORT", {"buffer": 1, "handle": handle, "gpu": GPU, "offset": offset, "bytes": 1 << 19})
-        client.call("IMPORT", {"buffer": 2, "handle": handle, "gpu": GPU, "offset": offset + (1 << 19), "bytes": 4096,
-                               "access": "read"})
-        host = client.register(4096)
-
-        def tensor(at):
-            return {"buffer": 1, "offset": at}
+    with mlad_client.Client(daemon.socket, GPU, **options) as client:
+        client.call("IMPORT", {"buffer": 1, "handle": handle, "gpu": GPU, "offset": int(offset), "bytes": 1 << 19})
         client.call("PLAN", {"plan": 5, "batch": {
             "batch": 1, "heads": 1, "q_rows": 1, "q_dtype": "bf16", "kv_format": "bf16", "pages": 1, "page_size": 64,
             "max_pages": 1, "softmax_scale": 1.0, "q": tensor(0), "kv": tensor(4096), "block_table": tensor(1 << 17),
             "seqlens": tensor((1 << 17) + 64), "out": tensor((1 << 17) + 4096)}})
         good = {"step": 7, "slots": tensor(1 << 18), "layers": [{"plan": 5}, {"plan": 5}]}
         client.call("STEP", good)
+        yield client, good, handle, int(offset)
+    owner.go_on()
+    owner.end()
+
+
+def entries_of_the_ring_arm_and_are_refused_like_messages(daemon):
+    with raw_step(daemon, rings=True) as (client, _, _, _):
+        submit, arm = 1, 2
+
+        def waits(*words):
+            return client.wait(client.push(*words))
+        done = waits(arm, 7, 0)
+        assert done["failed"] == done["kv_tokens"] == 0, done
+        assert client.rings.popped == 1, "what succeeds is told by the ring"
+        client.call("ARM", {"step": 7, "round": 0})
+        assert client.rings.popped == 2
+        for words, code, field in (((arm, 8, 0), "not_found", "step"), ((arm, 0, 0), "not_found", "step"),
+                                   ((arm, 5, 0), "not_found", "step"), ((submit, 7, 0), "not_found", "plan"),
+                                   ((submit, 5, 1), "invalid", "submission.round"),
+                                   ((arm, 7, 0, 1), "invalid", "submission.zero"),
+                                   ((3, 7, 0), "invalid", "submission.operation"),
+                                   ((arm, 7, 1), "timeout", "")):  # nobody sets its flag
+            refused_by(waits, words, code, field)
+        assert client.rings.popped == 2
+        # Entries before a datagram: the step is there for them, and gone for who comes later.
+        first = [client.push(arm, 7, 0) for _ in range(20)]
+        client.call("STEP_DROP", {"step": 7})
+        for sequence in first:
+            client.wait(sequence)
+        refused_by(waits, (arm, 7, 0), "not_found", "step")
+
+
+def a_ring_full_of_rounds_is_its_own_session_s_trouble(daemon):
+    with raw_step(daemon, rings=True) as (client, _, _, _):
+        limit = client.welcome["max_in_flight"]
+
+        def push(times, *words):
+            pushed = []
+            while len(pushed) < times:
+                with contextlib.suppress(BlockingIOError):  # full: the worker is about to take some
+                    pushed.append(client.push(*words))
+            return pushed
+        pushed = push(limit + 40, 2, 7, 1)  # nobody sets its flag
+        for sequence in pushed[limit:]:
+            refused_by(client.wait, (sequence,), "busy", "")
+        for sequence in pushed[:limit]:
+            refused_by(client.wait, (sequence,), "timeout", "")
+        push(limit // 2, 2, 7, 2)  # limits are a user's: others have the rest
+        Client(daemon, "eager").end()
+        push(limit // 2, 2, 7, 3)  # and it ends with as many under way
+    began = time.monotonic()
+    while daemon.devices()[GPU]["held_bytes"] or daemon.devices()[GPU]["sessions_draining"]:
+        assert time.monotonic() < began + 10, daemon.devices()[GPU]
+        time.sleep(0.02)
+
+
+def wrong_steps_are_refused_by_name(daemon):
+    with raw_step(daemon) as (client, good, handle, offset):
+        client.call("IMPORT", {"buffer": 2, "handle": handle, "gpu": GPU, "offset": offset + (1 << 19), "bytes": 4096,
+                               "access": "read"})
+        host = client.register(4096)
         for changes, code, field in (
                 ({}, "exists", "step"),
                 ({"step": 8, "layers": []}, "invalid", "layers"),
@@ -117,8 +219,6 @@ def wrong_steps_are_refused_by_name(daemon):
         client.call("DROP", {"plan": 5})  # the step has it still
         client.call("STEP_DROP", {"step": 7})
         client.call("UNREGISTER", {"buffer": 1})
-    owner.go_on()
-    owner.end()
     cpu = Daemon("cpu")
     try:
         with mlad_client.Client(cpu.socket, "cpu") as client:
@@ -232,8 +332,10 @@ def a_daemon_that_stays_away_leaves_nan(_):
         daemon.stop()
 
 
-TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_message, graphs_arm_themselves,
-         what_fails_is_nan, a_late_stream_is_served,
+TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_entry_or_message, graphs_arm_themselves,
+         entries_of_the_ring_arm_and_are_refused_like_messages,
+         a_ring_full_of_rounds_is_its_own_session_s_trouble,
+         what_fails_is_nan, a_late_stream_is_served, waits_for_the_stream_and_for_the_daemon_are_measured,
          host_order_goes_on_beside_an_armed_round, host_order_gives_the_same,
          wrong_steps_are_refused_by_name, a_killed_worker_is_a_delay,
          a_client_killed_in_its_own_gate_holds_nothing, a_killed_client_holds_nothing,

@@ -242,9 +242,15 @@ def bad_entries_are_refused_by_sequence():
     with with_neighbour() as (worker, neighbour):
         session, rings, case = ringed(worker)
         expect("invalid", "submission.operation", session.answer, rings.push(3, operation=0))
+        expect("invalid", "submission.operation", session.answer, rings.push(4, operation=3))
         expect("invalid", "submission.operation", session.answer, rings.push(4, operation=0xffffffff))
-        for at in range(0, 52, 4):
-            expect("invalid", "submission.zero", session.answer, rings.push(5, zero=bytes(at) + b"\1"))
+        expect("invalid", "submission.round", session.answer, rings.push(5, zero=b"\1"))
+        for operation in 1, 2:
+            for at in range(4, 52, 4):
+                expect("invalid", "submission.zero", session.answer,
+                       rings.push(5, operation=operation, zero=bytes(at) + b"\1"))
+        for step in 0, 1, 0xffffffff:   # of which there are none here; 1 is a plan
+            expect("not_found", "step", session.answer, rings.push(6, step, operation=2, zero=b"\1"))
         expect("not_found", "plan", session.answer, rings.push(6, plan=2))
         expect("not_found", "plan", session.answer, rings.push(7, plan=0))
         rings.push(8)
@@ -348,10 +354,11 @@ def rewritten_entries_are_read_once():
         session, rings, case = ringed(worker)
         stop = threading.Event()
         good, bad = struct.pack("<3I", 1, 1, 1).ljust(ENTRY, b"\0"), struct.pack("<3I", 9, 1, 9).ljust(ENTRY, b"\1")
+        arm = struct.pack("<4I", 2, 1, 1, 9).ljust(ENTRY, b"\0")
 
         def rewrite():
             while not stop.is_set():
-                for entry in (good, bad):
+                for entry in (good, bad, arm):
                     for index in (rings.pushed - 1, rings.pushed):
                         rings.place(entry, index)
         thread = threading.Thread(target=rewrite)

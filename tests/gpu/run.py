@@ -26,6 +26,7 @@ PARTS = {
     "python": ("frontends", 90), "hostile": ("hostile", 120), "kills": ("kills", 120), "uids": ("sharing", 60),
     "placement": ("placement", 90), "fault": ("fault", 40), "two_gpus": ("sharing", 60), "stream": ("streams", 300),
     "bench": ("programs", 180), "sanitizer": ("programs", 120),
+    "tenants": ("tenants", 240), "beside": ("tenants", 120), "engines": ("tenants", 240), "soak": ("soak", 580),
 }
 KILLS_WORKERS = {"kills"}       # the only part that may leave another worker behind
 
@@ -66,8 +67,13 @@ def parse():
                         "first is tested. cpu or reference try the suite itself where there is no GPU")
     parser.add_argument("--peer", help="JSON of another library's times, for bench")
     for name, what in (("cases", "of grid"), ("verify-cases", "of verify"), ("kills", "of clients"),
-                       ("hostile-seconds", "of each attack")):
+                       ("hostile-seconds", "of each attack"), ("soak-clients", "at once"),
+                       ("soak-mps-clients", "at once under MPS"), ("soak-seconds", "of soak; 60"),
+                       ("soak-mps-seconds", "of soak under MPS; 30")):
         parser.add_argument(f"--{name}", type=int, help=f"{what}; fewer for a trial")
+    parser.add_argument("--peer-library", help="tenants: a library to tests/bench/kernels/peer.h, to compare with")
+    parser.add_argument("--load-seconds", type=float, help="of each turn of tenants, beside and engines; 1")
+    parser.add_argument("--small", action="store_true", help="few small tenants in tenants, beside, engines: a trial")
     parser.add_argument("--run-part", help=argparse.SUPPRESS)      # the child's: a file that says what to run
     return parser.parse_args()
 
@@ -98,10 +104,11 @@ class Suite:
     def child(self, name, folder, seconds):
         """Run a part; what its file says, or what can be said without it."""
         result, description = Path(folder) / f"{name}.result", Path(folder) / f"{name}.part"
-        keys = ("peer", "cases", "verify_cases", "kills", "hostile_seconds")
+        keys = ("peer", "peer_library", "cases", "verify_cases", "kills", "hostile_seconds", "load_seconds", "small",
+                "soak_clients", "soak_mps_clients", "soak_seconds", "soak_mps_seconds")
         options = {key: getattr(self.options, key) for key in keys}
-        if options["peer"]:
-            options["peer"] = str(Path(options["peer"]).resolve())
+        for key in ("peer", "peer_library"):
+            options[key] = options[key] and str(Path(options[key]).resolve())
         options["device_name"] = self.gpus[0][1] if self.gpus else self.devices[0]
         description.write_text(json.dumps({
             "name": name, "device": self.devices[0], "devices": self.devices, "socket": str(self.daemon.socket),

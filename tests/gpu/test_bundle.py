@@ -31,14 +31,18 @@ with tempfile.TemporaryDirectory() as folder:
     moved = bundle.rename(Path(folder) / "moved")
     command = [sys.executable, moved / "tests/gpu/run.py"]
     parts = run(*command, "--list").split()
-    assert {"grid", "kills", "fault"} <= set(parts), parts
-    print(run(*command, "--device", DEVICE, "--only", "kills,two_gpus", "--kills", 10, "--out", out), end="")
+    assert {"grid", "kills", "fault", "tenants"} <= set(parts), parts
+    print(run(*command, "--device", DEVICE, "--only", "kills,two_gpus,soak", "--kills", 10, "--soak-clients", 2,
+              "--soak-seconds", 1, "--out", out), end="")
     report = json.loads(out.read_text())
     assert report["ok"] and report["trial"] and report["tree"], report
     assert report["parts"]["kills"]["ok"] and report["parts"]["kills"]["figures"]["clients"]["killed"] == 10, report
+    assert report["parts"]["soak"]["figures"]["without MPS"]["decodes"] > 0, report
     assert set(report["skipped"]) == {"two_gpus"} and not report["parts"]["two_gpus"]["ok"], report
     assert run(*command, "--only", "nonsense", code=1) == ""
     if with_gpu:
+        print(run(*command, "--device", DEVICE, "--only", "beside", "--small", "--load-seconds", 0.2, "--out", out),
+              end="")
         shape = ["--only", "B=1,H=16,q=1,K=512", "--sets", "uniform", "--pairs", 1, "--limit-seconds", 1]
         print(run(sys.executable, moved / "tests/bench/kernels/compare.py", "--device", DEVICE, *shape,
                   "--cold-mb", 0.1, "--ceilings", "3000,790"), end="")

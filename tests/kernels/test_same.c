@@ -1,7 +1,8 @@
-/* test_same.c - the same decode in other words has the same result: strides, batch-mates, launches, ranks.
- * `test_same backend [variant]`. */
+/* test_same.c - the same decode in other words has the same result: strides, batch-mates, launches, ranks; and so has
+ * the same decode again, many times: `test_same [times] backend [variant]`. */
 #include "test_device.h"
 
+#include <ctype.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -93,24 +94,98 @@ static void deterministic_bits_do_not_depend_on_batch_mates(void **state)
     }
 }
 
+/* ---- again and again ---- */
+
+enum { MOST_BATCHES = 4 };
+static unsigned times = 20;
+
+/* Batches of one launch. */
+struct launch {
+    struct made *made[MOST_BATCHES];
+    struct mlak_row *rows[MOST_BATCHES];
+    uint8_t *first[MOST_BATCHES]; /* out and lse of its first run */
+    uint32_t count;
+};
+
+static void add(struct launch *launch, struct mlak_batch shape, uint32_t types, const int32_t *lengths,
+                const int32_t *q_lens)
+{
+    struct maker maker = maker_seeded(43 + launch->count);
+    shape.max_pages = 64;
+    shape.pages = shape.batch * 64;
+    shape.has_cu_q = q_lens != NULL;
+    maker_set_types(&shape, types);
+    launch->made[launch->count] = made_new(&maker, &shape, lengths, q_lens);
+    launch->rows[launch->count++] = calloc(shape.batch, sizeof(struct mlak_row));
+}
+
+static void run_again(struct launch *launch, const char *what)
+{
+    enum mlak_code codes[MOST_BATCHES];
+    for (unsigned time = 0; time < times; time++) {
+        test_device_decode_together(launch->made, launch->count, launch->rows, codes);
+        for (uint32_t i = 0; i < launch->count; i++) {
+            const struct fence *out = &launch->made[i]->tensor[MLAK_T_OUT], *lse = &launch->made[i]->tensor[MLAK_T_LSE];
+            assert_int_equal(codes[i], MLAK_OK);
+            if (time == 0) {
+                launch->first[i] = malloc(out->bytes + lse->bytes);
+                memcpy(launch->first[i], out->data, out->bytes);
+                memcpy(launch->first[i] + out->bytes, lse->data, lse->bytes);
+                test_device_judge(launch->made[i], launch->rows[i], 0, what);
+            }
+            if (memcmp(out->data, launch->first[i], out->bytes) != 0 ||
+                memcmp(lse->data, launch->first[i] + out->bytes, lse->bytes) != 0)
+                fail_msg("%s: run %u of batch %u has other bits", what, time + 1, i);
+        }
+    }
+    for (uint32_t i = 0; i < launch->count; i++) {
+        made_free(launch->made[i]);
+        free(launch->rows[i]);
+        free(launch->first[i]);
+    }
+}
+
 static void the_same_launch_has_the_same_bits(void **state)
 {
     (void)state;
-    struct mlak_batch shape = plain_shape();
-    struct mlak_row rows[B];
-    shape.max_pages = 64;
-    shape.pages = B * 64;
-    struct made *made = made_with(&shape, (int32_t[B]){1000, 3, 257, 64});
-    test_device_run(made, rows);
-    uint8_t *first = malloc(made->tensor[MLAK_T_OUT].bytes);
-    memcpy(first, made->tensor[MLAK_T_OUT].data, made->tensor[MLAK_T_OUT].bytes);
-    for (unsigned i = 0; i < 20; i++) {
-        test_device_run(made, rows);
-        assert_memory_equal(made->tensor[MLAK_T_OUT].data, first, made->tensor[MLAK_T_OUT].bytes);
+    for (uint32_t types = 0; types < MAKER_TYPES; types++) {
+        struct launch launch = {0};
+        struct mlak_batch shape = plain_shape();
+        shape.deterministic = types == 4;
+        add(&launch, shape, types, (int32_t[B]){1000, 3, 257, 64}, NULL);
+        run_again(&launch, "some rows");
     }
-    free(first);
-    made_free(made);
 }
+
+static void a_ragged_launch_has_the_same_bits(void **state)
+{
+    (void)state;
+    struct launch launch = {0};
+    struct mlak_batch shape = maker_plain(B, 20, 4);
+    add(&launch, shape, 0, (int32_t[B]){900, 0, 130, 64}, (int32_t[B]){1, 2, 9, 0});
+    run_again(&launch, "ragged");
+}
+
+/* Two row blocks or more a request: blocks that work in pairs, where there are any. */
+static void a_launch_of_many_rows_has_the_same_bits(void **state)
+{
+    (void)state;
+    struct launch launch = {0};
+    add(&launch, maker_plain(2, MLAK_MAX_HEADS, 2), 0, (int32_t[]){260, 100}, NULL);
+    run_again(&launch, "many rows");
+}
+
+static void batches_in_one_launch_have_the_same_bits(void **state)
+{
+    (void)state;
+    struct launch launch = {0};
+    add(&launch, plain_shape(), 1, (int32_t[B]){500, 3, 257, 64}, NULL);
+    add(&launch, maker_plain(2, 70, 1), 1, (int32_t[]){190, 65}, NULL);
+    add(&launch, maker_plain(3, 9, 4), 1, (int32_t[]){1, 1000, 63}, (int32_t[]){4, 1, 7});
+    run_again(&launch, "several batches");
+}
+
+/* ---- in company ---- */
 
 /* Rows of batches that differ in everything, in one launch. */
 static void a_launch_mixes_batches(void **state)
@@ -190,11 +265,19 @@ static void ranks_merge_to_the_whole(void **state)
 
 int main(int argc, char **argv)
 {
+    if (argc > 1 && isdigit((unsigned char)argv[1][0])) {
+        times = (unsigned)atoi(argv[1]);
+        argc--;
+        argv++;
+    }
     test_device_open(argc, argv);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(strides_change_no_bit),
         cmocka_unit_test(deterministic_bits_do_not_depend_on_batch_mates),
         cmocka_unit_test(the_same_launch_has_the_same_bits),
+        cmocka_unit_test(a_ragged_launch_has_the_same_bits),
+        cmocka_unit_test(a_launch_of_many_rows_has_the_same_bits),
+        cmocka_unit_test(batches_in_one_launch_have_the_same_bits),
         cmocka_unit_test(a_launch_mixes_batches),
         cmocka_unit_test(ranks_merge_to_the_whole),
     };

@@ -38,7 +38,7 @@ static int teardown(void **state)
 
 static union mlap_entry numbered(uint32_t number)
 {
-    return (union mlap_entry){.submission = {MLAP_OPERATION_SUBMIT, number, ~number, {0}}};
+    return (union mlap_entry){.submission = {.operation = MLAP_OPERATION_SUBMIT, .sequence = number, .plan = ~number}};
 }
 
 static void the_layout_is_as_documented(void **state)
@@ -46,13 +46,20 @@ static void the_layout_is_as_documented(void **state)
     struct fixture *fixture = *state;
     const unsigned char *memory = fixture->memory;
     assert_int_equal(fixture->bytes, 0x200 + 2 * ENTRIES * 64);
-    assert_memory_equal(memory, "MLPR\x01\x00\x00\x00\x08\x00\x00\x00", 12);
+    assert_memory_equal(memory, "MLPR\x02\x00\x00\x00\x08\x00\x00\x00", 12);
     assert_ptr_equal(&fixture->push.shared->head, memory + 0x40);
     assert_ptr_equal(&fixture->push.shared->tail, memory + 0x80);
     assert_ptr_equal(&fixture->unused.shared->head, memory + 0xc0);
     assert_ptr_equal(&fixture->unused.shared->tail, memory + 0x100);
     assert_ptr_equal(fixture->push.entries, memory + 0x200);
     assert_ptr_equal(fixture->unused.entries, memory + 0x200 + ENTRIES * 64);
+    const union mlap_entry arm = {.submission = {.operation = MLAP_OPERATION_ARM,
+                                                 .sequence = 0x04030201,
+                                                 .step = 0x14131211,
+                                                 .round = 0xfffffffe}};
+    assert_int_equal(mlap_ring_push(&fixture->push, &arm), 0);
+    assert_memory_equal(memory + 0x200,
+                        "\x02\x00\x00\x00\x01\x02\x03\x04\x11\x12\x13\x14\xfe\xff\xff\xff\x00\x00\x00\x00", 20);
 }
 
 static void entries_come_out_in_order_through_the_wrap_of_indices(void **state)
@@ -124,8 +131,10 @@ static void a_foreign_or_short_mapping_is_not_opened(void **state)
     }
     rings->entries = ENTRIES / 2;
     assert_int_equal(mlap_rings_open(rings, fixture->bytes, &one, &two), 0);
-    rings->version = 2;
-    assert_int_equal(mlap_rings_open(rings, fixture->bytes, &one, &two), -1);
+    for (int by = -1; by <= 1; by += 2) {
+        rings->version = MLAP_RINGS_VERSION + (uint32_t)by;
+        assert_int_equal(mlap_rings_open(rings, fixture->bytes, &one, &two), -1);
+    }
     rings->version = MLAP_RINGS_VERSION;
     rings->magic = 0;
     assert_int_equal(mlap_rings_open(rings, fixture->bytes, &one, &two), -1);

@@ -9,6 +9,7 @@
 
 #define __device__
 #define __host__
+#define MLAK_CALLED static
 #define MLAK_KERNEL(name, threads, parameter) extern "C" void name(const parameter)
 
 struct uint2 {
@@ -119,6 +120,7 @@ static inline void write_for_host(uint64_t *pointer, uint64_t value)
 {
     __atomic_store_n(pointer, value, __ATOMIC_RELAXED);
 }
+static inline void kernel_begins() {}
 static inline void await_kernel_before() {}
 static inline void let_next_kernel_start() {}
 static inline void __threadfence() {}

@@ -23,6 +23,22 @@ fiber *self()
     return &gpu.block->fibers[gpu.current];
 }
 
+void mlak_emulate_disorder(uint64_t seed)
+{
+    std::lock_guard<std::mutex> lock(gpu.one_at_a_time);
+    gpu.disorder = seed ? seed * 0x9e3779b97f4a7c15 | 1 : 0;
+}
+
+uint32_t draw(uint32_t n)
+{
+    if (!gpu.disorder)
+        return 0;
+    gpu.disorder ^= gpu.disorder << 13;
+    gpu.disorder ^= gpu.disorder >> 7;
+    gpu.disorder ^= gpu.disorder << 17;
+    return (uint32_t)(gpu.disorder >> 32) % n;
+}
+
 /* ---- fibers ---- */
 
 #if defined(__x86_64__)
@@ -77,6 +93,7 @@ static void fiber_prepare(fiber *fiber)
         fiber->stack = (unsigned char *)stack;
     }
     fiber->waits = NULL;
+    fiber->naps = 0;
     fiber->done = false;
     fiber->copies.clear();
     fiber->groups = 0;
@@ -103,7 +120,7 @@ static void fiber_prepare(fiber *fiber)
 
 static bool fiber_can_run(const fiber *fiber)
 {
-    return !fiber->done && (!fiber->waits || fiber->waits->held > fiber->waits_for);
+    return !fiber->done && fiber->naps == 0 && (!fiber->waits || fiber->waits->held > fiber->waits_for);
 }
 
 /* What everybody waits for, neighbours who wait for the same in one line. */
@@ -117,6 +134,8 @@ static bool fiber_can_run(const fiber *fiber)
             fprintf(stderr, "block %u, threads %u to %u: ", block->index, first, next - 1);
             if (block->fibers[first].done)
                 fprintf(stderr, "at their end\n");
+            else if (!waits)
+                fprintf(stderr, "give way\n");
             else
                 fprintf(stderr, "wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n", waits->name,
                         waits->number, (unsigned long long)waits->held, waits->arrived, waits->size,
@@ -125,14 +144,34 @@ static bool fiber_can_run(const fiber *fiber)
     fault("every thread waits for another one: a barrier that some do not reach");
 }
 
-/* The block's threads; a warp goes on as long as it can by itself. False: none can. */
+/* In disorder: whether this is a turn that a warp sits out. What its threads wait for may go on meanwhile. */
+static bool warp_sits_out(thread_block *block, uint32_t first)
+{
+    uint32_t group = first / WARPGROUP;
+    if (gpu.disorder && first % WARPGROUP == 0 && block->turns++ % 64 == 0)
+        block->slow[group] = (draw(2) + draw(2)) * 4;
+    for (uint32_t i = first; gpu.disorder && i < first + WARP; i++)
+        block->fibers[i].naps -= block->fibers[i].naps > 0;
+    return gpu.disorder && draw(8) < block->slow[group];
+}
+
+/* The block's threads; a warp goes on as long as it can by itself, in disorder as long as it likes. False: none can. */
 static bool block_run(thread_block *block)
 {
     bool moved = false;
-    for (uint32_t first = 0; first < gpu.threads; first += WARP)
-        for (bool again = true; again;) {
+    uint32_t warps = gpu.threads / WARP, first_warp = draw(warps);
+    for (uint32_t w = 0; w < warps; w++) {
+        uint32_t first = (first_warp + w) % warps * WARP;
+        bool again = true;
+        for (uint32_t i = first; i < first + WARP; i++)
+            moved |= block->fibers[i].naps > 0 || (gpu.disorder && fiber_can_run(&block->fibers[i]));
+        if (warp_sits_out(block, first))
+            continue;
+        for (; again; again = again && draw(4) < 3) {
+            uint32_t first_lane = draw(WARP);
             again = false;
-            for (uint32_t i = first; i < first + WARP && i < gpu.threads; i++) {
+            for (uint32_t l = 0; l < WARP; l++) {
+                uint32_t i = first + (first_lane + l) % WARP;
                 fiber *fiber = &block->fibers[i];
                 if (!fiber_can_run(fiber))
                     continue;
@@ -145,6 +184,7 @@ static bool block_run(thread_block *block)
                     block_ended(block);
             }
         }
+    }
     return moved;
 }
 
@@ -152,6 +192,7 @@ static bool block_run(thread_block *block)
 static bool blocks_go_on(thread_block *first, uint32_t count)
 {
     bool moved = false;
+    flights_perturb();
     for (uint32_t i = 0; i < count; i++)
         moved |= block_run(&first[i]);
     if (moved || flights_land())
@@ -163,14 +204,14 @@ static bool blocks_go_on(thread_block *first, uint32_t count)
     return moved;
 }
 
-/* All threads of a cluster to their end. In two of three clusters one of the blocks does nothing as long as the other
- * one can go on. */
+/* All threads of a cluster to their end. In two of three clusters, or, in disorder, turns, one of the blocks does nothing
+ * as long as the other one can go on. */
 static void run_cluster()
 {
     thread_block *blocks = gpu.blocks;
-    uint32_t kind = blocks[0].index / gpu.cluster % 3, early = kind / 2;
-    bool together = gpu.cluster == 1 || kind == 1;
     while (blocks[0].done < gpu.threads || blocks[gpu.cluster - 1].done < gpu.threads) {
+        uint32_t kind = gpu.disorder ? draw(3) : blocks[0].index / gpu.cluster % 3, early = kind / 2;
+        bool together = gpu.cluster == 1 || kind == 1;
         bool moved = together ? blocks_go_on(blocks, gpu.cluster)
                               : blocks_go_on(&blocks[early], 1) || blocks_go_on(&blocks[1 - early], 1);
         if (!moved)
@@ -183,6 +224,15 @@ void await_meeting(meeting *meeting)
     fiber *own = self();
     own->waits = meeting;
     own->waits_for = meeting->held;
+    switch_to(own, &gpu.scheduler);
+}
+
+void perturb()
+{
+    fiber *own = self();
+    if (!gpu.disorder || draw(4) > 0)
+        return;
+    own->naps = draw(1 + draw(12));
     switch_to(own, &gpu.scheduler);
 }
 
@@ -236,6 +286,7 @@ uint32_t shared_bytes()
 
 void __syncthreads()
 {
+    perturb();
     if (meet(&gpu.block->whole, 0, NULL))
         leave(&gpu.block->whole);
 }
@@ -434,6 +485,7 @@ static void start_block(thread_block *block, uint32_t index)
     block->index = index;
     block->rank = (uint32_t)(block - gpu.blocks);
     block->done = 0;
+    block->turns = 0;
     memset(block->shared, 0xff, gpu.shared_size);
     block->whole = new_meeting("the block", index, gpu.threads);
     block->late = new_meeting("the others", 0, gpu.threads);

@@ -41,6 +41,11 @@ bool mlak_emulates(const char *kernel);
 size_t mlak_emulated_alone(const char *kernel);
 bool mlak_emulate_alone(const char *kernel, const void *parameter);
 
+/* From now on kernels run in disorder, another one with each seed: before and after each wait and arrival a thread may
+ * give way, some warpgroups sit out most turns for a while, warps and lanes take turns in any order, copies land at any
+ * time and in any order that is theirs, and products are computed as early or as late as can be. 0: in order again. */
+void mlak_emulate_disorder(uint64_t seed);
+
 /* The map of a batch's keys, for boxes of `rows` rows of `chunks` chunks. */
 void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks);
 

@@ -58,6 +58,7 @@ struct fiber {
     unsigned char *stack;
     struct meeting *waits; /* NULL: it can run */
     uint64_t waits_for;    /* until waits->held passes it */
+    uint32_t naps;         /* turns for which it gives way */
     bool done;
     std::vector<copy> copies;
     uint32_t groups; /* of copies, committed */
@@ -74,6 +75,7 @@ struct thread_block {
     meeting warps[MAX_THREADS / WARP], groups[MAX_THREADS / WARPGROUP], named[NAMED_BARRIERS], whole;
     meeting late;  /* of those who go on when nobody else can */
     uint32_t done; /* threads at their end */
+    uint32_t slow[MAX_THREADS / WARPGROUP], turns; /* in disorder: eighths of their turns that warpgroups sit out */
     unsigned char *shared;
     std::map<uint32_t, meeting> barriers; /* by address */
 };
@@ -85,6 +87,7 @@ struct flight {
     meeting *barrier;
     uint32_t joined;
     int64_t bytes;
+    const fiber *thread; /* whose copies land in their order; NULL: the copy engine's */
 };
 
 struct emulated_gpu {
@@ -96,6 +99,7 @@ struct emulated_gpu {
     thread_block *block; /* whose thread `current` runs */
     uint32_t current, threads, cluster, grid;
     size_t shared_size; /* of a block */
+    uint64_t disorder;  /* where random numbers come from; 0: there are none */
     kernel_function *kernel;
     const struct mlak_cuda_job *job;
 };
@@ -111,6 +115,12 @@ void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, uint32_t 
 
 /* The thread that runs. */
 fiber *self();
+
+/* In disorder a number below `n`, 1 or more; else 0. */
+uint32_t draw(uint32_t n);
+
+/* In disorder the current thread now and then gives way for some turns. */
+void perturb();
 
 /* Its warp, and its place there. */
 meeting *warp();
@@ -133,6 +143,9 @@ void copy_land(const copy *copy);
 
 /* Let what is on its way land until a barrier has been passed. False: not one has. */
 bool flights_land();
+
+/* In disorder: let one of them land that may be the next, or none. */
+void flights_perturb();
 
 /* All threads of the block are at their end; nothing may be on its way to it any more. */
 void block_ended(const thread_block *block);

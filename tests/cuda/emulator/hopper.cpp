@@ -55,6 +55,7 @@ uint32_t cluster_rank()
 
 void cluster_meet()
 {
+    perturb();
     if (meet(&gpu.whole, 0, NULL))
         leave(&gpu.whole);
 }
@@ -88,12 +89,14 @@ static bool barrier_pass(meeting *barrier)
 /* An arrival that expects so many bytes; then the others' turn, in clusters where that is so. */
 static void barrier_count(meeting *barrier, uint32_t bytes)
 {
+    perturb();
     if (barrier->arrived == barrier->size)
         fault("an arrival too many at a barrier");
     barrier->bytes += bytes;
     barrier->arrived++;
     barrier_pass(barrier);
-    if (gpu.block->index / gpu.cluster % 2) {
+    perturb();
+    if (gpu.disorder ? draw(16) == 0 : gpu.block->index / gpu.cluster % 2) {
         gpu.block->late.arrived++;
         await_meeting(&gpu.block->late);
     }
@@ -136,13 +139,15 @@ void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
 void barrier_join_after_copies(uint64_t *barrier)
 {
     fiber *own = self();
+    perturb();
     barrier_at(barrier)->joined++;
-    gpu.flights.push_back({std::move(own->copies), gpu.block, barrier_at(barrier), 1, 0});
+    gpu.flights.push_back({std::move(own->copies), gpu.block, barrier_at(barrier), 1, 0, own});
     own->copies.clear();
 }
 
 void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
+    perturb();
     meeting *at = barrier_at(barrier);
     uint64_t phase = at->held;
     if (parity > 1)
@@ -158,6 +163,7 @@ void barrier_meet(uint32_t id, uint32_t threads)
 {
     if (id == 0 || id >= NAMED_BARRIERS || threads == 0 || threads % WARP)
         fault("named barriers are 1 to 15, of whole warps");
+    perturb();
     meeting *named = &gpu.block->named[id];
     if (named->arrived == 0)
         named->size = threads;
@@ -200,7 +206,8 @@ static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda
         fault("a map in memory that other launches use too, and this thread has not acquired it");
     if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
         fault("a box or its map is not as the copy engine takes it");
-    flight flight = {{}, block, barrier_of(block, barrier), 0, (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES)};
+    int64_t bytes = (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES);
+    flight flight = {{}, block, barrier_of(block, barrier), 0, bytes, NULL};
     for (int64_t c = 0; c < (int64_t)own.box_chunks; c++)
         for (int64_t r = 0; r < (int64_t)own.box_rows; r++)
             for (int64_t piece = 0; piece < ROW_BYTES / 16; piece++) {
@@ -232,20 +239,35 @@ void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t elem
         box_set_off(cluster_block(rank), to, map, element, row, chunk, page, barrier);
 }
 
+/* Flight `n` lands. Whether its barrier has been passed. */
+static bool flight_lands(size_t n)
+{
+    const flight &flight = gpu.flights[n];
+    for (const copy &copy : flight.copies)
+        copy_land(&copy);
+    flight.barrier->bytes -= flight.bytes;
+    flight.barrier->joined -= flight.joined;
+    bool passed = barrier_pass(flight.barrier);
+    gpu.flights.erase(gpu.flights.begin() + (ptrdiff_t)n);
+    return passed;
+}
+
 bool flights_land()
 {
-    for (bool passed = false; !passed;) {
-        if (gpu.flights.empty())
-            return false;
-        const flight &flight = gpu.flights.front();
-        for (const copy &copy : flight.copies)
-            copy_land(&copy);
-        flight.barrier->bytes -= flight.bytes;
-        flight.barrier->joined -= flight.joined;
-        passed = barrier_pass(flight.barrier);
-        gpu.flights.pop_front();
+    while (!gpu.flights.empty())
+        if (flight_lands(0))
+            return true;
+    return false;
+}
+
+void flights_perturb()
+{
+    for (uint32_t most = gpu.disorder && draw(4) == 0 ? draw(64) : 0; most > 0 && !gpu.flights.empty(); most--) {
+        size_t chosen = draw((uint32_t)gpu.flights.size()), first = 0;
+        while (gpu.flights[first].thread != gpu.flights[chosen].thread)
+            first++;
+        flight_lands(gpu.flights[chosen].thread ? first : chosen);
     }
-    return true;
 }
 
 void block_ended(const thread_block *block)
@@ -259,6 +281,7 @@ void block_ended(const thread_block *block)
 
 void warp_meet()
 {
+    perturb();
     if (meet(warp(), 0, NULL))
         leave(warp());
 }
@@ -423,9 +446,21 @@ void products_begin()
     self()->begun = true;
 }
 
+/* In disorder, half of all groups are computed as soon as all threads of the warpgroup have committed them. */
 void products_commit()
 {
-    self()->product_groups++;
+    uint32_t number = gpu.current / WARPGROUP, committed = ++self()->product_groups;
+    fiber *group = &gpu.block->fibers[(size_t)number * WARPGROUP];
+    if (!gpu.disorder || (gpu.block->index + number + committed / 2) % 2)
+        return;
+    for (uint32_t t = 0; t < WARPGROUP; t++)
+        if (group[t].product_groups < committed)
+            return;
+    size_t computed = 0;
+    for (; computed < group->products.size() && group->products[computed].group < committed; computed++)
+        product_of(group, computed)(group, computed);
+    for (uint32_t t = 0; t < WARPGROUP; t++)
+        group[t].products.erase(group[t].products.begin(), group[t].products.begin() + (ptrdiff_t)computed);
 }
 
 void emulated_products_wait(uint32_t pending)

@@ -35,7 +35,7 @@ class Scene:
         given = self.part.tree.environment(MLAD_SOCKET=self.daemon.socket, MLAD_DEVICE=self.device, STREAM_GPU=self.gpu,
                                            **self.environment, **self.extra)
         given["LD_LIBRARY_PATH"] = ":".join(filter(None, [given.get("LD_LIBRARY_PATH"), *libraries]))
-        return subprocess.Popen([str(self.part.tree.stream(program)), *map(str, words)], env=given, text=True,
+        return subprocess.Popen([str(self.part.tree.program(program)), *map(str, words)], env=given, text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def finish(self, process, seconds):
@@ -220,7 +220,7 @@ def stream(part: Part):
     gpus = [name for name in part.devices if name.startswith("GPU-")]
     if not gpus:
         raise Skip(f"{part.device} is no GPU")
-    if not part.tree.stream("stream-client").exists():
+    if not part.tree.program("stream-client").exists():
         raise Skip("this build has no stream-client")
     if len(gpus) > 1:
         between_gpus(part, gpus)

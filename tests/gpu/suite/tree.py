@@ -25,9 +25,9 @@ class Tree:
         self.library = next((path for path in programs.glob("lib*/**/libmla.so.0")), programs / "lib/libmla.so.0")
         self.client = Path(__file__).with_name("client.py")
 
-    def stream(self, program):
-        """stream-client or stream-bench, of streams.py."""
-        folder = {"stream-client": "tests/cuda", "stream-bench": "tests/gpu"}[program]
+    def program(self, program):
+        """A client of this suite: stream-client, stream-bench, load-client, soak-client."""
+        folder = "tests/cuda" if program == "stream-client" else "tests/gpu"
         return (self.build / folder if self.build else ROOT / "tests/gpu") / program
 
     def missing(self):
