@@ -2,6 +2,7 @@
 fails."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,19 +53,25 @@ class Daemon:
             assert time.monotonic() < deadline, "a device does not become ready"
             time.sleep(0.05)
 
-    def stop(self):
+    def end(self):
         self.process.terminate()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def stop(self):
+        self.end()
         self.log.close()
         shutil.rmtree(self.directory)
 
+    def read_log(self):
+        with open(self.log.name) as log:  # of its own: mlad writes where self.log stands
+            return log.read()
+
     def show_log(self):
-        self.log.seek(0)
-        sys.stderr.write("--- log of mlad\n" + self.log.read())
+        sys.stderr.write("--- log of mlad\n" + self.read_log())
 
 
 def run(tests, daemon=None):
@@ -78,6 +85,10 @@ def run(tests, daemon=None):
             failed += 1
             print("FAIL ", test.__name__, f"{type(error).__name__}: {error}", flush=True)
     if daemon:
+        daemon.end()
+        if re.search("ThreadSanitizer:|AddressSanitizer:|runtime error:", daemon.read_log()):
+            failed += 1  # a worker's exit status is nobody's here
+            print("FAIL  a sanitizer has something to say of the daemon or its workers", flush=True)
         if failed:
             daemon.show_log()
         daemon.stop()
