@@ -147,7 +147,8 @@ void barrier_join_after_copies(uint64_t *barrier)
 
 void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    perturb();
+    if (gpu.disorder) /* lanes are apart when they come here, but look together, as those of a machine's warp do */
+        warp_meet();
     meeting *at = barrier_at(barrier);
     uint64_t phase = at->held;
     if (parity > 1)

@@ -112,8 +112,9 @@ static CUresult poison(const void *at, size_t bytes, CUstream stream)
 /* What the launch's kernels fill: all of it before prepare; of one that uses what another has prepared, the parts. */
 static CUresult poison_scratch(const struct mlak_cuda_job *job, bool prepared, CUstream stream)
 {
+    uint32_t slots = job->source.batch.deterministic ? job->max_slots : 2 * job->grid;
     const struct { const void *at; size_t bytes; } scratch[] = {
-        {job->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float)},
+        {job->parts, (size_t)slots * MLAK_CUDA_PART_FLOATS * sizeof(float)},
         {job->rows, job->count * sizeof(struct mlak_row)},
         {job->requests, job->count * sizeof(struct mlak_cuda_request)},
         {job->starts, job->grid * sizeof(struct mlak_cuda_start)},
