@@ -97,7 +97,7 @@ static void deterministic_bits_do_not_depend_on_batch_mates(void **state)
 /* ---- again and again ---- */
 
 enum { MOST_BATCHES = 4 };
-static unsigned times = 5;
+static unsigned times = 3;
 
 /* Batches of one launch. */
 struct launch {
@@ -176,7 +176,7 @@ static void a_launch_of_many_rows_has_the_same_bits(void **state)
 {
     (void)state;
     struct launch launch = {0};
-    add(&launch, maker_plain(2, MLAK_MAX_HEADS, 2), 0, (int32_t[]){260, 100}, NULL);
+    add(&launch, maker_plain(2, MLAK_MAX_HEADS, 2), 0, (int32_t[]){190, 70}, NULL);
     run_again(&launch, "many rows");
 }
 
