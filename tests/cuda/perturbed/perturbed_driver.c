@@ -1,5 +1,5 @@
-/* perturbed_driver.c - the driver as the cuda backend sees it in the test programs of the perturbed kernels (linked with
- * --wrap=mlak_driver). Before each launch, scratch that the launch fills holds NaN; every other launch has a kernel
+/* perturbed_driver.c - the driver as the cuda backend sees it in the test programs of the perturbed kernels, linked
+ * with --wrap=mlak_driver. Before each launch, scratch that the launch fills holds NaN; every other launch has a kernel
  * beside it that takes a few processors away for a while; and what waited for too long is told on stderr. */
 #include "cuda_driver.h"
 #include "mlak_cuda.h"

@@ -53,6 +53,8 @@ def kernels(part: Part):
 def perturbed(part: Part):
     """What shifts pipelines against each other, and the same launch 1,000 times, with the kernels as they are; then the
     kernel tests with Hopper's kernels out of step."""
+    if not part.is_gpu:
+        raise Skip("a GPU's kernels are tested")
     plain = {"test_phases": [], "test_same": [RUNS]}
     folder = part.tree.perturbed
     missing = [name for name in plain if not (part.tree.kernels / name).exists()]
