@@ -165,28 +165,17 @@ void test_device_run(struct made *made, struct mlak_row *rows)
     assert_true(made_intact(made));
 }
 
-/* Of a device that prepares batches: as parts. */
-static void launch_parts(struct made *const *made, uint32_t count, struct mlak_row *const *rows, enum mlak_code *codes)
+/* Of a device that prepares batches: as parts, whose memory is the device's where it has its own. */
+static void launch_parts(const struct copy *copies, uint32_t count, struct mlak_row *const *rows,
+                         enum mlak_code *codes)
 {
     struct mlak_part *parts = calloc(count, sizeof *parts);
-    struct copy *copies = calloc(count, sizeof *copies);
     struct mlak_fault fault;
-    for (uint32_t i = 0; i < count; i++) {
-        copies[i].batch = made[i]->batch;
-        if (backend->memory_new) {
-            copies[i] = copy_new(made[i]);
-            copy_fill(&copies[i], made[i]);
-        }
-        parts[i] = (struct mlak_part){.batch = &copies[i].batch, .count = made[i]->batch.batch, .rows = rows[i]};
-    }
+    for (uint32_t i = 0; i < count; i++)
+        parts[i] = (struct mlak_part){.batch = &copies[i].batch, .count = copies[i].batch.batch, .rows = rows[i]};
     assert_int_equal(backend->launch_batches(device, parts, count, false, &fault), MLAK_OK);
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count; i++)
         codes[i] = parts[i].code;
-        if (backend->memory_new)
-            copy_read(&copies[i], made[i]);
-        copy_free(&copies[i]);
-    }
-    free(copies);
     free(parts);
 }
 
@@ -216,19 +205,60 @@ static void launch_rows(struct made *const *made, uint32_t count, struct mlak_ro
     free(table);
 }
 
+/* Outputs, to the device or from it. */
+static void copy_outputs(const struct copy *copy, const struct made *made, bool to)
+{
+    static const enum mlak_tensor outputs[] = {MLAK_T_OUT, MLAK_T_LSE};
+    for (unsigned i = 0; i < 2; i++) {
+        void *at = copy->at[outputs[i]], *own = made->tensor[outputs[i]].data;
+        if (at)
+            must_copy(to ? at : own, to ? own : at, made->tensor[outputs[i]].bytes);
+    }
+}
+
+void test_device_decode_again(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
+                              enum mlak_code *codes, unsigned times, void (*after)(void *context, unsigned time),
+                              void *context)
+{
+    struct copy *copies = calloc(count, sizeof *copies);
+    for (uint32_t i = 0; i < count; i++) {
+        struct mlak_fault fault;
+        if (test_device_check(&made[i]->batch, &fault) != MLAK_OK)
+            fail_msg("%s: %s", fault.field, fault.message);
+        copies[i].batch = made[i]->batch;
+        wipe_outputs(made[i]);
+        if (backend->memory_new) {
+            copies[i] = copy_new(made[i]);
+            copy_fill(&copies[i], made[i]);
+        }
+    }
+    for (unsigned time = 0; time < times; time++) {
+        for (uint32_t i = 0; i < count && time > 0; i++) {
+            wipe_outputs(made[i]);
+            copy_outputs(&copies[i], made[i], true);
+        }
+        if (test_device_takes_rows())
+            launch_rows(made, count, rows, codes);
+        else
+            launch_parts(copies, count, rows, codes);
+        for (uint32_t i = 0; i < count; i++)
+            copy_outputs(&copies[i], made[i], false);
+        if (after && time + 1 < times)
+            after(context, time);
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        copy_read(&copies[i], made[i]);
+        copy_free(&copies[i]);
+    }
+    free(copies);
+    if (after)
+        after(context, times - 1);
+}
+
 void test_device_decode_together(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
                                  enum mlak_code *codes)
 {
-    for (uint32_t i = 0; i < count; i++) {
-        struct mlak_fault fault;
-        wipe_outputs(made[i]);
-        if (test_device_check(&made[i]->batch, &fault) != MLAK_OK)
-            fail_msg("%s: %s", fault.field, fault.message);
-    }
-    if (test_device_takes_rows())
-        launch_rows(made, count, rows, codes);
-    else
-        launch_parts(made, count, rows, codes);
+    test_device_decode_again(made, count, rows, codes, 1, NULL, NULL);
 }
 
 void test_device_decode_step(struct made *const *made, uint32_t count, struct mlak_row *rows)

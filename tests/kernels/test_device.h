@@ -28,6 +28,12 @@ void test_device_run(struct made *made, struct mlak_row *rows);
 void test_device_decode_together(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
                                  enum mlak_code *codes);
 
+/* The same `times` times, 1 or more, in the same memory of the device. after(context, time), time from 0 on, finds the
+ * outputs of each, unless it is NULL; and all tensors, as the device has left them, after the last one. */
+void test_device_decode_again(struct made *const *made, uint32_t count, struct mlak_row *const *rows,
+                              enum mlak_code *codes, unsigned times, void (*after)(void *context, unsigned time),
+                              void *context);
+
 /* The layers of a step: made[0..count), which have equal lengths, masks and tables, and those in the memory of the
  * first one; their buffers differ. What a launch after the first reads of lengths and masks is wrong by then. Only on
  * a device with memory of its own (test_device_captures). */

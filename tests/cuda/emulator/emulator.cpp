@@ -204,7 +204,7 @@ static bool blocks_go_on(thread_block *first, uint32_t count)
     return moved;
 }
 
-/* All threads of a cluster to their end. In two of three clusters, or, in disorder, turns, one of the blocks does nothing
+/* All threads of a cluster to their end. In two of three clusters (in disorder: turns) one of the blocks does nothing
  * as long as the other one can go on. */
 static void run_cluster()
 {

@@ -5,8 +5,8 @@
  * What it shows: results, and every address that a kernel uses (accesses outside dynamic shared memory abort; client
  * memory is as protected as its owner made it; copies land only when they are waited for, and a warpgroup's products
  * are computed then; shared memory of a new block holds NaN); who waits for whom, where all wait; and who reaches for a
- * block of its cluster that has ended. What it cannot show: speed, most data races between warps, missing fences, and
- * the assembler's view of the instructions. */
+ * block of its cluster that has ended; in disorder, also most hand-overs that hold by the order of turns alone. What it
+ * cannot show: speed, missing fences, and the assembler's view of the instructions. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 

@@ -8,7 +8,9 @@
  *
  * Of two blocks of a cluster, one is so late in two of three clusters that the other one, and what is on its way, come
  * first (run_cluster): bytes are told to its barriers before it says that it expects them, and who does not wait for it
- * has ended when it comes. */
+ * has ended when it comes.
+ *
+ * In disorder chance says what is late (mlak_emulate_disorder). */
 #include "emulated_ptx_sm90.h"
 #include "emulator.h"
 #include "fibers.h"
@@ -147,7 +149,8 @@ void barrier_join_after_copies(uint64_t *barrier)
 
 void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    perturb();
+    if (gpu.disorder) /* lanes are apart when they come here, but look together, as those of a machine's warp do */
+        warp_meet();
     meeting *at = barrier_at(barrier);
     uint64_t phase = at->held;
     if (parity > 1)

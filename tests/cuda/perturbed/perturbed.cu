@@ -1,7 +1,7 @@
 /* perturbed.cu - the kernels of the cuda backend for Hopper, out of step: each warp sleeps for a while that nobody can
- * foresee before it waits, arrives or sets off a copy, some roles far longer than others; shared memory holds NaN when a
- * kernel begins; and a wait at an mbarrier that lasts too long is told to the host (perturbed.h) and ends in a trap.
- * Results are the same bits as those of the plain kernels. Nothing changes in the kernels' sources: what they call has
+ * foresee before it waits, arrives or sets off a copy, some roles far longer than others; shared memory holds NaN when
+ * a kernel begins; and a wait at an mbarrier that lasts too long is told to the host (perturbed.h) and ends in a trap.
+ * Results have the bits of the plain kernels'. Nothing changes in the kernels' sources: the words that they use have
  * another meaning here. */
 #include "mlak_ptx_sm90.cuh"
 #include "perturbed.h"

@@ -1,5 +1,5 @@
-/* perturbed_driver.c - the driver as the cuda backend sees it in the test programs of the perturbed kernels (linked with
- * --wrap=mlak_driver). Before each launch, scratch that the launch fills holds NaN; every other launch has a kernel
+/* perturbed_driver.c - the driver as the cuda backend sees it in the test programs of the perturbed kernels, linked
+ * with --wrap=mlak_driver. Before each launch, scratch that the launch fills holds NaN; every other launch has a kernel
  * beside it that takes a few processors away for a while; and what waited for too long is told on stderr. */
 #include "cuda_driver.h"
 #include "mlak_cuda.h"
@@ -112,8 +112,9 @@ static CUresult poison(const void *at, size_t bytes, CUstream stream)
 /* What the launch's kernels fill: all of it before prepare; of one that uses what another has prepared, the parts. */
 static CUresult poison_scratch(const struct mlak_cuda_job *job, bool prepared, CUstream stream)
 {
+    uint32_t slots = job->source.batch.deterministic ? job->max_slots : 2 * job->grid;
     const struct { const void *at; size_t bytes; } scratch[] = {
-        {job->parts, (size_t)job->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float)},
+        {job->parts, (size_t)slots * MLAK_CUDA_PART_FLOATS * sizeof(float)},
         {job->rows, job->count * sizeof(struct mlak_row)},
         {job->requests, job->count * sizeof(struct mlak_cuda_request)},
         {job->starts, job->grid * sizeof(struct mlak_cuda_start)},

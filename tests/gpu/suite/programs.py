@@ -14,21 +14,20 @@ KERNEL_TESTS = ("test_decode", "test_edges", "test_same", "test_graph")
 PORTABLE = "mma"    # the variant of every GPU; some have another one for some types, and prefer it
 MODEL_DB = 49       # tests/data/README.md: what a correct bf16 decode reaches
 LAUNCHES = 60       # that racecheck looks at
+PERTURBED = tuple(f"perturbed_{name}" for name in ("decode", "edges", "same", "merge", "graph", "phases"))
+RUNS = 1000         # of the same launch
 
 
-def kernels(part: Part):
-    """The kernel tests of tests/kernels, all at once, on the device's own memory: with the kernels that it prefers, and
-    with the portable ones."""
-    missing = [name for name in KERNEL_TESTS if not (part.tree.kernels / name).exists()]
-    part.require(not missing, f"not built: {', '.join(missing)}")
+def run_tests(part, runs):
+    """Test programs, all at once, on the device's own memory. `runs`: name -> words of the command, without the device;
+    the name's last word is the variant if it is PORTABLE. A program that the device cannot run ends with 77."""
     with tempfile.TemporaryDirectory() as folder:
         begin, running = time.monotonic(), {}
-        for name in [test + variant for test in KERNEL_TESTS for variant in ("", f" {PORTABLE}")]:
-            test, _, variant = name.partition(" ")
-            words = [part.tree.kernels / test, part.device] + [variant] * bool(variant)
+        for name, words in runs.items():
+            words = [*words, part.device] + [PORTABLE] * name.endswith(f" {PORTABLE}")
             with open(Path(folder) / name, "w") as output:
-                running[name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                                 env=part.tree.environment())
+                running[name] = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=output,
+                                                 stderr=output, env=part.tree.environment())
         for name, process in running.items():
             try:
                 process.wait(max(1, part.left))
@@ -41,6 +40,37 @@ def kernels(part: Part):
                                   "seconds": round(time.monotonic() - begin, 1)}
             part.check(process.returncode == 0 and passed and int(passed[-1]) > 0,
                        f"{name} ended with {process.returncode}: {output[-1500:]}")
+
+
+def kernels(part: Part):
+    """The kernel tests of tests/kernels, with the kernels that the device prefers, and with the portable ones."""
+    missing = [name for name in KERNEL_TESTS if not (part.tree.kernels / name).exists()]
+    part.require(not missing, f"not built: {', '.join(missing)}")
+    run_tests(part, {name + variant: [part.tree.kernels / name] for name in KERNEL_TESTS
+                     for variant in ("", f" {PORTABLE}")})
+
+
+def perturbed(part: Part):
+    """What shifts pipelines against each other, and the same launch 1,000 times, with the kernels as they are; then the
+    kernel tests with Hopper's kernels out of step."""
+    if not part.is_gpu:
+        raise Skip("a GPU's kernels are tested")
+    plain = {"test_phases": [], "test_same": [RUNS]}
+    folder = part.tree.perturbed
+    missing = [name for name in plain if not (part.tree.kernels / name).exists()]
+    missing += [name for name in PERTURBED if not (folder / name).exists()]
+    part.require(not missing, f"not built: {', '.join(missing)}")
+    run_tests(part, {name + variant: [part.tree.kernels / name, *words] for name, words in plain.items()
+                     for variant in ("", f" {PORTABLE}")})
+    status, output = part.command(folder / "perturbed_merge", part.device)
+    if status == 77:
+        part.not_run("kernels out of step", output[-300:])
+        return
+    part.check(status == 0, f"perturbed_merge ended with {status}: {output[-1500:]}")
+    runs = {name: [folder / name] for name in PERTURBED if name != "perturbed_merge"}
+    runs["perturbed_same"].append(RUNS // 10)
+    run_tests(part, {**runs, **{f"{name} {PORTABLE}": [folder / name] for name in ("perturbed_decode",
+                                                                                  "perturbed_edges")}})
 
 
 def read_safetensors(path):

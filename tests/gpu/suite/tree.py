@@ -19,6 +19,7 @@ class Tree:
         self.bench = programs / "libexec/mlad/mlad-kernel-bench"
         self.worker = programs / "libexec/mlad/mlad-worker"
         self.kernels = programs / "tests/kernels"
+        self.perturbed = programs / "tests/cuda/perturbed"
         self.data = ROOT / "tests/data"
         self.package = ROOT / ("client/python" if self.build else "lib/mlad/python")
         self.example = ROOT / "client/python/examples/deepseek_v3.py"
