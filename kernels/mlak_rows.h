@@ -67,8 +67,8 @@ MLAK_ROWS bool row_tree_sees(const struct mlak_row *row, uint64_t bits, int64_t 
     return draft >= 0 && draft < row->q_len && (bits >> draft & 1);
 }
 
-/* What any of the tokens [first, end) sees, first < end, but for the draft bits. Windows of consecutive tokens advance by
- * a key at most and hold one at least, so their union has no gap. */
+/* What any of the tokens [first, end) sees, first < end, but for the draft bits. Windows of consecutive tokens advance
+ * by a key at most and hold one at least, so their union has no gap. */
 MLAK_ROWS struct mlak_visible row_visible_range(const struct mlak_row *row, uint32_t first, uint32_t end)
 {
     struct mlak_visible any = row_visible(row, end - 1);

@@ -183,7 +183,8 @@ static int measure_round_trip(struct bench *bench, double seconds, struct round_
     if (code)
         return code;
     *result = (struct round_trip_result){bench_percentile(decode, count, 0.5), bench_percentile(decode, count, 0.99),
-                                         bench_percentile(by_socket, count, 0.5), bench_percentile(by_socket, count, 0.99),
+                                         bench_percentile(by_socket, count, 0.5),
+                                         bench_percentile(by_socket, count, 0.99),
                                          bench_percentile(raw, count, 0.5), bench_percentile(raw, count, 0.99), count};
     return CTL_OK;
 }

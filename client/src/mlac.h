@@ -218,7 +218,8 @@ struct mlac_call *mlac_call_new(uint64_t id, enum mlap_type type, const void *bo
 bool mlac_registers(const struct mlac_call *call);
 /* Put it into the list and send it as soon as may be. */
 void mlac_call_start(struct mla_client *client, struct mlac_call *call);
-/* The same of one that establishes something, and wait for the answer. If that is no, `error` says why and it is freed. */
+/* The same of one that establishes something, and wait for the answer. If that is no, `error` says why and it is
+ * freed. */
 mla_status mlac_call_establish(struct mla_client *client, struct mlac_call *call, mla_error *error);
 struct mlac_call *mlac_call_find(struct mla_client *client, uint64_t id);
 /* Take it out of the list and free it. Not for one that is owed an answer: see mlac_call_detach. */

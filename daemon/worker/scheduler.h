@@ -2,8 +2,9 @@
  *
  * Each session has a queue; a queue's decodes run in the order they came, or together where none writes what another
  * reads or writes. One launch runs at a time. Whatever comes meanwhile waits, and the next launch takes of it what can
- * run together, from all queues: no decode waits for company. A launch that is expected to take less than MLAD_INLINE_NS runs at once on the loop thread, which
- * spares two wake-ups; any other on the launch thread, as do all of a device that prepares batches itself (a GPU).
+ * run together, from all queues: no decode waits for company. A launch that is expected to take less than
+ * MLAD_INLINE_NS runs at once on the loop thread, which spares two wake-ups; any other on the launch thread, as do all
+ * of a device that prepares batches itself (a GPU).
  *
  * Who goes first, when not all fit: deficit round robin on KV tokens. A queue pays for the keys of its decodes and may
  * go while it is not in debt; when nobody else can go, all are given quanta of MLAD_QUANTUM, and so is a queue that a

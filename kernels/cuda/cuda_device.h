@@ -67,8 +67,8 @@ uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_
  * processor free would run after the others instead of with them. */
 unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates);
 
-/* A launch of slices[0..count), as many as one takes, mergeable, in order: in `room`, whose scratch, grid and tickets it
- * has, one slice; in the device's own room, on the processors that no gate may hold. */
+/* A launch of slices[0..count), as many as one takes, mergeable, in order: in `room`, whose scratch, grid and tickets
+ * it has, one slice; in the device's own room, on the processors that no gate may hold. */
 struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
                                  const struct cuda_slice *slices, uint32_t count);
 struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count);

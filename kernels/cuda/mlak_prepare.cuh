@@ -13,8 +13,8 @@
  * What a client may change meanwhile is read once and only the copy is used, so every later kernel of the launch agrees
  * on lengths and splits whatever the client does.
  *
- * It runs once a launch, from code that the split kernel's has displaced, so what it costs is above all the code that it
- * comes past: what is needed twice is called, and what only some batches need (divisions for DCP, tree masks) lies
+ * It runs once a launch, from code that the split kernel's has displaced, so what it costs is above all the code that
+ * it comes past: what is needed twice is called, and what only some batches need (divisions for DCP, tree masks) lies
  * apart. */
 #include "mlak_items.cuh"
 

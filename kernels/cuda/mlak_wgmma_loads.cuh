@@ -1,5 +1,5 @@
-/* mlak_wgmma_loads.cuh - the loads of Hopper's split kernel, one warpgroup: it walks the schedule, and brings keys and q
- * to shared memory, by the copy engine (TMA) where that can be, else by cp.async. mlak_wgmma.cuh has the picture. */
+/* mlak_wgmma_loads.cuh - the loads of Hopper's split kernel, one warpgroup: it walks the schedule, and brings keys and
+ * q to shared memory, by the copy engine (TMA) where that can be, else by cp.async. mlak_wgmma.cuh has the picture. */
 #ifndef MLAK_WGMMA_LOADS_CUH
 #define MLAK_WGMMA_LOADS_CUH
 
