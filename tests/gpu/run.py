@@ -22,7 +22,7 @@ from suite.tree import Tree  # noqa: E402
 
 # name -> module and most seconds, in the order of the run
 PARTS = {
-    "kernels": ("programs", 90), "perturbed": ("programs", 90), "grid": ("grid", 60), "verify": ("programs", 60),
+    "kernels": ("programs", 90), "perturbed": ("programs", 120), "grid": ("grid", 60), "verify": ("programs", 60),
     "replay": ("replay", 45),
     "python": ("frontends", 90), "hostile": ("hostile", 120), "kills": ("kills", 120), "uids": ("sharing", 60),
     "placement": ("placement", 90), "fault": ("fault", 40), "two_gpus": ("sharing", 60), "stream": ("streams", 300),

@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-enum { TILE = 64, MOST_TILES = 60, MOST_BATCHES = 8, JUDGED = 1 << 20 /* row times key; less, where all is smaller */ };
+enum { TILE = 64, MOST_TILES = 60, MOST_BATCHES = 8, JUDGED = 1 << 19 /* row times key; less, where all is smaller */ };
 
 static uint32_t tiles = MOST_TILES;
 
@@ -93,7 +93,7 @@ static void judge(struct scene *scene, const char *what)
 {
     for (uint32_t i = 0; i < scene->count; i++) {
         struct made *made = scene->made[i];
-        uint64_t judged = 0, most = smaller() ? JUDGED / 16 : JUDGED;
+        uint64_t judged = 0, most = smaller() ? JUDGED / 8 : JUDGED;
         for (uint32_t b = 0; b < made->batch.batch && judged < most; b++) {
             char why[256];
             uint64_t rows = (uint64_t)made_q_len(made, b) * made->batch.heads;
