@@ -352,8 +352,8 @@ static struct mlak_cuda_source *source_of(const struct mlak_device *device, stru
 unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates)
 {
     unsigned most = device->split_grid / 4, left_out = gates < most ? gates : most;
-    if (device->wgmma) /* clusters of two need an even grid */
-        left_out += left_out % 2;
+    if (device->wgmma && left_out > 0) /* clusters of two need an even grid */
+        left_out += (device->split_grid - left_out) % 2;
     return device->split_grid - left_out;
 }
 

@@ -4,6 +4,7 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -96,28 +97,29 @@ static void a_gate_that_waits_leaves_clusters_and_orders_are_silent(void **state
     made_free(other);
 }
 
-/* An even number of processors is left out, however many lanes wait. */
-static void the_grid_beside_gates_is_even(void **state)
+/* The grid of a launch beside each number of gates that wait, on a device of `processors`. */
+static void grids_beside_gates_are(unsigned processors, const unsigned *grids, uint32_t most)
 {
-    (void)state;
-    enum { MOST = 4 };
+    enum { LANES = 4 };
     static uint32_t never;
     static uint64_t undone;
     struct made *made = wide(4), *other = wide(5);
     const struct mlak_batch *const batch = &made->batch;
-    const char *const beside[MOST + 1] = {
-        "mlak_cuda_split_wgmma_bf16 16 2", "mlak_cuda_split_wgmma_bf16 14 2", "mlak_cuda_split_wgmma_bf16 14 2",
-        "mlak_cuda_split_wgmma_bf16 12 2", "mlak_cuda_split_wgmma_bf16 12 2"};
-    struct mlak_lane *lanes[MOST];
-    struct mlak_order *orders[MOST];
+    struct mlak_lane *lanes[LANES];
+    struct mlak_order *orders[LANES];
     struct mlak_fault fault = {0};
-    inject("processors=16 memory=4000000000");
+    char words[64];
+    assert_true(most <= LANES);
+    snprintf(words, sizeof words, "processors=%u memory=4000000000", processors);
+    inject(words);
     struct mlak_device *device = open_device(NULL);
-    for (uint32_t waiting = 0; waiting <= MOST; waiting++) {
-        unsigned before = launched(beside[waiting]);
+    for (uint32_t waiting = 0; waiting <= most; waiting++) {
+        char beside[64];
+        snprintf(beside, sizeof beside, "mlak_cuda_split_wgmma_bf16 %u %d", grids[waiting], grids[waiting] % 2 ? 1 : 2);
+        unsigned before = launched(beside);
         launch_beside(device, other);
-        assert_int_equal(launched(beside[waiting]), before + 1);
-        if (waiting == MOST)
+        assert_int_equal(launched(beside), before + 1);
+        if (waiting == most)
             break;
         assert_non_null(lanes[waiting] = backend->lane_new(device, &fault));
         orders[waiting] = backend->order_new(device, lanes[waiting], &batch, &(struct mlak_flags){&never, &undone}, 1,
@@ -125,9 +127,9 @@ static void the_grid_beside_gates_is_even(void **state)
         assert_non_null(orders[waiting]);
         assert_int_equal(backend->order_launch(device, orders[waiting], 1, &fault), MLAK_OK);
     }
-    for (uint32_t i = 0; i < MOST; i++)
+    for (uint32_t i = 0; i < most; i++)
         backend->lane_abandon(device, lanes[i]);
-    for (uint32_t i = 0; i < MOST; i++) {
+    for (uint32_t i = 0; i < most; i++) {
         assert_true(await_round(device, orders[i]).stopped);
         backend->order_free(device, orders[i]);
         backend->lane_free(device, lanes[i]);
@@ -136,6 +138,14 @@ static void the_grid_beside_gates_is_even(void **state)
     backend->close(device);
     made_free(made);
     made_free(other);
+}
+
+/* At most a quarter is left out, and one more where the rest is odd; nothing without a gate. */
+static void the_grid_beside_gates_is_even(void **state)
+{
+    (void)state;
+    grids_beside_gates_are(16, (const unsigned[]){16, 14, 14, 12, 12}, 4);
+    grids_beside_gates_are(15, (const unsigned[]){15, 14, 12, 12, 12}, 4);
 }
 
 int main(void)
