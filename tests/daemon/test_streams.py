@@ -342,5 +342,5 @@ TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_entry_or
          more_clients_than_lanes_fall_back, two_gpus_are_stream_order_by_themselves,
          a_daemon_that_stays_away_leaves_nan]
 if __name__ == "__main__":
-    names = sys.argv[1:]
-    run([test for test in TESTS if not names or test.__name__ in names], Daemon(GPU))
+    named = {test.__name__: test for test in TESTS}
+    run([named[name] for name in sys.argv[1:]] or TESTS, Daemon(GPU))  # a name that is none fails
