@@ -62,9 +62,14 @@ class Daemon:
             self.process.wait()
 
     def stop(self):
+        """Fails where a sanitizer has spoken, of mlad or of a worker, whose exit status is nobody's here."""
         self.end()
+        spoke = re.search("ThreadSanitizer:|AddressSanitizer:|runtime error:", self.read_log())
+        if spoke:
+            self.show_log()
         self.log.close()
         shutil.rmtree(self.directory)
+        assert not spoke, "a sanitizer has something to say of mlad or its workers"
 
     def read_log(self):
         with open(self.log.name) as log:  # of its own: mlad writes where self.log stands
@@ -85,11 +90,12 @@ def run(tests, daemon=None):
             failed += 1
             print("FAIL ", test.__name__, f"{type(error).__name__}: {error}", flush=True)
     if daemon:
-        daemon.end()
-        if re.search("ThreadSanitizer:|AddressSanitizer:|runtime error:", daemon.read_log()):
-            failed += 1  # a worker's exit status is nobody's here
-            print("FAIL  a sanitizer has something to say of the daemon or its workers", flush=True)
         if failed:
+            daemon.end()
             daemon.show_log()
-        daemon.stop()
+        try:
+            daemon.stop()
+        except AssertionError as error:
+            failed += 1
+            print("FAIL ", error, flush=True)
     sys.exit(failed > 0)
