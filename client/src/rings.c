@@ -79,13 +79,14 @@ void mlac_rings_retire(struct mla_client *client)
 
 /* ---- submissions ---- */
 
-/* The wake-up that we took is ours to give. Nothing of ours waits in the socket, so it takes a KNOCK unless the peer
- * has gone or the kernel lacks memory; then the session ends, which whoever leads sees, and the next one is asked
- * again. */
+/* The wake-up that we took is ours to give. A socket that is full gives it for us: the daemon has messages of ours to
+ * read, and empties the ring before it acts on one. Else it takes a KNOCK unless the peer has gone or the kernel lacks
+ * memory; then the session ends, which whoever leads sees, and the next one is asked again. */
 static void knock(struct mla_client *client)
 {
     for (int i = 0; i < KNOCKS; i++)
-        if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) == 0)
+        if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) == 0 ||
+            errno == EAGAIN)
             return;
     client->broken = true;
     shutdown(client->socket, SHUT_WR);

@@ -196,10 +196,12 @@ static void serve(struct peer *peer, int socket, union mlap_body *body)
         }
         for (unsigned i = 0; i < n_fds; i++)
             close(fds[i]);
-        if (a.header.type == MLAP_KNOCK)
+        if (a.header.type == MLAP_KNOCK) {
+            atomic_fetch_add(&peer->count[MLAP_KNOCK], 1);
             mlap_ring_set_wakeup(&peer->submission, true);
-        else if (!handle(peer, &a))
+        } else if (!handle(peer, &a)) {
             return;
+        }
         if (!serve_ring(peer, &of_ring, &entry))
             return;
     }

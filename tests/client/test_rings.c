@@ -5,12 +5,14 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <cmocka.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 enum { MANY = 100 }; /* more than the peer's rings have entries */
@@ -165,6 +167,56 @@ static void other_messages_keep_no_decode_from_the_ring(void **state)
     assert_int_equal(peer->taken, 1);
     pthread_join(thread, &made);
     assert_ptr_equal(made, &rig);
+    rig_free(&rig);
+    peer_free(peer);
+}
+
+/* How many messages a socket takes that nobody reads, each no longer than these. */
+static uint32_t room_of_a_socket(void)
+{
+    int sockets[2];
+    uint32_t sent = 0;
+    assert_return_code(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, sockets), errno);
+    while (mlap_send_message(sockets[0], MLAP_DROP, UINT32_MAX, &(struct mlap_drop){.plan = UINT32_MAX}, -1,
+                             MSG_DONTWAIT) == 0)
+        sent++;
+    assert_int_equal(errno, EAGAIN);
+    close(sockets[0]);
+    close(sockets[1]);
+    return sent;
+}
+
+/* Messages that no decode waits for fill the socket of a daemon that is to be woken: it has those to read. */
+static void a_full_socket_needs_no_knock(void **state)
+{
+    (void)state;
+    enum { DECODES = 8, SPARE = 3 };
+    struct peer *peer = ring_peer(NULL, NULL);
+    struct rig rig;
+    uint32_t room = room_of_a_socket(), drops = room - SPARE;
+    mla_plan **plans = calloc(drops, sizeof *plans);
+    mla_ticket tickets[DECODES];
+    assert_in_range(room, SPARE + 1, 100000);
+    assert_non_null(plans);
+    rig_init(&rig, peer);
+    for (uint32_t i = 0; i < drops; i++)
+        assert_ok(mla_plan_create(rig.client, &rig.batch, &plans[i], e));
+    atomic_store(&peer->deaf, true);
+    for (uint32_t i = 0; i < drops; i++)
+        mla_plan_destroy(plans[i]);
+    for (int i = 0; i < DECODES; i++) {
+        mlap_ring_set_wakeup(&peer->submission, true);
+        assert_ok(mla_submit(rig.client, rig.plan, &tickets[i], e));
+    }
+    atomic_store(&peer->deaf, false);
+    for (int i = 0; i < DECODES; i++)
+        assert_ok(mla_wait(rig.client, tickets[i], 5000, NULL, e));
+    assert_ok(mla_plan_create(rig.client, &rig.batch, &plans[0], e)); /* behind all that was in the socket */
+    mla_plan_destroy(plans[0]);
+    assert_int_equal(peer->taken, DECODES);
+    assert_in_range(peer->count[MLAP_KNOCK], 1, DECODES - 1); /* so some met a full socket */
+    assert_int_equal(peer->connections, 1);
+    free(plans);
     rig_free(&rig);
     peer_free(peer);
 }
@@ -338,6 +390,7 @@ int main(void)
         cmocka_unit_test(rings_can_be_declined),
         cmocka_unit_test(more_than_the_ring_holds_keep_their_order),
         cmocka_unit_test(other_messages_keep_no_decode_from_the_ring),
+        cmocka_unit_test(a_full_socket_needs_no_knock),
         cmocka_unit_test(the_descriptor_speaks_for_the_ring),
         cmocka_unit_test(what_was_completed_before_a_death_is_not_done_again),
         cmocka_unit_test(lies_end_the_client),
