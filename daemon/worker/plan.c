@@ -189,6 +189,7 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
     memcpy((char *)&plan->batch + place->pointer, &first, sizeof first); /* members differ in what they point to */
     plan->buffers[tensor] = buffer;
     plan->offsets[tensor] = wire->offset;
+    plan->lengths[tensor] = needed;
     mlad_buffer_ref(buffer);
     return MLAP_code_OK;
 }
@@ -196,8 +197,8 @@ static enum mlap_code resolve(struct mlad_plan *plan, unsigned tensor, const str
 static bool share_a_byte(const struct mlad_plan *a, unsigned tensor_a, const struct mlad_plan *b, unsigned tensor_b)
 {
     return a->buffers[tensor_a] && b->buffers[tensor_b] &&
-           mlad_buffer_overlap(a->buffers[tensor_a], a->offsets[tensor_a], mlak_extent(&a->batch, tensor_a),
-                               b->buffers[tensor_b], b->offsets[tensor_b], mlak_extent(&b->batch, tensor_b));
+           mlad_buffer_overlap(a->buffers[tensor_a], a->offsets[tensor_a], a->lengths[tensor_a], b->buffers[tensor_b],
+                               b->offsets[tensor_b], b->lengths[tensor_b]);
 }
 
 /* Does an output share a byte with another tensor? */

@@ -15,7 +15,7 @@
 struct mlad_plan {
     struct mlak_batch batch;
     struct mlad_buffer *buffers[MLAK_T_COUNT]; /* NULL: the batch has no such tensor */
-    uint64_t offsets[MLAK_T_COUNT];            /* bytes, in those buffers */
+    uint64_t offsets[MLAK_T_COUNT], lengths[MLAK_T_COUNT]; /* bytes, in those buffers */
     uint32_t id;                               /* 0: a DECODE's, used once */
     uint32_t refs;
 };

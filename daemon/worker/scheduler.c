@@ -149,8 +149,7 @@ static bool depends(const struct mlad_scheduler *scheduler, const struct mlad_de
         return false;
     for (uint32_t i = 0; i < scheduler->n_slices; i++) {
         const struct mlad_decode *earlier = scheduler->slices[i].decode;
-        if (earlier->queue == decode->queue &&
-            (earlier->plan == decode->plan || mlad_plan_depends(earlier->plan, decode->plan)))
+        if (earlier->queue == decode->queue && mlad_plan_depends(earlier->plan, decode->plan))
             return true;
     }
     return false;
