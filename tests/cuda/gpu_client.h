@@ -3,6 +3,7 @@
 #ifndef GPU_CLIENT_H
 #define GPU_CLIENT_H
 
+#include "../require.h"
 #include "fake/fake_cuda.h"
 #include "mla.h"
 
@@ -13,14 +14,6 @@
 #include <string.h>
 
 enum { HEADS = 4, ROWS = 4, PAGES = 8, PAGE = 64, COLUMNS = 4 };
-
-#define REQUIRE(condition, why)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%d: %s: %s\n", __LINE__, #condition, why);                                                \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 /* Call a function of the driver that must succeed. */
 #define CU(name, types, ...)                                                                                           \

@@ -16,6 +16,7 @@
  *     out FILE                 decode the first copy into memory full of NaN, and write its `out`
  *
  * It leaves when its input ends. */
+#include "../require.h"
 #include "contender.h"
 #include "mla.h"
 
@@ -33,13 +34,6 @@
 enum { MOST_DEPTH = 256, MOST_SAMPLES = 1 << 20, TURNS = 4096, MEET_SECONDS = 60, WARM = 3 };
 static const double START_NS = 2e6; /* from the last one's arrival, so that all have woken */
 
-#define REQUIRE(condition, why)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%d: %s: %s\n", __LINE__, #condition, why);                                                \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 #define CU(call, ...)                                                                                                  \
     do {                                                                                                               \
         CUresult result_ = home.cu->call(__VA_ARGS__);                                                                 \

@@ -8,6 +8,7 @@
  *     stream   work, mla_submit_stream of a plan; as graphs of LAYERS layers, both
  *     host     work, sync, decode, sync, work, sync: locally, and by mla_decode
  * Replays one behind the other (`us_per_layer`) and one at a time (`alone`). The results of both are compared. */
+#include "../require.h"
 #include "cuda_device.h"
 #include "mla.h"
 
@@ -34,13 +35,6 @@ static mla_client *client;
 static mla_error error;
 static CUcontext here, there;
 
-#define REQUIRE(condition, why)                                                                                        \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%d: %s: %s\n", __LINE__, #condition, why);                                                \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 #define CU(call, ...)                                                                                                  \
     do {                                                                                                               \
         CUresult result_ = cu->call(__VA_ARGS__);                                                                      \
