@@ -7,7 +7,7 @@
  *
  * A session embeds one mlad_ordered. Its end abandons the lane: what waits gives up at once, and the session drains
  * until the device has told so. Loop thread only; completions are looked for every MLAD_ORDER_POLL_MS and with each
- * message. */
+ * round that is armed. */
 #ifndef MLAD_ORDERED_H
 #define MLAD_ORDERED_H
 

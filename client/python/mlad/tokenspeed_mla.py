@@ -31,8 +31,8 @@ def tokenspeed_mla_decode(query, kv_cache, workspace_buffer, kv_lora_rank, qk_ro
     change no result; mlad schedules itself, and they have no effect here. max_seq_len and is_var_seq are held against
     seq_lens where that is a CPU tensor; of a CUDA tensor they are taken on trust, and the result is that of seq_lens.
 
-    Returns out, or (out, lse fp32 [B, q_len, H], base 2) with return_lse. CUDA graph capture is refused. Raises
-    mlad.Error."""
+    Returns out, or (out, lse fp32 [B, q_len, H], base 2) with return_lse. Raises mlad.Error. CUDA tensors are
+    decoded in the order of the current stream, and may be captured, where mlad.Client.order() is "stream"."""
     del workspace_buffer, enable_pdl, enable_packed_q
     if (kv_lora_rank, qk_rope_head_dim) != (512, 64):
         name = "kv_lora_rank" if kv_lora_rank != 512 else "qk_rope_head_dim"
