@@ -312,6 +312,25 @@ bool made_intact(const struct made *made)
     return true;
 }
 
+uint8_t *made_outputs(const struct made *made)
+{
+    const struct fence *out = &made->tensor[MLAK_T_OUT], *lse = &made->tensor[MLAK_T_LSE];
+    uint8_t *copy = malloc(out->bytes + lse->bytes + 1);
+    if (!copy)
+        abort();
+    memcpy(copy, out->data, out->bytes);
+    if (lse->bytes > 0)
+        memcpy(copy + out->bytes, lse->data, lse->bytes);
+    return copy;
+}
+
+bool made_outputs_are(const struct made *made, const uint8_t *copy)
+{
+    const struct fence *out = &made->tensor[MLAK_T_OUT], *lse = &made->tensor[MLAK_T_LSE];
+    return memcmp(out->data, copy, out->bytes) == 0 &&
+           (lse->bytes == 0 || memcmp(lse->data, copy + out->bytes, lse->bytes) == 0);
+}
+
 uint32_t made_q_start(const struct made *made, uint32_t b)
 {
     const struct mlak_batch *batch = &made->batch;

@@ -46,6 +46,10 @@ struct made *made_new(struct maker *maker, const struct mlak_batch *shape, const
 void made_free(struct made *made);
 bool made_intact(const struct made *made);      /* every fence_intact */
 
+/* A copy of the outputs, in one piece of memory that is the caller's to free; whether they have its bits. */
+uint8_t *made_outputs(const struct made *made);
+bool made_outputs_are(const struct made *made, const uint8_t *copy);
+
 static inline int32_t *made_seqlens(struct made *made) { return (int32_t *)(void *)made->tensor[MLAK_T_SEQLENS].data; }
 static inline int32_t *made_table(struct made *made, uint32_t b)
 {

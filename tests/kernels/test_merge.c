@@ -172,13 +172,9 @@ static void deterministic_bits_are_those_of_a_launch_alone(void **state)
         launch(&merge);
         for (uint32_t i = 0; i < merge.count; i++) {
             struct made *made = merge.made[i];
-            size_t bytes = made->tensor[MLAK_T_OUT].bytes, lse = made->tensor[MLAK_T_LSE].bytes;
-            uint8_t *together = malloc(bytes + lse);
-            memcpy(together, made->tensor[MLAK_T_OUT].data, bytes);
-            memcpy(together + bytes, made->tensor[MLAK_T_LSE].data, lse);
+            uint8_t *together = made_outputs(made);
             test_device_run(made, merge.rows[i]);
-            assert_memory_equal(made->tensor[MLAK_T_OUT].data, together, bytes);
-            assert_memory_equal(made->tensor[MLAK_T_LSE].data, together + bytes, lse);
+            assert_true(made_outputs_are(made, together));
             free(together);
         }
         end(&merge);
@@ -225,18 +221,13 @@ static void layers_share_what_the_first_one_prepared(void **state)
                 become_layer(made[i], made[0]);
         }
         test_device_decode_step(made, LAYERS, rows);
-        for (uint32_t i = 1; i < LAYERS; i++) {
-            size_t bytes = made[i]->tensor[MLAK_T_OUT].bytes, lse = made[i]->tensor[MLAK_T_LSE].bytes;
-            uint8_t *step = malloc(bytes + lse);
-            memcpy(step, made[i]->tensor[MLAK_T_OUT].data, bytes);
-            memcpy(step + bytes, made[i]->tensor[MLAK_T_LSE].data, lse);
+        for (uint32_t i = 0; i < LAYERS; i++) {
+            uint8_t *step = made_outputs(made[i]);
             test_device_run(made[i], rows);
-            assert_memory_equal(made[i]->tensor[MLAK_T_OUT].data, step, bytes);
-            assert_memory_equal(made[i]->tensor[MLAK_T_LSE].data, step + bytes, lse);
+            assert_true(made_outputs_are(made[i], step));
             free(step);
-        }
-        for (uint32_t i = 0; i < LAYERS; i++)
             made_free(made[i]);
+        }
     }
 }
 

@@ -125,15 +125,10 @@ static void compare(void *context, unsigned time)
 {
     struct launch *launch = context;
     for (uint32_t i = 0; i < launch->count; i++) {
-        const struct fence *out = &launch->made[i]->tensor[MLAK_T_OUT], *lse = &launch->made[i]->tensor[MLAK_T_LSE];
         assert_int_equal(launch->codes[i], MLAK_OK);
-        if (time == 0) {
-            launch->first[i] = malloc(out->bytes + lse->bytes);
-            memcpy(launch->first[i], out->data, out->bytes);
-            memcpy(launch->first[i] + out->bytes, lse->data, lse->bytes);
-        }
-        if (memcmp(out->data, launch->first[i], out->bytes) != 0 ||
-            memcmp(lse->data, launch->first[i] + out->bytes, lse->bytes) != 0)
+        if (time == 0)
+            launch->first[i] = made_outputs(launch->made[i]);
+        else if (!made_outputs_are(launch->made[i], launch->first[i]))
             fail_msg("%s: run %u of batch %u has other bits", launch->what, time + 1, i);
     }
 }
