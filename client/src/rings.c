@@ -12,8 +12,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -79,14 +81,21 @@ void mlac_rings_retire(struct mla_client *client)
 
 /* ---- submissions ---- */
 
-/* The wake-up that we took is ours to give. A socket that is full gives it for us: the daemon has messages of ours to
- * read, and empties the ring before it acts on one. Else it takes a KNOCK unless the peer has gone or the kernel lacks
- * memory; then the session ends, which whoever leads sees, and the next one is asked again. */
+/* Datagrams of ours that the daemon has not read: it will, and empties the ring before it acts on one. */
+static bool has_unread(int socket)
+{
+    int bytes = 0;
+    return ioctl(socket, SIOCOUTQ, &bytes) == 0 && bytes > 0;
+}
+
+/* The wake-up that we took is ours to give. A socket that is full gives it for us; the kernel may also lack memory,
+ * which mlap_send does not tell apart, for a moment or for longer. If it lasts, or the peer has gone, the session ends,
+ * which whoever leads sees, and the next one is asked again. */
 static void knock(struct mla_client *client)
 {
     for (int i = 0; i < KNOCKS; i++)
         if (mlap_send_message(client->socket, MLAP_KNOCK, 0, &(struct mlap_knock){0}, -1, MSG_DONTWAIT) == 0 ||
-            errno == EAGAIN)
+            has_unread(client->socket))
             return;
     client->broken = true;
     shutdown(client->socket, SHUT_WR);
