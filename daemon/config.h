@@ -39,6 +39,7 @@ struct mlad_config {
     struct mlad_names devices; /* as written: "all" is still to be expanded */
     struct mlad_ids allowed_users, allowed_groups, admin_users, high_priority_users;
     uint64_t max_sessions, max_bytes, max_buffers, max_plans, max_in_flight, queue_limit;
+    uint64_t max_bytes_per_session, max_in_flight_per_session;
     uint64_t max_connections, max_connections_per_user;
     uint64_t hello_timeout, worker_timeout, drain_timeout; /* milliseconds */
     uint64_t discovery_timeout;                            /* milliseconds */

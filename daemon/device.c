@@ -113,6 +113,8 @@ void mlad_device_configure(struct mlad_device *device)
         .max_buffers = (uint32_t)c->max_buffers,
         .max_plans = (uint32_t)c->max_plans,
         .max_in_flight = (uint32_t)c->max_in_flight,
+        .max_bytes_per_session = c->max_bytes_per_session,
+        .max_in_flight_per_session = (uint32_t)c->max_in_flight_per_session,
         .queue_limit = (uint32_t)c->queue_limit,
         .log_level = (uint32_t)c->log_level,
         .draining = device->draining,

@@ -43,9 +43,12 @@ static const char *const choices_log_target[] = {"auto", "stderr", "journal", NU
       "before one that has waited for 8 launches; * is everyone. Administrators always may.") \
     O(max_sessions, NUMBER, 1, 65536, "64", RELOAD, "Sessions a user may have on a device.") \
     O(max_bytes, BYTES, 4096, 1ull << 50, "64G", RELOAD, "Bytes of buffers a user may register on a device.") \
+    O(max_bytes_per_session, BYTES, 4096, 1ull << 50, "64G", RELOAD, "The same for one session.") \
     O(max_buffers, NUMBER, 1, 1000000, "1024", RELOAD, "Buffers a user may register on a device.") \
     O(max_plans, NUMBER, 1, 1000000, "4096", RELOAD, "Plans a user may hold on a device.") \
     O(max_in_flight, NUMBER, 1, 65536, "256", RELOAD, "Decodes a user may have queued or running on a device.") \
+    O(max_in_flight_per_session, NUMBER, 1, 65536, "128", RELOAD, \
+      "The same for one session: all engines under one MPS server are of one user.") \
     O(queue_limit, NUMBER, 1, 65536, "1024", RELOAD, \
       "Decodes that may wait on a device, all users together; above, busy.") \
     O(max_connections, NUMBER, 1, 65536, "512", RELOAD, \

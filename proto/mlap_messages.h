@@ -289,9 +289,11 @@
     F(M, U64, features, _, 0, UINT64_MAX, REQ, "bit set of features granted") \
     F(M, U32, max_message, _, 1, MLAP_U32_MAX, REQ, "largest datagram in bytes, header included") \
     F(M, U32, max_buffers, _, 0, MLAP_U32_MAX, REQ, "buffers a user may register on this device") \
-    F(M, U64, max_bytes, _, 0, UINT64_MAX, REQ, "bytes a user may register on this device") \
+    F(M, U64, max_bytes, _, 0, UINT64_MAX, REQ, \
+      "bytes this session may register: the lower of its own limit and its user's on this device") \
     F(M, U32, max_plans, _, 0, MLAP_U32_MAX, REQ, "plans a user may hold on this device") \
-    F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running on this device") \
+    F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, \
+      "decodes this session may have queued or running: the lower of its own limit and its user's on this device") \
     F(M, STR, mps, _, 1, 127, OPT, "pipe directory of the MPS control daemon that serves the worker; absent: none")
 
 #define MLAP_FIELDS_ok(F, M)
@@ -433,6 +435,8 @@
     F(M, U32, max_buffers, _, 0, MLAP_U32_MAX, REQ, "buffers a user may register") \
     F(M, U32, max_plans, _, 0, MLAP_U32_MAX, REQ, "plans a user may hold") \
     F(M, U32, max_in_flight, _, 0, MLAP_U32_MAX, REQ, "decodes a user may have queued or running") \
+    F(M, U64, max_bytes_per_session, _, 0, UINT64_MAX, REQ, "bytes a session may register") \
+    F(M, U32, max_in_flight_per_session, _, 0, MLAP_U32_MAX, REQ, "decodes a session may have queued or running") \
     F(M, U32, queue_limit, _, 0, MLAP_U32_MAX, REQ, "decodes that may wait on the device") \
     F(M, U32, log_level, _, 0, 7, REQ, "syslog priority") \
     F(M, BOOL, draining, _, 0, 0, REQ, "take no new work") \

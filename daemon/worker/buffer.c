@@ -109,7 +109,7 @@ enum mlap_code mlad_buffer_import(struct mlad_holder *holder, int fd, const stru
     struct stat st;
     enum mlap_code code = check(fd, request, &st, fault);
     if (code == MLAP_code_OK)
-        code = mlad_user_take_buffer(holder->user, request->bytes, fault);
+        code = mlad_user_take_buffer(holder->user, holder->bytes, request->bytes, fault);
     if (code != MLAP_code_OK)
         return code;
 
@@ -181,7 +181,7 @@ static enum mlap_code need_gpu(const struct mlad_holder *holder, struct mlap_fau
 static enum mlap_code import_gpu(struct mlad_holder *holder, uint32_t id, const struct mlak_memory *memory,
                                  struct mlad_buffer **buffer, struct mlap_fault *fault)
 {
-    enum mlap_code code = mlad_user_take_buffer(holder->user, memory->bytes, fault);
+    enum mlap_code code = mlad_user_take_buffer(holder->user, holder->bytes, memory->bytes, fault);
     if (code != MLAP_code_OK)
         return code;
     struct mlad_buffer *made = malloc(sizeof *made);

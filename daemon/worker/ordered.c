@@ -369,7 +369,7 @@ enum mlap_code mlad_ordered_arm(struct mlad_session *session, const struct mlap_
     if (session->sessions->scheduler->draining)
         return mlap_fail(fault, MLAP_code_DRAINING, "",
                          "the device is being drained; work is taken again once an operator resumes it");
-    enum mlap_code code = mlad_user_take_decode(session->holder.user, fault);
+    enum mlap_code code = mlad_user_take_decode(session->holder.user, session->queue.in_flight, fault);
     if (code != MLAP_code_OK)
         return code;
     struct mlad_round *round = calloc(1, sizeof *round);

@@ -38,7 +38,7 @@ void mlad_quota_leave(struct mlad_quota *quota, struct mlad_user *user)
     free(user);
 }
 
-enum mlap_code mlad_user_take_buffer(struct mlad_user *user, uint64_t bytes, struct mlap_fault *fault)
+enum mlap_code mlad_user_take_buffer(struct mlad_user *user, uint64_t held, uint64_t bytes, struct mlap_fault *fault)
 {
     const struct mlad_limits *limits = user->limits;
     if (user->buffers >= limits->max_buffers)
@@ -52,6 +52,11 @@ enum mlap_code mlad_user_take_buffer(struct mlad_user *user, uint64_t bytes, str
                          "user %" PRIu32 " has %" PRIu64 " bytes registered on this device and may have %" PRIu64
                          ", this buffer needs %" PRIu64 ": unregister one or raise max_bytes",
                          user->uid, user->bytes, limits->max_bytes, bytes);
+    if (held > limits->max_bytes_per_session || bytes > limits->max_bytes_per_session - held)
+        return mlap_fail(fault, MLAP_code_QUOTA, "bytes",
+                         "this session has %" PRIu64 " bytes registered and may have %" PRIu64
+                         ", this buffer needs %" PRIu64 ": unregister one or raise max_bytes_per_session",
+                         held, limits->max_bytes_per_session, bytes);
     user->buffers++;
     user->bytes += bytes;
     return MLAP_code_OK;
@@ -68,13 +73,18 @@ enum mlap_code mlad_user_take_plan(struct mlad_user *user, struct mlap_fault *fa
     return MLAP_code_OK;
 }
 
-enum mlap_code mlad_user_take_decode(struct mlad_user *user, struct mlap_fault *fault)
+enum mlap_code mlad_user_take_decode(struct mlad_user *user, uint32_t in_flight, struct mlap_fault *fault)
 {
     if (user->in_flight >= user->limits->max_in_flight)
         return mlap_fail(fault, MLAP_code_BUSY, "",
                          "user %" PRIu32 " has %" PRIu32 " decodes in flight on this device and may have %" PRIu32
                          ": wait for a completion or raise max_in_flight",
                          user->uid, user->in_flight, user->limits->max_in_flight);
+    if (in_flight >= user->limits->max_in_flight_per_session)
+        return mlap_fail(fault, MLAP_code_BUSY, "",
+                         "this session has %" PRIu32 " decodes in flight and may have %" PRIu32
+                         ": wait for a completion or raise max_in_flight_per_session",
+                         in_flight, user->limits->max_in_flight_per_session);
     user->in_flight++;
     return MLAP_code_OK;
 }

@@ -404,7 +404,7 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
                          "%" PRIu32 " decodes wait on this device and %" PRIu32
                          " may: try again after a completion, or raise queue_limit",
                          scheduler->queued, scheduler->queue_limit);
-    enum mlap_code code = mlad_user_take_decode(queue->user, fault);
+    enum mlap_code code = mlad_user_take_decode(queue->user, queue->in_flight, fault);
     if (code != MLAP_code_OK)
         return code;
     struct mlad_decode *decode = take_decode(scheduler);

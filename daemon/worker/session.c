@@ -127,9 +127,9 @@ static void welcome(struct mlad_session *session, uint32_t sequence, const struc
         .features = wanted && mlad_rings_offer(session) ? MLAP_FEATURE_RINGS : 0,
         .max_message = MLAP_MAX_MESSAGE,
         .max_buffers = limits->max_buffers,
-        .max_bytes = limits->max_bytes,
+        .max_bytes = mlad_session_most_bytes(limits),
         .max_plans = limits->max_plans,
-        .max_in_flight = limits->max_in_flight,
+        .max_in_flight = mlad_session_most_in_flight(limits),
     };
     strncpy(welcome.device, session->sessions->device, sizeof welcome.device - 1);
     if (session->sessions->place.mps[0]) {

@@ -92,6 +92,8 @@ static enum mlap_code on_configure(const struct mlap_configure *configure)
         .max_buffers = configure->max_buffers,
         .max_plans = configure->max_plans,
         .max_in_flight = configure->max_in_flight,
+        .max_bytes_per_session = configure->max_bytes_per_session,
+        .max_in_flight_per_session = configure->max_in_flight_per_session,
     };
     worker.scheduler.queue_limit = configure->queue_limit;
     worker.configured = true;

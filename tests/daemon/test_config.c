@@ -62,6 +62,7 @@ static void every_option_is_read(void **state)
         parse("socket = /tmp/x.sock\nsocket_mode = 0600\ndevices = cpu, reference\nallowed_users = root , 1000\n"
               "allowed_groups = 12,root\nadmin_users = 7\nmax_sessions = 2\nmax_bytes = 3M\nmax_buffers = 4\n"
               "max_plans = 5\nmax_in_flight = 6\nqueue_limit = 7\nmax_connections = 8\n"
+              "max_bytes_per_session = 2M\nmax_in_flight_per_session = 3\n"
               "max_connections_per_user = 9\nhello_timeout = 100ms\nworker_timeout = 2\ndrain_timeout = 3min\n"
               "runtime_dir = /tmp\ncpu_threads = 10\ncpu_variant = avx2\nlog_level = debug\nlog_target = journal"));
     assert_string_equal(config.socket, "/tmp/x.sock");
@@ -79,6 +80,8 @@ static void every_option_is_read(void **state)
     assert_int_equal(config.max_buffers, 4);
     assert_int_equal(config.max_plans, 5);
     assert_int_equal(config.max_in_flight, 6);
+    assert_int_equal(config.max_bytes_per_session, 2 << 20);
+    assert_int_equal(config.max_in_flight_per_session, 3);
     assert_int_equal(config.queue_limit, 7);
     assert_int_equal(config.max_connections, 8);
     assert_int_equal(config.max_connections_per_user, 9);

@@ -95,7 +95,8 @@ static int begin(void **state)
     memset(&gpu, 0, sizeof gpu);
     sem_init(&gpu.go, 0, 0);
     world->stats.life = &world->life;
-    world->quota.limits = (struct mlad_limits){.max_sessions = 1, .max_in_flight = 10000};
+    world->quota.limits = (struct mlad_limits){
+        .max_sessions = 1, .max_in_flight = 10000, .max_in_flight_per_session = 10000};
     world->scheduler.queue_limit = 10000;
     assert_int_equal(mlad_quota_enter(&world->quota, 1, &world->user, &fault), MLAP_code_OK);
     assert_int_equal(uv_loop_init(&world->loop), 0);

@@ -326,6 +326,22 @@ def too_much_in_flight_is_busy():
         assert (report["busy"], report["queued"], report["running"]) == (2, 0, 0), report
 
 
+def a_session_leaves_room_for_others_of_its_user():
+    with start(device="reference", max_in_flight=3, max_in_flight_per_session=2) as worker:
+        greedy, other = worker.attach(), worker.attach()
+        assert greedy.limits["max_in_flight"] == 2, greedy.limits
+        case = slow().register(greedy).plan(greedy)
+        case.register(other).plan(other)
+        first = [submit(greedy) for _ in range(2)]
+        assert "max_in_flight_per_session" in expect("busy", "", greedy.answer, submit(greedy))
+        done(other, submit(other))
+        for sequence in first:
+            done(greedy, sequence)
+        worker.configure(max_bytes_per_session=4096)
+        worker.report()
+        assert "max_bytes_per_session" in expect("quota", "bytes", slow().register, worker.attach())
+
+
 def flood_does_not_starve_others():
     with start(device="reference", max_in_flight=200, queue_limit=200) as worker:
         flooder, other = worker.attach(), worker.attach()

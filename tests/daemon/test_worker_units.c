@@ -123,7 +123,8 @@ static void quota_counts_and_names_its_limits(void **state)
 {
     (void)state;
     struct mlad_quota quota = {
-        .limits = {.max_sessions = 2, .max_buffers = 2, .max_bytes = 100, .max_plans = 1, .max_in_flight = 1}};
+        .limits = {.max_sessions = 2, .max_buffers = 2, .max_bytes = 100, .max_plans = 1,
+                   .max_in_flight = 2, .max_bytes_per_session = 70, .max_in_flight_per_session = 1}};
     struct mlad_user *one, *again, *other;
     struct mlap_fault fault;
     assert_int_equal(mlad_quota_enter(&quota, 1, &one, &fault), MLAP_code_OK);
@@ -133,23 +134,32 @@ static void quota_counts_and_names_its_limits(void **state)
     assert_non_null(strstr(fault.message, "max_sessions"));
     assert_int_equal(mlad_quota_enter(&quota, 2, &other, &fault), MLAP_code_OK);
 
-    assert_int_equal(mlad_user_take_buffer(one, 60, &fault), MLAP_code_OK);
-    assert_int_equal(mlad_user_take_buffer(one, 41, &fault), MLAP_code_QUOTA);
+    assert_int_equal(mlad_user_take_buffer(one, 0, 71, &fault), MLAP_code_QUOTA);
+    assert_non_null(strstr(fault.message, "max_bytes_per_session"));
+    assert_int_equal(mlad_user_take_buffer(one, 0, 60, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_buffer(one, 60, 11, &fault), MLAP_code_QUOTA);
     assert_string_equal(fault.field, "bytes");
-    assert_int_equal(mlad_user_take_buffer(one, UINT64_MAX, &fault), MLAP_code_QUOTA);
-    assert_int_equal(mlad_user_take_buffer(one, 40, &fault), MLAP_code_OK);
-    assert_int_equal(mlad_user_take_buffer(one, 0, &fault), MLAP_code_QUOTA);
+    assert_int_equal(mlad_user_take_buffer(one, 80, 1, &fault), MLAP_code_QUOTA); /* a limit that was lowered since */
+    assert_int_equal(mlad_user_take_buffer(one, 0, 41, &fault), MLAP_code_QUOTA);
+    assert_string_equal(fault.field, "bytes");
+    assert_int_equal(mlad_user_take_buffer(one, 0, UINT64_MAX, &fault), MLAP_code_QUOTA);
+    assert_int_equal(mlad_user_take_buffer(one, 0, 40, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_buffer(one, 0, 0, &fault), MLAP_code_QUOTA);
     assert_non_null(strstr(fault.message, "max_buffers"));
     quota.limits.max_bytes = 50; /* below what is held */
     mlad_user_give_buffer(one, 40);
-    assert_int_equal(mlad_user_take_buffer(one, 1, &fault), MLAP_code_QUOTA);
-    assert_int_equal(mlad_user_take_buffer(other, 50, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_buffer(one, 0, 1, &fault), MLAP_code_QUOTA);
+    assert_int_equal(mlad_user_take_buffer(other, 0, 50, &fault), MLAP_code_OK);
     assert_int_equal(mlad_user_take_plan(one, &fault), MLAP_code_OK);
     assert_int_equal(mlad_user_take_plan(one, &fault), MLAP_code_QUOTA);
-    assert_int_equal(mlad_user_take_decode(one, &fault), MLAP_code_OK);
-    assert_int_equal(mlad_user_take_decode(one, &fault), MLAP_code_BUSY);
+    assert_int_equal(mlad_user_take_decode(one, 0, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_decode(one, 1, &fault), MLAP_code_BUSY);
+    assert_non_null(strstr(fault.message, "max_in_flight_per_session"));
+    assert_int_equal(mlad_user_take_decode(one, 0, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_decode(one, 0, &fault), MLAP_code_BUSY);
+    assert_null(strstr(fault.message, "per_session"));
     mlad_user_give_decode(one);
-    assert_int_equal(mlad_user_take_decode(one, &fault), MLAP_code_OK);
+    assert_int_equal(mlad_user_take_decode(one, 0, &fault), MLAP_code_OK);
 
     mlad_quota_leave(&quota, one);
     mlad_quota_leave(&quota, other);
@@ -209,7 +219,8 @@ static int set_up(void **state)
                                                    .max_page_size = 256,
                                                    .features = MLAK_CAN_ALL}};
     struct mlap_fault fault;
-    world->quota.limits = (struct mlad_limits){.max_sessions = 1, .max_bytes = 1 << 30, .max_buffers = 8};
+    world->quota.limits = (struct mlad_limits){
+        .max_sessions = 1, .max_bytes = 1 << 30, .max_bytes_per_session = 1 << 30, .max_buffers = 8};
     world->capabilities = (struct mlad_capabilities){rows, 1};
     mlad_quota_enter(&world->quota, 1, &world->holder.user, &fault);
     world->holder.unmapped = note_unmapped;

@@ -25,7 +25,7 @@ NAMES = {number: name for name, number in TYPES.items()}
 PAGE = mmap.PAGESIZE
 PROGRAM, DEVICE = sys.argv[1], sys.argv[2]
 LIMITS = dict(max_sessions=64, max_bytes=1 << 30, max_buffers=64, max_plans=64, max_in_flight=64, queue_limit=64,
-              log_level=4, draining=False)
+              max_bytes_per_session=1 << 30, max_in_flight_per_session=1000, log_level=4, draining=False)
 PATIENCE = 30.0     # seconds until a wait is a failure; sanitizers are slow
 
 

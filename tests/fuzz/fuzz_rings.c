@@ -263,7 +263,13 @@ static void start(void)
     backend.order_free = order_free;
     size_t count;
     stats.life = &life;
-    quota.limits = (struct mlad_limits){4, 16, 16, 4, 1 << 20};
+    quota.limits = (struct mlad_limits){.max_sessions = 4,
+                                        .max_buffers = 16,
+                                        .max_plans = 16,
+                                        .max_in_flight = 4,
+                                        .max_bytes = 1 << 20,
+                                        .max_in_flight_per_session = 4,
+                                        .max_bytes_per_session = 1 << 20};
     scheduler.queue_limit = 64;
     require(device && uv_loop_init(&loop) == 0 &&
             mlad_scheduler_start(&scheduler, &loop, &backend, device, &stats, on_idle, on_lost));

@@ -99,8 +99,9 @@ static const struct mlap_health_reply health_reply_body = {.present = ALL(health
 static const struct mlap_drain drain_body = {.present = ALL(drain), .device = "cpu", .resume = true};
 static const struct mlap_evict evict_body = {.present = ALL(evict), .device = "cpu", .session = 65};
 static const struct mlap_configure configure_body = {.present = ALL(configure), .max_sessions = 64,
-    .max_bytes = 68719476736, .max_buffers = 256, .max_plans = 1024, .max_in_flight = 64, .queue_limit = 1024,
-    .log_level = 6, .draining = false, .stopping = true};
+    .max_bytes = 68719476736, .max_buffers = 256, .max_plans = 1024, .max_in_flight = 64,
+    .max_bytes_per_session = 4096, .max_in_flight_per_session = 32, .queue_limit = 1024, .log_level = 6,
+    .draining = false, .stopping = true};
 static const struct mlap_attach attach_body = {.present = ALL(attach), .session = 65, .uid = 1000, .pid = 77,
     .hello_seq = 1, .hello = {.present = ALL(hello), .client = "demo", .device = "cpu", .features = 0,
     .priority = MLAP_priority_NORMAL, .gpu = "GPU-1", .mps = "/run/mps"}};
@@ -228,8 +229,9 @@ const struct golden golden[] = {
     {MLAP_ARM, 30, &arm_body, sizeof arm_body,
      "94 01 1d 1e 82 a4'step' 0b a5'round' ce00011170"},
     {MLAP_CONFIGURE, 22, &configure_body, sizeof configure_body,
-     "94 01 40 16 89 ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
-     "cd0400 ad'max_in_flight' 40 ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},
+     "94 01 40 16 8b ac'max_sessions' 40 a9'max_bytes' cf0000001000000000 ab'max_buffers' cd0100 a9'max_plans' "
+     "cd0400 ad'max_in_flight' 40 b5'max_bytes_per_session' cd1000 b9'max_in_flight_per_session' 20 "
+     "ab'queue_limit' cd0400 a9'log_level' 06 a8'draining' c2 a8'stopping' c3"},
     {MLAP_ATTACH, 23, &attach_body, sizeof attach_body,
      "94 01 41 17 85 a7'session' 41 a3'uid' cd03e8 a3'pid' 4d a9'hello_seq' 01 a5'hello' 86 a6'client' a4'demo' "
      "a6'device' a3'cpu' a8'features' 00 a8'priority' a6'normal' a3'gpu' a5'GPU-1' a3'mps' a8'/run/mps'"},
