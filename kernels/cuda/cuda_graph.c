@@ -52,7 +52,7 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
         for (uint32_t i = 0; i < count && result == CUDA_SUCCESS; i++) {
             const struct cuda_slice slice = whole(&batches[i], NULL);
             struct mlak_cuda_job job = cuda_job(device, &slice, 1);
-            job.silent = layers && i + 1 < count;
+            job.silent = i + 1 < count; /* as in a client's stream: the last one's word says that all are over */
             if (i == 0 && layers) {
                 device->prepared[0] = job.source;
                 device->n_prepared = 1;

@@ -80,6 +80,27 @@ static void a_capture_that_fails_is_only_that(void **state)
     made_free(made);
 }
 
+static void only_the_last_of_a_graph_is_told_to_the_host(void **state)
+{
+    (void)state;
+    const char *const combine = "mlak_cuda_combine 8 1", *const silent = "mlak_cuda_combine 8 1 silent";
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    const struct mlak_batch batches[3] = {made->batch, made->batch, made->batch};
+    struct mlak_fault fault = {0};
+    inject("");
+    unsigned told = launched(combine), not_told = launched(silent);
+    struct mlak_device *device = open_device(NULL);
+    struct mlak_graph *graph = backend->graph_new(device, batches, 3, &fault);
+    assert_non_null(graph);
+    assert_int_equal(launched(combine), told + 1);
+    assert_int_equal(launched(silent), not_told + 2);
+    assert_replay_is_right(device, graph, made);
+    backend->graph_free(device, graph);
+    backend->close(device);
+    made_free(made);
+}
+
 static void capturing_runs_nothing(void **state)
 {
     (void)state;
@@ -247,6 +268,7 @@ static void a_sticky_error_loses_the_device(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(only_the_last_of_a_graph_is_told_to_the_host),
         cmocka_unit_test(capturing_runs_nothing),
         cmocka_unit_test(a_capture_that_fails_is_only_that),
         cmocka_unit_test(a_replay_that_is_refused_is_only_that),
