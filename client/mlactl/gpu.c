@@ -23,7 +23,15 @@ struct gpu_uuid {
     D(alloc, cuMemAlloc_v2, (uint64_t * pointer, size_t bytes))                                                        \
     D(free, cuMemFree_v2, (uint64_t pointer))                                                                          \
     D(upload, cuMemcpyHtoD_v2, (uint64_t to, const void *from, size_t bytes))                                          \
-    D(download, cuMemcpyDtoH_v2, (void *to, uint64_t from, size_t bytes))
+    D(download, cuMemcpyDtoH_v2, (void *to, uint64_t from, size_t bytes))                                              \
+    D(stream_new, cuStreamCreate, (void **stream, unsigned flags))                                                     \
+    D(stream_free, cuStreamDestroy_v2, (void *stream))                                                                 \
+    D(capture_begin, cuStreamBeginCapture_v2, (void *stream, int mode))                                                \
+    D(capture_end, cuStreamEndCapture, (void *stream, void **graph))                                                   \
+    D(graph_free, cuGraphDestroy, (void *graph))                                                                       \
+    D(graph_new, cuGraphInstantiateWithFlags, (void **exec, void *graph, unsigned long long flags))                    \
+    D(graph_launch, cuGraphLaunch, (void *exec, void *stream))                                                         \
+    D(graph_exec_free, cuGraphExecDestroy, (void *exec))
 
 static struct {
     bool open;
@@ -147,4 +155,57 @@ int gpu_download(void *to, const void *from, size_t bytes, mla_error *error)
 {
     CHECK("cuMemcpyDtoH", driver.download(to, (uintptr_t)from, bytes));
     return 0;
+}
+
+/* ---- streams ---- */
+
+enum { NON_BLOCKING = 1, THREAD_LOCAL = 1 }; /* of a stream; of a capture */
+
+static int new_stream(const char *device, void **stream, mla_error *error)
+{
+    if (use(device, error))
+        return -1;
+    CHECK("cuStreamCreate", driver.stream_new(stream, NON_BLOCKING));
+    return 0;
+}
+
+void *gpu_stream_new(const char *device, mla_error *error)
+{
+    void *stream = NULL;
+    return new_stream(device, &stream, error) ? NULL : stream;
+}
+
+void gpu_stream_free(void *stream)
+{
+    if (stream)
+        driver.stream_free(stream);
+}
+
+int gpu_capture_begin(void *stream, mla_error *error)
+{
+    CHECK("cuStreamBeginCapture", driver.capture_begin(stream, THREAD_LOCAL));
+    return 0;
+}
+
+int gpu_capture_end(void *stream, void **graph, mla_error *error)
+{
+    void *captured = NULL;
+    *graph = NULL;
+    CHECK("cuStreamEndCapture", driver.capture_end(stream, &captured));
+    int code = driver.graph_new(graph, captured, 0);
+    driver.graph_free(captured);
+    CHECK("cuGraphInstantiateWithFlags", code);
+    return 0;
+}
+
+int gpu_graph_launch(void *graph, void *stream, mla_error *error)
+{
+    CHECK("cuGraphLaunch", driver.graph_launch(graph, stream));
+    return 0;
+}
+
+void gpu_graph_free(void *graph)
+{
+    if (graph)
+        driver.graph_exec_free(graph);
 }

@@ -3,6 +3,7 @@ themselves: gates wait, workers and clients die while they do.
 
 usage: test_streams.py, with MLAD_BIN, MLACTL_BIN, STREAM_CLIENT, MLAD_SOURCE, LD_LIBRARY_PATH"""
 import contextlib
+import json
 import os
 import re
 import signal
@@ -107,6 +108,26 @@ def host_order_gives_the_same(daemon):
     out = Client(daemon, "host", order="").end()
     assert "MPS" in out, out
     Client(daemon, "host", order="host").end()
+
+
+def the_bench_measures_steps_in_stream_order(daemon):
+    def served():
+        return {entry["phase"]: entry["count"] for entry in daemon.devices()[GPU]["latency"]}["serve"]
+
+    def bench(order, *arguments):
+        return daemon.ctl("bench", "step", "--device", GPU, "--layers", 3, "--kv-len", 4, "--heads", 1, "--seconds", 1,
+                          *arguments, MLAD_ORDER=order, MLAD_FAKE_CUDA_CONTROL="").stdout
+    before = served()
+    report = json.loads(bench("stream", "--json"))
+    assert report["order"] == "stream" and report["steps"] >= 3, report
+    assert served() - before == 3 * 2 * (report["steps"] + 1), (before, served(), report)
+    for way in "waited", "ahead", "stream", "graph":
+        assert 0 < report[way]["step_p50_ns"] <= report[way]["step_p99_ns"], report
+    assert "3, as a graph" in bench("stream")
+    before = served()
+    report = json.loads(bench("host", "--json"))
+    assert report["order"] == "host" and report["why"] and "stream" not in report, report
+    assert served() == before
 
 
 def refusal(call, *arguments):
@@ -342,6 +363,7 @@ TESTS = [eager, many_rounds_ahead_of_the_device, steps_are_armed_by_one_entry_or
          a_ring_full_of_rounds_is_its_own_session_s_trouble,
          what_fails_is_nan, a_late_stream_is_served, waits_for_the_stream_and_for_the_daemon_are_measured,
          host_order_goes_on_beside_an_armed_round, host_order_gives_the_same,
+         the_bench_measures_steps_in_stream_order,
          wrong_steps_are_refused_by_name, a_killed_worker_is_a_delay,
          a_client_killed_in_its_own_gate_holds_nothing, a_killed_client_holds_nothing,
          more_clients_than_lanes_fall_back, two_gpus_are_stream_order_by_themselves,
