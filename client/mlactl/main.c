@@ -44,8 +44,8 @@ static const struct ctl_command commands[] = {
      "machine, and the round trip of a one-key decode, by rings and by the socket, next to a raw socket ping-pong. A "
      "GPU's direct calls are timed by its own events, and what it decodes lies in its memory. Needs the machine to "
      "itself. `bench tenants`: processes with a small batch each, one of them alone and all at once in turn. `bench "
-     "latency`: percentiles of a one-key decode. `bench step`: a model's layers one behind the other, in host order and "
-     "where that can be in stream order, and what each costs beyond its kernels.",
+     "latency`: percentiles of a one-key decode. `bench step`: a model's layers one behind the other, in host order "
+     "and where that can be in stream order, and what each costs beyond its kernels.",
      {DEVICE_OPTION,
       {"--batch", "N", "requests of a decode; default: 8, on a GPU 64; of tenants and step 1", 0},
       {"--kv-len", "N", "keys of a request; default 4096", 0},

@@ -129,6 +129,12 @@ mla_status mlac_step_new(struct mla_client *client, mla_plan *const *plans, uint
     return status;
 }
 
+/* Whether kernels of both sides can run at the same time. */
+static bool side_by_side(mla_placement placement)
+{
+    return placement == MLA_PLACEMENT_SHARED_MPS || placement == MLA_PLACEMENT_OWN_GPU;
+}
+
 mla_status mlac_check_order(struct mla_client *client, const mla_plan *plan, mla_error *error)
 {
     char gpu[64], why[MLA_WHY];
@@ -150,8 +156,7 @@ mla_status mlac_check_order(struct mla_client *client, const mla_plan *plan, mla
         mlac_placement_memory(client, gpu);
     mla_placement placement = mlac_placement(client, why);
     mlac_unlock(client);
-    if ((forced && strcmp(forced, "stream") == 0) || placement == MLA_PLACEMENT_SHARED_MPS ||
-        placement == MLA_PLACEMENT_OWN_GPU)
+    if (side_by_side(placement) || (forced && strcmp(forced, "stream") == 0))
         return MLA_OK;
     return mlac_fail(error, MLA_UNSUPPORTED, "stream", "%s", why);
 }
@@ -160,10 +165,10 @@ MLA_API mla_order mla_client_order(mla_client *client, char why[MLA_WHY])
 {
     mla_error error = {0};
     mla_status status = mlac_check_order(client, NULL, &error);
-    if (why && status == MLA_OK)
-        mla_client_placement(client, why);
-    else if (why)
-        memcpy(why, error.message, MLA_WHY - 1), why[MLA_WHY - 1] = '\0';
+    if (why && status != MLA_OK)
+        snprintf(why, MLA_WHY, "%.*s", MLA_WHY - 1, error.message);
+    else if (why && !side_by_side(mla_client_placement(client, why)))
+        snprintf(why, MLA_WHY, "$MLAD_ORDER is stream");
     return status == MLA_OK ? MLA_ORDER_STREAM : MLA_ORDER_HOST;
 }
 

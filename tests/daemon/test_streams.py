@@ -119,14 +119,14 @@ def the_bench_measures_steps_in_stream_order(daemon):
                           *arguments, MLAD_ORDER=order, MLAD_FAKE_CUDA_CONTROL="").stdout
     before = served()
     report = json.loads(bench("stream", "--json"))
-    assert report["order"] == "stream" and report["steps"] >= 3, report
+    assert (report["order"], report["why"]) == ("stream", "$MLAD_ORDER is stream") and report["steps"] >= 3, report
     assert served() - before == 3 * 2 * (report["steps"] + 1), (before, served(), report)
     for way in "waited", "ahead", "stream", "graph":
         assert 0 < report[way]["step_p50_ns"] <= report[way]["step_p99_ns"], report
     assert "3, as a graph" in bench("stream")
     before = served()
     report = json.loads(bench("host", "--json"))
-    assert report["order"] == "host" and report["why"] and "stream" not in report, report
+    assert (report["order"], report["why"]) == ("host", "$MLAD_ORDER is host") and "stream" not in report, report
     assert served() == before
 
 
