@@ -248,7 +248,7 @@ static void a_part_can_be_cancelled_and_the_other_is_right(void **state)
         parts[i] = (struct mlak_part){.batch = &made[i]->batch, .count = 2, .rows = rows[i]};
     }
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0][0]}), 0);
-    assert_int_equal(backend->launch_batches(device, parts, 2, false, &fault), MLAK_OK);
+    assert_int_equal(backend->launch_batches(device, 0, parts, 2, false, &fault), MLAK_OK);
     pthread_join(thread, NULL);
     assert_int_equal(rows[0][0].code, MLAK_ROW_CANCELLED);
     for (size_t i = 0; i < made[0]->tensor[MLAK_T_OUT].bytes; i++)
