@@ -1,5 +1,5 @@
-/* test_scheduler.c - which decodes share a launch, in which order, over a device that takes as long as the test says and
- * runs one launch at a time or two.
+/* test_scheduler.c - which decodes share a launch, in which order, over a device that takes as long as the test says
+ * and runs one launch at a time, or two.
  *
  * A batch's `heads` tells the device's log whose it is; its keys are all that its block table has room for. */
 #include <setjmp.h>
