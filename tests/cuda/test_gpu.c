@@ -402,6 +402,30 @@ static void a_refused_launch_leaves_another_alone(void **state)
     made_free(made);
 }
 
+/* The driver goes on, but has said something that no launch comes back from. */
+static void a_device_that_one_launch_lost_is_lost_to_the_other(void **state)
+{
+    (void)state;
+    struct launch launch;
+    DRIVER(cuCtxSynchronize, void);
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("hang=1 fail=cuStreamQuery:1:700");
+    begin_launch(&launch, device, 1);
+    pthread_join(launch.thread, NULL);
+    assert_int_equal(launch.code, MLAK_LOST);
+    inject("");
+    assert_int_equal(cuCtxSynchronize(), 0); /* it did run to its end */
+    made_free(launch.made);
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_string_equal(fault.message, backend->lost(device));
+    backend->close(device);
+    made_free(made);
+}
+
 /* Last: what is lost stays lost in this process. */
 static void a_sticky_error_loses_the_device_and_all_that_runs(void **state)
 {
@@ -441,6 +465,7 @@ int main(void)
         cmocka_unit_test(a_launch_goes_past_one_that_hangs_and_does_not_hide_it),
         cmocka_unit_test(a_launch_can_be_cancelled_beside_another),
         cmocka_unit_test(a_refused_launch_leaves_another_alone),
+        cmocka_unit_test(a_device_that_one_launch_lost_is_lost_to_the_other),
         cmocka_unit_test(a_sticky_error_loses_the_device_and_all_that_runs),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);

@@ -423,7 +423,17 @@ static void decodes_wait_for_what_they_read_in_either_launch(void **state)
     assert_int_equal(gpu.launches, 6);
     assert_true(gpu.parts[5] == 1 && has(5, LAST));
     finish_all();
-    assert_int_equal(world->ended[0], 5);
+    submit_to(2, OTHER, NULL);
+    submit_to(0, SECOND, &y);
+    submit_to(0, AFTER_SECOND, &y);
+    assert_int_equal(gpu.launches, 8);
+    assert_true(gpu.which[6] != gpu.which[7]);
+    end(6);
+    assert_int_equal(gpu.launches, 8); /* what it has to see is in the other launch */
+    end(7);
+    assert_true(gpu.launches == 9 && has(8, AFTER_SECOND));
+    finish_all();
+    assert_int_equal(world->ended[0], 7);
     assert_int_equal(x.refs + y.refs, 2);
 }
 
