@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LEAST_SLOTS = 1024 }; /* of scratch: 135 MB; deterministic batches take 64 a request */
+enum { LEAST_SLOTS = 1024 }; /* of a room: 135 MB; deterministic batches take 64 a request */
 
 extern const uint8_t mlak_cuda_image[]; /* the fatbin, cuda_image.S */
 
