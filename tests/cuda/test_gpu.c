@@ -348,7 +348,7 @@ static void a_launch_goes_past_one_that_hangs_and_does_not_hide_it(void **state)
         end_launch(&other, MLAK_OK);
     }
     assert_false(is_over(&hung));
-    assert_int_equal(progress, 0); /* or a watchdog would wait for ever */
+    assert_int_equal(__atomic_load_n(&progress, __ATOMIC_RELAXED), 0); /* or a watchdog would wait for ever */
     inject("");
     end_launch(&hung, MLAK_OK);
     assert_true(progress > 0);
