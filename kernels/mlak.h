@@ -263,16 +263,19 @@ struct mlak_backend {
      * import: make memory usable by kernels; MLAK_INVALID, UNSUPPORTED or MEMORY with a field of mlak_memory named, or
      *   MLAK_LOST as of launch_batches, `fault` saying why. From any thread.
      * release: undo it; nothing that names the mapping runs any more.
-     * launch_batches: mlak_prepare and launch in one, for parts[0..count), whatever batches they are of. It fills of
-     *   each row request, local_len, page_size, pages, max_pages, dcp_world, code and detail (what mlak_row_fault and
-     *   accounting read), and abandons a part when the caller sets every code of its rows to MLAK_ROW_CANCELLED
-     *   meanwhile. Each call validates each part's cu_q, on its snapshot; one that is wrong fails its own part. Parts
-     *   that cannot run together (mergeable) or are too many follow one another. A deterministic batch has the same
-     *   bits in whatever company. `layer`: the parts are a step's next layer; if all that has been launched since
-     *   its first
-     *   one differed from it, part by part, in buffers only (mlak_same_step), what the first one read and made of
-     *   lengths, masks and scales holds, failed requests stay failed, and only the work on keys is done; else as
-     *   without `layer`. MLAK_OK, MEMORY, or MLAK_LOST: the device failed for good, and this process should end.
+     * launches: how many calls of launch_batches may run at once, each from a thread of its own; 0: one.
+     * launch_batches: mlak_prepare and launch in one, for parts[0..count), whatever batches they are of. `which`, below
+     *   `launches`: of those at once, this one, which nobody else calls meanwhile. They do not wait for one another:
+     *   what has to see what another leaves behind begins after its end. It fills of each row request, local_len,
+     *   page_size, pages, max_pages, dcp_world, code and detail (what mlak_row_fault and accounting read), and abandons
+     *   a part when the caller sets every code of its rows to MLAK_ROW_CANCELLED meanwhile. Each call validates each
+     *   part's cu_q, on its snapshot; one that is wrong fails its own part. Parts that cannot run together (mergeable)
+     *   or are too many follow one another. A deterministic batch has the same bits in whatever company. `layer`: the
+     *   parts are a step's next layer; if all that `which` has launched since its first one differed from it, part by
+     *   part, in buffers only (mlak_same_step), what the first one read and made of lengths, masks and scales holds,
+     *   failed requests stay failed, and only the work on keys is done; else as without `layer`. MLAK_OK, MEMORY, or
+     *   MLAK_LOST: the device failed for good, and this process should end. Of launches at once, only the one that
+     *   began first adds to mlak_options.progress: one that hangs is not hidden by others.
      * mergeable: may requests of the two checked batches share a launch? NULL with `launch`, of which all may.
      * check: is the device still of use? To be asked now and then while nothing runs: under MPS another process's fault
      *   may end it. Gives it a little work and says what became of the last time's; does not wait. MLAK_OK or
@@ -282,13 +285,14 @@ struct mlak_backend {
     enum mlak_code (*import)(struct mlak_device *device, const struct mlak_memory *memory,
                              struct mlak_mapping *mapping, struct mlak_fault *fault);
     void (*release)(struct mlak_device *device, struct mlak_mapping *mapping);
-    enum mlak_code (*launch_batches)(struct mlak_device *device, struct mlak_part *parts, uint32_t count, bool layer,
-                                     struct mlak_fault *fault);
+    uint32_t launches;
+    enum mlak_code (*launch_batches)(struct mlak_device *device, uint32_t which, struct mlak_part *parts,
+                                     uint32_t count, bool layer, struct mlak_fault *fault);
     bool (*mergeable)(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b);
     enum mlak_code (*check)(struct mlak_device *device, struct mlak_fault *fault);
     const char *(*lost)(const struct mlak_device *device);
     /* Launches in the order of a client's stream, without a word from or to a host. NULL, all of them, for a device
-     * that has none; all are called from one thread, which need not be that of launch_batches, and do not wait for what
+     * that has none; all are called from one thread, which need not be one of launch_batches, and do not wait for what
      * runs.
      * lane_new: room for one client; its launches run one after the other, beside those of other lanes. Takes some 140
      *   MB of the device's memory. A launch that waits holds a queue of the hardware: have few. NULL and `fault`:
@@ -327,8 +331,7 @@ struct mlak_backend {
      *   UNSUPPORTED (a batch is too large), MEMORY, LOST; the device is as before.
      * graph_replay: run it once, to its end; as mlak_launch_batch of its last batch, into rows[0..batch), zeros to
      *   begin with, but a replay cannot be cancelled. Of the other batches nothing is told. Launches of other work
-     *   may come
-     *   between replays. MLAK_OK, BATCH, MEMORY, LOST.
+     *   may come between replays; none of launch_batches' `which` 0 meanwhile. MLAK_OK, BATCH, MEMORY, LOST.
      * graph_free: with no replay under way, before the device is closed. NULL is allowed.
      * time_batches: the nanoseconds on the device that `rounds` (1 at least) replays of such a graph took, one behind
      *   the other after one that does not count: they hold nothing of what the host does to launch. Nothing is told of
@@ -358,7 +361,7 @@ struct mlak_gpu {
  * May take seconds: it starts the driver. Whether the kernels run on one is for its open to say. */
 uint32_t mlak_gpus(struct mlak_gpu *gpus, uint32_t most, struct mlak_fault *why);
 
-/* launch_batches of one part. Its result, or the part's. */
+/* launch_batches of one part, as `which` 0. Its result, or the part's. */
 enum mlak_code mlak_launch_batch(const struct mlak_backend *backend, struct mlak_device *device,
                                  const struct mlak_batch *batch, uint32_t first, uint32_t count, struct mlak_row *rows,
                                  struct mlak_fault *fault);

@@ -17,7 +17,7 @@ enum mlak_code mlak_launch_batch(const struct mlak_backend *backend, struct mlak
                                  struct mlak_fault *fault)
 {
     struct mlak_part part = {.batch = batch, .first = first, .count = count, .rows = rows};
-    enum mlak_code code = backend->launch_batches(device, &part, 1, false, fault);
+    enum mlak_code code = backend->launch_batches(device, 0, &part, 1, false, fault);
     if (code != MLAK_OK || part.code == MLAK_OK)
         return code;
     if (fault)

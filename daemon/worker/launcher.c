@@ -28,7 +28,7 @@ static void *launch_all(void *context)
         pthread_mutex_unlock(&launcher->lock);
         struct mlak_fault fault = {0};
         enum mlak_code code =
-            parts ? launcher->backend->launch_batches(launcher->device, parts, count, false, &fault)
+            parts ? launcher->backend->launch_batches(launcher->device, launcher->which, parts, count, false, &fault)
                   : launcher->backend->launch(launcher->device, rows, count);
         pthread_mutex_lock(&launcher->lock);
         launcher->fault = fault;
@@ -58,11 +58,11 @@ static void on_wake(uv_async_t *async)
 }
 
 bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
-                         struct mlak_device *device,
+                         struct mlak_device *device, uint32_t which,
                          void (*ended)(struct mlad_launcher *launcher, enum mlak_code code,
                                        const struct mlak_fault *fault))
 {
-    *launcher = (struct mlad_launcher){.backend = backend, .device = device, .ended = ended};
+    *launcher = (struct mlad_launcher){.backend = backend, .device = device, .which = which, .ended = ended};
     pthread_mutex_init(&launcher->lock, NULL);
     pthread_cond_init(&launcher->work, NULL);
     if (uv_async_init(loop, &launcher->wake_loop, on_wake) != 0)

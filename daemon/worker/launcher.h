@@ -1,8 +1,8 @@
 /* launcher.h - the thread that runs launches, so that the loop never waits for a kernel.
  *
- * Takes one launch at a time: rows that were prepared, or parts of batches that the device prepares itself. Rows and
- * parts are the launch thread's from mlad_launcher_run until the `ended` callback, which comes on the loop thread. It
- * ends with the process. */
+ * Takes one launch at a time: rows that were prepared, or parts of batches that the device prepares itself; a device
+ * that runs several at once has a launcher for each. Rows and parts are the launch thread's from mlad_launcher_run
+ * until the `ended` callback, which comes on the loop thread. It ends with the process. */
 #ifndef MLAD_LAUNCHER_H
 #define MLAD_LAUNCHER_H
 
@@ -18,6 +18,7 @@ enum mlad_launcher_state { MLAD_LAUNCHER_IDLE, MLAD_LAUNCHER_FULL, MLAD_LAUNCHER
 struct mlad_launcher {
     const struct mlak_backend *backend;
     struct mlak_device *device;
+    uint32_t which; /* of the device's launches at once */
     void (*ended)(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault);
     uv_async_t wake_loop;
     pthread_t thread;
@@ -32,7 +33,7 @@ struct mlad_launcher {
 };
 
 bool mlad_launcher_start(struct mlad_launcher *launcher, uv_loop_t *loop, const struct mlak_backend *backend,
-                         struct mlak_device *device,
+                         struct mlak_device *device, uint32_t which,
                          void (*ended)(struct mlad_launcher *launcher, enum mlak_code code,
                                        const struct mlak_fault *fault));
 

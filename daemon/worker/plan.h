@@ -3,7 +3,7 @@
  * Made from the wire's descriptor and the session's buffers. Its mlak_batch has resolved pointers, and every tensor
  * lies inside its buffer, is aligned, and no output shares a byte with an input or the other output. It keeps a
  * reference to each of its buffers, so the pointers hold as long as the plan does. References to the plan: its id, if
- * it has one, and each decode of it in flight. Loop thread only, except that the launch thread reads what `batch`
+ * it has one, and each decode of it in flight. Loop thread only, except that a launch thread reads what `batch`
  * points to while a decode of it runs. */
 #ifndef MLAD_PLAN_H
 #define MLAD_PLAN_H

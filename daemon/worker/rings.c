@@ -154,7 +154,7 @@ bool mlad_rings_linger(const struct mlad_sessions *sessions)
 {
     /* A device that computes on this processor has better use for it while a launch runs. */
     const struct mlad_scheduler *scheduler = sessions->scheduler;
-    return (!scheduler->launching || scheduler->backend->launch_batches) &&
+    return (scheduler->in_flight == 0 || scheduler->backend->launch_batches) &&
            mlad_now_ns() - sessions->heard < MLAD_LINGER_NS;
 }
 

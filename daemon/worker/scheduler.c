@@ -1,4 +1,4 @@
-/* scheduler.c - see scheduler.h. A decode's way: submit -> kick -> put_together -> take -> (inline | launcher) ->
+/* scheduler.c - see scheduler.h. A decode's way: submit -> run -> put_together -> take -> (inline | launcher) ->
  * launch_ended -> slice_ended -> finish. */
 #include "scheduler.h"
 
@@ -45,7 +45,7 @@ static void pass_on(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
         TAILQ_REMOVE(&scheduler->turns[queue->priority], queue, turn);
 }
 
-/* The first decode of its queue has ended, `fault` NULL: its requests have run, some of them perhaps into failures. */
+/* A decode has ended, `fault` NULL: its requests have run, some of them perhaps into failures. */
 static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode, const struct mlap_fault *fault)
 {
     struct mlad_queue *queue = decode->queue;
@@ -53,7 +53,7 @@ static void finish(struct mlad_scheduler *scheduler, struct mlad_decode *decode,
     decode->completed = scheduler->ended = mlad_now_ns();
     if (queue->next == decode)
         pass_on(scheduler, queue);
-    STAILQ_REMOVE_HEAD(&queue->decodes, next);
+    STAILQ_REMOVE(&queue->decodes, decode, mlad_decode, next);
     uncount(scheduler, decode);
     if (decode->cancelled) {
         queue->ended(queue, NULL, NULL);
@@ -129,10 +129,10 @@ static void give(struct mlad_queue *queue, int64_t tokens)
         queue->balance = MLAD_QUANTUM;
 }
 
-static bool has_room(const struct mlad_scheduler *scheduler)
+static bool has_room(const struct mlad_launch *launch)
 {
-    return scheduler->n_slices < MLAD_PARTS && scheduler->n_rows < MLAD_SLICE_REQUESTS &&
-           scheduler->tokens < MLAD_LAUNCH_TOKENS && scheduler->estimate < MLAD_LAUNCH_NS;
+    return launch->n_slices < MLAD_PARTS && launch->n_rows < MLAD_SLICE_REQUESTS &&
+           launch->tokens < MLAD_LAUNCH_TOKENS && launch->estimate < MLAD_LAUNCH_NS;
 }
 
 static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
@@ -142,56 +142,79 @@ static void start(struct mlad_scheduler *scheduler, struct mlad_decode *decode)
     mlad_stats_running(scheduler->stats, ++scheduler->running);
 }
 
-/* Whether the decode has to see what an earlier one of its session, which is in the launch, leaves behind. */
+/* Whether the decode has to see what an earlier one of its session, which is in a launch, leaves behind. */
 static bool depends(const struct mlad_scheduler *scheduler, const struct mlad_decode *decode)
 {
-    if (decode->queue->launch != scheduler->launches)
+    if (decode->queue->running == 0)
         return false;
-    for (uint32_t i = 0; i < scheduler->n_slices; i++) {
-        const struct mlad_decode *earlier = scheduler->slices[i].decode;
-        if (earlier->queue == decode->queue && mlad_plan_depends(earlier->plan, decode->plan))
-            return true;
+    for (const struct mlad_launch *launch = scheduler->launch; launch < scheduler->launch + MLAD_LAUNCHES; launch++) {
+        for (uint32_t i = 0; i < launch->n_slices; i++) {
+            const struct mlad_decode *earlier = launch->slices[i].decode;
+            if (earlier->queue == decode->queue && mlad_plan_depends(earlier->plan, decode->plan))
+                return true;
+        }
     }
     return false;
 }
 
-/* Add the queue's next decode, or a slice of it if nothing else is in the launch, which has room. False: it does not go
- * with what is there already. */
-static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
+/* KV tokens of `count` requests of the queue's next decode, as far as one knows. */
+static uint64_t cost_of(const struct mlad_queue *queue, uint32_t count)
+{
+    const struct mlak_batch *batch = &queue->next->plan->batch;
+    return count * (queue->per_request ? queue->per_request : (uint64_t)batch->max_pages * batch->page_size);
+}
+
+/* Whether the queue's next decode, or slice of one, may run beside what is in launches already. */
+static bool may_go(const struct mlad_scheduler *scheduler, const struct mlad_queue *queue)
+{
+    const struct mlad_decode *decode = queue->next;
+    uint32_t left = decode->plan->batch.batch - decode->done;
+    bool large_runs = false;
+    if (decode->running || depends(scheduler, decode))
+        return false;
+    for (uint32_t i = 0; i < MLAD_LAUNCHES; i++)
+        large_runs |= scheduler->launch[i].tokens > MLAD_LAUNCH_TOKENS;
+    return !large_runs || cost_of(queue, left < MLAD_SLICE_REQUESTS ? left : MLAD_SLICE_REQUESTS) <= MLAD_LAUNCH_TOKENS;
+}
+
+/* Add the queue's next decode, which may go, or a slice of it if nothing else is in the launch, which has room. False:
+ * it does not go with what is there already. */
+static bool take(struct mlad_scheduler *scheduler, struct mlad_launch *launch, struct mlad_queue *queue)
 {
     const struct mlak_backend *backend = scheduler->backend;
     struct mlad_decode *decode = queue->next;
     const struct mlak_batch *batch = &decode->plan->batch;
-    struct mlak_part *part = &scheduler->parts[scheduler->n_slices];
-    bool first = scheduler->n_slices == 0;
-    uint32_t left = batch->batch - decode->done, room = MLAD_SLICE_REQUESTS - scheduler->n_rows;
+    struct mlak_part *part = &launch->parts[launch->n_slices];
+    bool first = launch->n_slices == 0;
+    uint32_t left = batch->batch - decode->done, room = MLAD_SLICE_REQUESTS - launch->n_rows;
     uint64_t cost, estimate = 0;
-    if (decode->running || (left > room && !first) || depends(scheduler, decode))
+    if (left > room && !first)
         return false;
-    *part = (struct mlak_part){.batch = batch, .first = decode->done, .rows = scheduler->rows + scheduler->n_rows};
+    *part = (struct mlak_part){.batch = batch, .first = decode->done, .rows = launch->rows + launch->n_rows};
     if (backend->launch_batches) {
-        if (!first && !backend->mergeable(scheduler->device, scheduler->parts[0].batch, batch))
+        if (!first && !backend->mergeable(scheduler->device, launch->parts[0].batch, batch))
             return false;
         part->count = left < room ? left : room;
-        cost = part->count * (queue->per_request ? queue->per_request : (uint64_t)batch->max_pages * batch->page_size);
-        if (!first && scheduler->tokens + cost > MLAD_LAUNCH_TOKENS)
+        cost = cost_of(queue, part->count);
+        if (!first && launch->tokens + cost > MLAD_LAUNCH_TOKENS)
             return false;
         memset(part->rows, 0, part->count * sizeof *part->rows);
     } else {
         estimate = prepare(scheduler, decode, left < room ? left : room, part);
-        if (!first && scheduler->estimate + estimate > MLAD_LAUNCH_NS)
+        if (!first && launch->estimate + estimate > MLAD_LAUNCH_NS)
             return false;
         cost = tokens_of(part->rows, part->count);
     }
     if (!decode->launched)
         start(scheduler, decode);
     decode->running = true;
-    scheduler->slices[scheduler->n_slices++] = (struct mlad_slice){decode, cost};
-    scheduler->n_rows += part->count;
-    scheduler->estimate += estimate;
-    scheduler->tokens += cost;
+    launch->slices[launch->n_slices++] = (struct mlad_slice){decode, cost};
+    launch->n_rows += part->count;
+    launch->estimate += estimate;
+    launch->tokens += cost;
     queue->balance -= (int64_t)cost;
     queue->launch = scheduler->launches;
+    queue->running++;
     if (part->code != MLAK_OK || decode->done + part->count == batch->batch)
         pass_on(scheduler, queue);
     if (queue->next) {
@@ -203,18 +226,21 @@ static bool take(struct mlad_scheduler *scheduler, struct mlad_queue *queue)
 
 /* A decode of each queue in turn that is not in debt. False: none was taken; *least is the least debt of those that
  * might be, or -1. */
-static bool take_turns(struct mlad_scheduler *scheduler, struct mlad_turns *turns, int64_t *least)
+static bool take_turns(struct mlad_scheduler *scheduler, struct mlad_launch *launch, struct mlad_turns *turns,
+                       int64_t *least)
 {
     bool taken = false;
     struct mlad_queue *last = TAILQ_LAST(turns, mlad_turns), *next;
     *least = -1;
-    for (struct mlad_queue *queue = TAILQ_FIRST(turns); queue && has_room(scheduler); queue = next) {
+    for (struct mlad_queue *queue = TAILQ_FIRST(turns); queue && has_room(launch); queue = next) {
         next = queue == last ? NULL : TAILQ_NEXT(queue, turn);
         if (queue->left_out == scheduler->launches)
             continue;
-        if (queue->balance <= 0)
+        if (!may_go(scheduler, queue))
+            queue->left_out = scheduler->launches;
+        else if (queue->balance <= 0)
             *least = *least < 0 || -queue->balance < *least ? -queue->balance : *least;
-        else if (take(scheduler, queue))
+        else if (take(scheduler, launch, queue))
             taken = true;
         else
             queue->left_out = scheduler->launches;
@@ -222,12 +248,12 @@ static bool take_turns(struct mlad_scheduler *scheduler, struct mlad_turns *turn
     return taken;
 }
 
-static void take_all(struct mlad_scheduler *scheduler, struct mlad_turns *turns)
+static void take_all(struct mlad_scheduler *scheduler, struct mlad_launch *launch, struct mlad_turns *turns)
 {
     int64_t least;
-    while (take_turns(scheduler, turns, &least) || least >= 0) {
+    while (take_turns(scheduler, launch, turns, &least) || least >= 0) {
         struct mlad_queue *queue;
-        if (!has_room(scheduler))
+        if (!has_room(launch))
             return;
         if (least >= 0)
             TAILQ_FOREACH(queue, turns, turn)
@@ -235,21 +261,23 @@ static void take_all(struct mlad_scheduler *scheduler, struct mlad_turns *turns)
     }
 }
 
-/* The next launch. False: nothing waits. */
-static bool put_together(struct mlad_scheduler *scheduler)
+/* The next launch. False: nothing waits that may go. */
+static bool put_together(struct mlad_scheduler *scheduler, struct mlad_launch *launch)
 {
     struct mlad_turns *normal = &scheduler->turns[MLAD_NORMAL], *high = &scheduler->turns[MLAD_HIGH];
     struct mlad_queue *queue, *longest = TAILQ_FIRST(normal);
     bool normal_first = scheduler->passed_over >= MLAD_PATIENCE;
     if (!longest && TAILQ_EMPTY(high))
         return false;
+    bool could = longest && may_go(scheduler, longest);
     scheduler->launches++;
-    scheduler->launching = true;
-    scheduler->n_slices = scheduler->n_rows = 0;
-    scheduler->tokens = scheduler->estimate = 0;
-    take_all(scheduler, normal_first ? normal : high);
-    take_all(scheduler, normal_first ? high : normal);
-    scheduler->passed_over = longest && longest->launch != scheduler->launches ? scheduler->passed_over + 1 : 0;
+    take_all(scheduler, launch, normal_first ? normal : high);
+    take_all(scheduler, launch, normal_first ? high : normal);
+    if (launch->n_slices == 0)
+        return false;
+    launch->running = true;
+    scheduler->in_flight++;
+    scheduler->passed_over = longest && longest->launch != scheduler->launches ? scheduler->passed_over + could : 0;
     for (unsigned i = 0; i < MLAD_PRIORITIES; i++)
         TAILQ_FOREACH(queue, &scheduler->turns[i], turn)
             if (queue->launch != scheduler->launches)
@@ -282,14 +310,16 @@ _Static_assert(sizeof((struct mlap_failure *)0)->message == sizeof((struct mlak_
 
 /* Slice `index` of the launch has run: count what came of it; its decode ends, or waits for its next turn. `code`: the
  * launch's. */
-static void slice_ended(struct mlad_scheduler *scheduler, uint32_t index, enum mlak_code code)
+static void slice_ended(struct mlad_launch *launch, uint32_t index, enum mlak_code code)
 {
-    const struct mlad_slice *slice = &scheduler->slices[index];
-    const struct mlak_part *part = &scheduler->parts[index];
+    struct mlad_scheduler *scheduler = launch->scheduler;
+    const struct mlad_slice *slice = &launch->slices[index];
+    const struct mlak_part *part = &launch->parts[index];
     struct mlad_decode *decode = slice->decode;
     struct mlad_queue *queue = decode->queue;
     bool ran = code == MLAK_OK && part->code == MLAK_OK && !decode->cancelled, noted = true;
     decode->running = false;
+    queue->running--;
     for (uint32_t i = 0; i < part->count && ran; i++)
         if (__atomic_load_n(&part->rows[i].code, __ATOMIC_RELAXED) != MLAK_ROW_OK)
             noted &= note_failure(decode, &part->rows[i]);
@@ -316,15 +346,6 @@ static void slice_ended(struct mlad_scheduler *scheduler, uint32_t index, enum m
     }
 }
 
-static void launch_ended(struct mlad_scheduler *scheduler, enum mlak_code code)
-{
-    if (code == MLAK_LOST)
-        scheduler->lost(scheduler, scheduler->backend->lost(scheduler->device));
-    for (uint32_t i = 0; i < scheduler->n_slices; i++)
-        slice_ended(scheduler, i, code);
-    scheduler->launching = false;
-}
-
 static void idle_if_nothing_is_left(struct mlad_scheduler *scheduler)
 {
     if (scheduler->queued + scheduler->running > 0)
@@ -334,33 +355,64 @@ static void idle_if_nothing_is_left(struct mlad_scheduler *scheduler)
         scheduler->idle(scheduler);
 }
 
-/* Run what can be run: small launches here while they fit in MLAD_INLINE_NS together, else one on the launch thread. */
-static void kick(struct mlad_scheduler *scheduler)
+static void launch_ended(struct mlad_launch *launch, enum mlak_code code)
 {
-    uint64_t begun = mlad_now_ns();
-    while (!scheduler->launching && put_together(scheduler)) {
-        uint32_t rows = scheduler->n_rows;
-        if (rows > 0)
-            mlad_stats_launched(scheduler->stats, scheduler->n_slices, rows);
-        if (rows == 0) /* what was taken could not be prepared */
-            launch_ended(scheduler, MLAK_OK);
-        else if (scheduler->backend->launch_batches)
-            mlad_launcher_run_parts(&scheduler->launcher, scheduler->parts, scheduler->n_slices);
-        else if (scheduler->estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + scheduler->estimate < MLAD_INLINE_NS)
-            launch_ended(scheduler, scheduler->backend->launch(scheduler->device, scheduler->rows, rows));
-        else
-            mlad_launcher_run(&scheduler->launcher, scheduler->rows, rows);
-    }
+    struct mlad_scheduler *scheduler = launch->scheduler;
+    if (code == MLAK_LOST)
+        scheduler->lost(scheduler, scheduler->backend->lost(scheduler->device));
+    for (uint32_t i = 0; i < launch->n_slices; i++)
+        slice_ended(launch, i, code);
+    launch->running = false;
+    launch->n_slices = launch->n_rows = 0;
+    launch->tokens = launch->estimate = 0;
+    scheduler->in_flight--;
+    scheduler->changed = true;
     idle_if_nothing_is_left(scheduler);
+}
+
+/* One that may be put together now; NULL: all run, or what runs has more decodes than wait. */
+static struct mlad_launch *next_launch(struct mlad_scheduler *scheduler)
+{
+    struct mlad_launch *next = NULL;
+    uint32_t slices = 0;
+    for (uint32_t i = scheduler->n_launches; i-- > 0;) {
+        slices += scheduler->launch[i].n_slices;
+        if (!scheduler->launch[i].running)
+            next = &scheduler->launch[i];
+    }
+    uint32_t waiting = scheduler->queued + scheduler->running - slices;
+    return waiting >= slices ? next : NULL;
+}
+
+/* Small launches run here while they fit in MLAD_INLINE_NS together, others on their launch thread. */
+void mlad_scheduler_run(struct mlad_scheduler *scheduler)
+{
+    const struct mlak_backend *backend = scheduler->backend;
+    struct mlad_launch *launch;
+    uint64_t begun = 0;
+    if (!scheduler->changed)
+        return;
+    scheduler->changed = false;
+    while ((launch = next_launch(scheduler)) && put_together(scheduler, launch)) {
+        uint32_t rows = launch->n_rows;
+        begun = begun ? begun : mlad_now_ns();
+        if (rows > 0)
+            mlad_stats_launched(scheduler->stats, launch->n_slices, rows);
+        if (rows == 0) /* what was taken could not be prepared */
+            launch_ended(launch, MLAK_OK);
+        else if (backend->launch_batches)
+            mlad_launcher_run_parts(&launch->launcher, launch->parts, launch->n_slices);
+        else if (launch->estimate < MLAD_INLINE_NS && mlad_now_ns() - begun + launch->estimate < MLAD_INLINE_NS)
+            launch_ended(launch, backend->launch(scheduler->device, launch->rows, rows));
+        else
+            mlad_launcher_run(&launch->launcher, launch->rows, rows);
+    }
 }
 
 static void on_launched(struct mlad_launcher *launcher, enum mlak_code code, const struct mlak_fault *fault)
 {
-    struct mlad_scheduler *scheduler =
-        (struct mlad_scheduler *)((char *)launcher - offsetof(struct mlad_scheduler, launcher));
     (void)fault; /* of the whole launch: lost says why, and memory needs no other words */
-    launch_ended(scheduler, code);
-    kick(scheduler);
+    launch_ended((struct mlad_launch *)((char *)launcher - offsetof(struct mlad_launch, launcher)), code);
 }
 
 /* ---- the door ---- */
@@ -379,11 +431,19 @@ bool mlad_scheduler_start(struct mlad_scheduler *scheduler, uv_loop_t *loop, con
         TAILQ_INIT(&scheduler->turns[i]);
     scheduler->period = 1; /* no queue's yet */
     STAILQ_INIT(&scheduler->spare);
-    scheduler->rows = calloc(MLAD_SLICE_REQUESTS, sizeof *scheduler->rows);
     scheduler->cu_q = calloc(MLAK_MAX_BATCH + 1, sizeof *scheduler->cu_q);
-    scheduler->parts = calloc(MLAD_PARTS, sizeof *scheduler->parts);
-    return scheduler->rows && scheduler->cu_q && scheduler->parts &&
-           mlad_launcher_start(&scheduler->launcher, loop, backend, device, on_launched);
+    bool started = scheduler->cu_q;
+    uint32_t at_once = backend->launches < MLAD_LAUNCHES ? backend->launches : MLAD_LAUNCHES;
+    scheduler->n_launches = at_once ? at_once : 1;
+    for (uint32_t i = 0; i < scheduler->n_launches && started; i++) {
+        struct mlad_launch *launch = &scheduler->launch[i];
+        launch->scheduler = scheduler;
+        launch->rows = calloc(MLAD_SLICE_REQUESTS, sizeof *launch->rows);
+        launch->parts = calloc(MLAD_PARTS, sizeof *launch->parts);
+        started = launch->rows && launch->parts &&
+                  mlad_launcher_start(&launch->launcher, loop, backend, device, i, on_launched);
+    }
+    return started;
 }
 
 void mlad_queue_init(struct mlad_queue *queue, struct mlad_user *user, enum mlad_priority priority,
@@ -399,7 +459,9 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
     if (scheduler->draining)
         return mlap_fail(fault, MLAP_code_DRAINING, "",
                          "the device is being drained; work is taken again once an operator resumes it");
-    if (scheduler->launching && scheduler->queued >= scheduler->queue_limit)
+    if (scheduler->queued >= scheduler->queue_limit) /* perhaps only of what has come together */
+        mlad_scheduler_run(scheduler);
+    if (scheduler->in_flight > 0 && scheduler->queued >= scheduler->queue_limit)
         return mlap_fail(fault, MLAP_code_BUSY, "",
                          "%" PRIu32 " decodes wait on this device and %" PRIu32
                          " may: try again after a completion, or raise queue_limit",
@@ -429,17 +491,17 @@ enum mlap_code mlad_scheduler_submit(struct mlad_scheduler *scheduler, struct ml
     STAILQ_INSERT_TAIL(&queue->decodes, decode, next);
     queue->in_flight++;
     scheduler->queued++;
+    scheduler->changed = true;
     if (!queue->next) {
         queue->next = decode;
         TAILQ_INSERT_TAIL(&scheduler->turns[queue->priority], queue, turn);
     }
-    kick(scheduler);
     return MLAP_code_OK;
 }
 
 bool mlad_scheduler_lingers(const struct mlad_scheduler *scheduler)
 {
-    return !scheduler->launching && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
+    return scheduler->in_flight == 0 && mlad_now_ns() - scheduler->ended < MLAD_LINGER_NS;
 }
 
 void mlad_scheduler_ordered(struct mlad_scheduler *scheduler, int more)
@@ -455,13 +517,15 @@ void mlad_scheduler_cancel(struct mlad_scheduler *scheduler, struct mlad_queue *
     if (queue->next)
         TAILQ_REMOVE(&scheduler->turns[queue->priority], queue, turn);
     queue->next = NULL;
-    for (uint32_t i = 0; i < scheduler->n_slices && scheduler->launching; i++) {
-        const struct mlak_part *part = &scheduler->parts[i];
-        if (scheduler->slices[i].decode->queue != queue)
-            continue;
-        scheduler->slices[i].decode->cancelled = true;
-        for (uint32_t row = 0; row < part->count; row++) /* nobody waits for it: let the backend abandon it */
-            __atomic_store_n(&part->rows[row].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
+    for (struct mlad_launch *launch = scheduler->launch; launch < scheduler->launch + MLAD_LAUNCHES; launch++) {
+        for (uint32_t i = 0; i < launch->n_slices; i++) {
+            const struct mlak_part *part = &launch->parts[i];
+            if (launch->slices[i].decode->queue != queue)
+                continue;
+            launch->slices[i].decode->cancelled = true;
+            for (uint32_t row = 0; row < part->count; row++) /* nobody waits for it: let the backend abandon it */
+                __atomic_store_n(&part->rows[row].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
+        }
     }
     struct mlad_decode *decode = STAILQ_FIRST(&queue->decodes), *next;
     STAILQ_INIT(&queue->decodes);

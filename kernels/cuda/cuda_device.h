@@ -1,5 +1,9 @@
-/* cuda_device.h - a GPU as its parts see it: cuda_backend.c, which opens it and launches batches, and cuda_graph.c,
- * which captures launches. Calls come from one thread at a time, and none while a launch is under way. */
+/* cuda_device.h - a GPU as its parts see it: cuda_backend.c, which opens it; cuda_launch.c, which launches batches;
+ * cuda_graph.c, which captures launches; cuda_ordered.c, whose launches follow a client's stream.
+ *
+ * A launch has a room for itself, so that launches in different rooms may run at once, each called from a thread of its
+ * own. Of one room, calls come from one thread at a time; of the device, what launches do not change is written while
+ * none runs, and the rest by __atomic_* or under a lock. */
 #ifndef MLAK_CUDA_DEVICE_H
 #define MLAK_CUDA_DEVICE_H
 
@@ -7,12 +11,33 @@
 #include "mlak_backends.h"
 #include "mlak_cuda.h"
 
+#include <pthread.h>
+
+enum { CUDA_LAUNCHES = 2 }; /* of launch_batches at once */
+
 /* Requests [first, first + count) of a part's batch. */
 struct cuda_slice {
     const struct mlak_batch *batch;
     uint32_t first, count;
     struct mlak_row *rows;
     struct mlak_part *part;
+};
+
+/* What a launch has for itself. */
+struct cuda_room {
+    CUstream stream;
+    struct mlak_cuda_job job; /* the scratch, in device memory, and max_slots; ticket: of the launch made last */
+    /* In a lane's room all of the rest is empty: its results lie in device memory, and no thread waits for them. */
+    struct mlak_cuda_result *result;          /* pinned, as `job` has it */
+    struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
+    struct mlak_cuda_source *staged;          /* pinned, [MLAK_CUDA_MAX_SOURCES]: on their way to job.sources */
+    uint64_t *cancelled;                      /* pinned, [MLAK_CUDA_MAX_SOURCES]: of each source, the ticket of the
+                                               * launch that was given up last */
+    struct mlak_cuda_source *prepared;        /* [MLAK_CUDA_MAX_SOURCES]: what the scratch was prepared for last; */
+    uint32_t n_prepared;                      /* 0: for nothing that anybody may count on */
+    unsigned prepared_grid;                   /* for so many thread blocks */
+    uint64_t progress_seen;
+    uint64_t began; /* by __atomic_*: the number of the launch that runs here, of all of the device's; 0: none */
 };
 
 struct mlak_device {
@@ -25,69 +50,74 @@ struct mlak_device {
     bool wgmma;                       /* it is Hopper, and its own kernels are wanted */
     CUfunction split_wgmma[MLAK_CUDA_WGMMA_TYPES];
     bool early; /* kernels can start before the one before them has ended, and wait for it */
-    CUstream stream, control; /* control: what overtakes a launch */
-    CUevent sign;             /* of life, on `control` */
+    CUstream control; /* what overtakes launches */
+    CUevent sign;     /* of life, on `control` */
     unsigned split_grid, combine_grid, split_shared, most_shared;
+    uint32_t max_slots; /* of each room */
     struct cuda_memory memory;
     bool memory_ready;
-    struct mlak_cuda_job job; /* the scratch pointers and limits; the rest is each launch's */
-    CUdeviceptr rows, requests, starts, merges, schedule, cu_q, parts, sources;
-    struct mlak_cuda_result *result;          /* pinned */
-    struct mlak_cuda_source *staged;          /* pinned, [MLAK_CUDA_MAX_SOURCES]: on their way to `sources` */
-    uint64_t *cancelled;                      /* pinned, [MLAK_CUDA_MAX_SOURCES]: of each source, the ticket of the
-                                               * launch that was given up last */
-    struct mlak_cuda_source *prepared;        /* [MLAK_CUDA_MAX_SOURCES]: what the scratch was prepared for last; */
-    uint32_t n_prepared;                      /* 0: for nothing that anybody may count on */
-    unsigned prepared_grid;                   /* for so many thread blocks */
-    struct mlak_cuda_row_result *row_results; /* pinned, [MLAK_CUDA_MAX_REQUESTS] */
-    uint64_t *progress, progress_seen;
+    struct cuda_room rooms[CUDA_LAUNCHES];
+    uint64_t begun;     /* launches so far, by __atomic_* */
+    uint64_t *progress; /* NULL, or the caller's, by __atomic_* */
     struct cuda_ordered *ordered; /* cuda_ordered.c's; NULL until a lane is asked for */
     uint32_t waiting; /* lanes with launches in flight, whose gates may hold a processor each; by __atomic_* */
     struct mlak_capability capabilities[MLAK_CONTRACT_ROWS];
+    pthread_mutex_t losing; /* of who writes `lost`, once */
     char lost[256];
+    bool is_lost; /* by __atomic_*: then `lost` says why */
 };
+
+/* Take the room's memory and stream; `awaited`: its launches are waited for by the host. As the driver answers to
+ * `call`; what was taken then is cuda_room_close's, which forgives what is not there. Nothing waits for the device. */
+CUresult cuda_room_open(const struct mlak_device *device, struct cuda_room *room, bool awaited, const char **call);
+void cuda_room_close(const struct mlak_device *device, struct cuda_room *room);
 
 /* Make the device's context current. MLAK_OK or MLAK_LOST, now or long ago. */
 enum mlak_code cuda_enter(struct mlak_device *device, struct mlak_fault *fault);
 
-/* MLAK_LOST from now on, for the thread that launches: `call`, a member of struct mlak_driver or other words, answered
- * `result`. */
+/* MLAK_LOST from now on: `call`, a member of struct mlak_driver or other words, answered `result`. From any thread; the
+ * first one's word is kept. */
 enum mlak_code cuda_lose(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
 
-/* Wait until nothing is left on the device's stream: what runs names memory that the caller may unmap. */
-CUresult cuda_settle(struct mlak_device *device);
+/* Wait until nothing is left on the room's stream: what runs names memory that the caller may unmap. */
+CUresult cuda_settle(const struct mlak_device *device, struct cuda_room *room);
 
-/* The driver refused a call: cuda_settle, for what it had taken before, then MLAK_MEMORY or MLAK_LOST. */
-enum mlak_code cuda_refused(struct mlak_device *device, const char *call, CUresult result, struct mlak_fault *fault);
+/* The driver refused a call for the room: cuda_settle, for what it had taken before, then MLAK_MEMORY or MLAK_LOST. */
+enum mlak_code cuda_refused(struct mlak_device *device, struct cuda_room *room, const char *call, CUresult result,
+                            struct mlak_fault *fault);
 
 /* Requests of such a batch that one launch takes. */
 uint32_t cuda_most_requests(const struct mlak_device *device, const struct mlak_batch *batch);
 
-/* Blocks of a split kernel while `gates` kernels wait, each on a processor that it may hold: a block that finds no
- * processor free would run after the others instead of with them. */
-unsigned cuda_grid_beside(const struct mlak_device *device, uint32_t gates);
+/* Kernels that wait for a flag now, each on a processor that it may hold. */
+uint32_t cuda_gates(const struct mlak_device *device);
 
-/* A launch of slices[0..count), as many as one takes, mergeable, in order: in `room`, whose scratch, grid and tickets
- * it has, one slice; in the device's own room, on the processors that no gate may hold. */
-struct mlak_cuda_job cuda_job_in(const struct mlak_device *device, struct mlak_cuda_job *room,
-                                 const struct cuda_slice *slices, uint32_t count);
-struct mlak_cuda_job cuda_job(struct mlak_device *device, const struct cuda_slice *slices, uint32_t count);
+/* A launch in the room of slices[0..count), as many as one takes, mergeable, in order; in a lane's room, of one. On the
+ * processors that `gates` gates leave it. */
+struct mlak_cuda_job cuda_job(const struct mlak_device *device, struct cuda_room *room, uint32_t gates,
+                              const struct cuda_slice *slices, uint32_t count);
 
 /* Let the job's layer use what is prepared, if that was for a layer of the same step. True: it does. */
-bool cuda_follow(const struct mlak_device *device, struct mlak_cuda_job *job);
+bool cuda_follow(const struct cuda_room *room, struct mlak_cuda_job *job);
 
 /* Its kernels on a stream: prepare, unless what it uses is prepared; split, combine. */
-CUresult cuda_launch(const struct mlak_device *device, struct mlak_cuda_job *job, bool prepared, CUstream stream);
+CUresult cuda_launch(const struct mlak_device *device, const struct cuda_room *room, struct mlak_cuda_job *job,
+                     bool prepared, CUstream stream);
 
 /* Until the device says that the launch is over. A slice whose first row the caller cancels meanwhile is given up; none
  * of count 0. */
-enum mlak_code cuda_await(struct mlak_device *device, uint64_t ticket, const struct cuda_slice *slices, uint32_t count,
-                          struct mlak_fault *fault);
+enum mlak_code cuda_await(struct mlak_device *device, struct cuda_room *room, uint64_t ticket,
+                          const struct cuda_slice *slices, uint32_t count, struct mlak_fault *fault);
 
-/* What came of source `index` of the launch that ended last, with its rows from `at` on: MLAK_OK and the slice's rows,
- * or MLAK_BATCH. */
-enum mlak_code cuda_outcome(const struct mlak_device *device, uint32_t index, uint32_t at,
-                            const struct cuda_slice *slice, struct mlak_fault *fault);
+/* What came of source `index` of the room's launch that ended last, with its rows from `at` on: MLAK_OK and the slice's
+ * rows, or MLAK_BATCH. */
+enum mlak_code cuda_outcome(const struct cuda_room *room, uint32_t index, uint32_t at, const struct cuda_slice *slice,
+                            struct mlak_fault *fault);
+
+/* mlak_backend's functions of these names. */
+bool cuda_mergeable(const struct mlak_device *device, const struct mlak_batch *a, const struct mlak_batch *b);
+enum mlak_code cuda_launch_batches(struct mlak_device *device, uint32_t which, struct mlak_part *parts, uint32_t n,
+                                   bool layer, struct mlak_fault *fault);
 
 /* cuda_graph.c: mlak_backend's functions of these names. */
 struct mlak_graph *cuda_graph_new(struct mlak_device *device, const struct mlak_batch *batches, uint32_t count,

@@ -24,7 +24,6 @@
     D(context_drain, cuCtxSynchronize, (void)) \
     D(alloc, cuMemAlloc_v2, (CUdeviceptr *, size_t)) \
     D(free, cuMemFree_v2, (CUdeviceptr)) \
-    D(set_bytes, cuMemsetD8_v2, (CUdeviceptr, unsigned char, size_t)) \
     D(set_words_async, cuMemsetD32Async, (CUdeviceptr, unsigned, size_t, CUstream)) \
     D(copy, cuMemcpy, (CUdeviceptr, CUdeviceptr, size_t)) \
     D(copy_to_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void *, size_t, CUstream)) \

@@ -1,8 +1,8 @@
 /* cuda_graph.c - launches captured into a CUDA graph, replayed, and timed.
  *
- * A graph owns its executable form alone; scratch and results are the device's, so that replays and plain launches take
- * turns. Parameters are captured by value, a ticket among them: every replay ends with the same completion word, which
- * is wiped before each. */
+ * A graph owns its executable form alone; scratch and results are those of the device's first room, so that replays and
+ * launches in it take turns. Parameters are captured by value, a ticket among them: every replay ends with the same
+ * completion word, which is wiped before each. */
 #include "cuda_device.h"
 
 #include <stdlib.h>
@@ -12,6 +12,11 @@ struct mlak_graph {
     struct mlak_batch first, last;
     uint64_t ticket; /* of `last` */
 };
+
+static struct cuda_room *own_room(struct mlak_device *device)
+{
+    return &device->rooms[0];
+}
 
 static struct cuda_slice whole(const struct mlak_batch *batch, struct mlak_row *rows)
 {
@@ -40,6 +45,7 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
                         CUgraph *captured, uint64_t *ticket, const char **call)
 {
     const struct mlak_driver *cu = device->cu;
+    struct cuda_room *room = own_room(device);
     CUstream stream;
     *call = "stream_new";
     CUresult result = cu->stream_new(&stream, CU_STREAM_NON_BLOCKING);
@@ -51,19 +57,19 @@ static CUresult capture(struct mlak_device *device, const struct mlak_batch *bat
         *call = "launch_as";
         for (uint32_t i = 0; i < count && result == CUDA_SUCCESS; i++) {
             const struct cuda_slice slice = whole(&batches[i], NULL);
-            struct mlak_cuda_job job = cuda_job(device, &slice, 1);
+            struct mlak_cuda_job job = cuda_job(device, room, cuda_gates(device), &slice, 1);
             job.silent = i + 1 < count; /* as in a client's stream: the last one's word says that all are over */
             if (i == 0 && layers) {
-                device->prepared[0] = job.source;
-                device->n_prepared = 1;
-                device->prepared_grid = job.grid;
+                room->prepared[0] = job.source;
+                room->n_prepared = 1;
+                room->prepared_grid = job.grid;
             }
-            result = layers && !cuda_follow(device, &job) ? CUDA_ERROR_INVALID_VALUE
-                                                          : cuda_launch(device, &job, layers, stream);
+            result = layers && !cuda_follow(room, &job) ? CUDA_ERROR_INVALID_VALUE
+                                                        : cuda_launch(device, room, &job, layers, stream);
             *ticket = job.ticket;
         }
         if (layers)
-            device->n_prepared = 0; /* it is not yet */
+            room->n_prepared = 0; /* it is not yet */
         CUresult end = cu->capture_end(stream, captured); /* of a capture that failed, too */
         if (result == CUDA_SUCCESS) {
             *call = "capture_end";
@@ -94,7 +100,7 @@ static struct mlak_graph *graph_new(struct mlak_device *device, const struct mla
     if (captured)
         device->cu->graph_free(captured);
     if (result != CUDA_SUCCESS) {
-        cuda_refused(device, call, result, fault);
+        cuda_refused(device, own_room(device), call, result, fault);
         free(graph);
         return NULL;
     }
@@ -119,9 +125,9 @@ void cuda_graph_free(struct mlak_device *device, struct mlak_graph *graph)
 }
 
 /* No launch has ticket 0. */
-static void wipe_completion_word(struct mlak_device *device)
+static void wipe_completion_word(const struct cuda_room *room)
 {
-    __atomic_store_n(&device->result->done, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&room->result->done, 0, __ATOMIC_RELEASE);
 }
 
 enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *graph, struct mlak_row *rows,
@@ -130,14 +136,16 @@ enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *
     enum mlak_code code = cuda_enter(device, fault);
     if (code != MLAK_OK)
         return code;
-    wipe_completion_word(device);
-    device->n_prepared = 0;
-    CUresult result = device->cu->graph_launch(graph->exec, device->stream);
+    struct cuda_room *room = own_room(device);
+    wipe_completion_word(room);
+    room->n_prepared = 0;
+    CUresult result = device->cu->graph_launch(graph->exec, room->stream);
     if (result != CUDA_SUCCESS)
-        return cuda_refused(device, "graph_launch", result, fault);
-    code = cuda_await(device, graph->ticket, NULL, 0, fault); /* a cancelled ticket would stop every replay to come */
+        return cuda_refused(device, room, "graph_launch", result, fault);
+    /* Without a slice to cancel: a cancelled ticket would stop every replay to come. */
+    code = cuda_await(device, room, graph->ticket, NULL, 0, fault);
     const struct cuda_slice slice = whole(&graph->last, rows);
-    return code == MLAK_OK ? cuda_outcome(device, 0, 0, &slice, fault) : code;
+    return code == MLAK_OK ? cuda_outcome(room, 0, 0, &slice, fault) : code;
 }
 
 /* The call, unless one before it was refused. */
@@ -152,33 +160,34 @@ enum mlak_code cuda_graph_replay(struct mlak_device *device, struct mlak_graph *
 static enum mlak_code time_replays(struct mlak_device *device, const struct mlak_graph *graph, uint32_t rounds,
                                    bool layers, double *ns, struct mlak_fault *fault)
 {
+    struct cuda_room *room = own_room(device);
     CUevent events[2] = {NULL, NULL};
     float milliseconds = 0;
     const char *call = "";
     CUresult result = CUDA_SUCCESS;
-    device->n_prepared = 0;
+    room->n_prepared = 0;
     THEN(event_new, &events[0], CU_EVENT_DEFAULT);
     THEN(event_new, &events[1], CU_EVENT_DEFAULT);
-    wipe_completion_word(device);
+    wipe_completion_word(room);
     if (result == CUDA_SUCCESS && layers) {
         const struct cuda_slice slice = whole(&graph->first, NULL);
-        struct mlak_cuda_job job = cuda_job(device, &slice, 1);
+        struct mlak_cuda_job job = cuda_job(device, room, cuda_gates(device), &slice, 1);
         call = "launch_as";
-        result = cuda_launch(device, &job, false, device->stream);
+        result = cuda_launch(device, room, &job, false, room->stream);
     }
-    THEN(graph_launch, graph->exec, device->stream); /* hides the host's part in those that count */
-    THEN(event_record, events[0], device->stream);
+    THEN(graph_launch, graph->exec, room->stream); /* hides the host's part in those that count */
+    THEN(event_record, events[0], room->stream);
     for (uint32_t i = 0; i < rounds; i++)
-        THEN(graph_launch, graph->exec, device->stream);
-    THEN(event_record, events[1], device->stream);
+        THEN(graph_launch, graph->exec, room->stream);
+    THEN(event_record, events[1], room->stream);
     if (result == CUDA_SUCCESS) {
         call = "stream_query";
-        result = cuda_settle(device);
+        result = cuda_settle(device, room);
     }
-    bool silent = result == CUDA_SUCCESS && __atomic_load_n(&device->result->done, __ATOMIC_ACQUIRE) != graph->ticket;
+    bool silent = result == CUDA_SUCCESS && __atomic_load_n(&room->result->done, __ATOMIC_ACQUIRE) != graph->ticket;
     THEN(event_elapsed, &milliseconds, events[0], events[1]);
     *ns = (double)milliseconds * 1e6;
-    enum mlak_code code = result == CUDA_SUCCESS ? MLAK_OK : cuda_refused(device, call, result, fault);
+    enum mlak_code code = result == CUDA_SUCCESS ? MLAK_OK : cuda_refused(device, room, call, result, fault);
     for (unsigned i = 0; i < 2; i++)
         if (events[i])
             device->cu->event_free(events[i]);

@@ -1,10 +1,10 @@
 /* cuda_ordered.c - launches in the order of a client's stream: lanes, and CUDA graphs of gate, launch, signal.
  *
- * A lane is a stream with the scratch of one launch at a time, and words in device memory by which gates learn that
- * they should give up. An order is captured into graphs that differ only in where they say what came of them, so that a
- * few rounds of it may be in flight; a round's number lies in device memory, written on the stream before its graph.
- * All is one thread's, the launch thread beside it; of the device only what never changes is read here, and `waiting`,
- * `ordered` and `lost` written. Nothing waits for the stream, since a gate may hold it for seconds. */
+ * A lane is a room, and words in device memory by which gates learn that they should give up. An order is captured into
+ * graphs that differ only in where they say what came of them, so that a few rounds of it may be in flight; a round's
+ * number lies in device memory, written on the stream before its graph. All is one thread's, launch threads beside it;
+ * of the device only what never changes is read here, and `waiting`, `ordered` and `lost` written. Nothing waits for
+ * the stream, since a gate may hold it for seconds. */
 #include "cuda_device.h"
 #include "mlak_order.h"
 
@@ -38,9 +38,8 @@ struct cuda_ordered {
 struct mlak_lane {
     struct mlak_lane *next; /* spare */
     uint32_t number;
-    CUstream stream;
-    struct mlak_cuda_job room;
-    CUdeviceptr scratch[8], words; /* words: of a lane, then of each unit */
+    struct cuda_room room;
+    CUdeviceptr words; /* of a lane, then of each unit */
     uint64_t life_seen;
     int64_t life_at; /* nanoseconds, monotonic */
     uint32_t in_flight;
@@ -120,14 +119,9 @@ static void close_ordered(const struct mlak_device *device, struct cuda_ordered 
 
 static void close_lane(const struct mlak_device *device, struct mlak_lane *lane)
 {
-    const struct mlak_driver *cu = device->cu;
-    if (lane->stream)
-        cu->stream_free(lane->stream);
-    for (unsigned i = 0; i < sizeof lane->scratch / sizeof lane->scratch[0]; i++)
-        if (lane->scratch[i])
-            cu->free(lane->scratch[i]);
+    cuda_room_close(device, &lane->room);
     if (lane->words)
-        cu->free(lane->words);
+        device->cu->free(lane->words);
     free(lane);
 }
 
@@ -168,43 +162,20 @@ static struct mlak_cuda_lane *lane_words(const struct mlak_lane *lane)
 
 static enum mlak_code open_lane(struct mlak_device *device, struct mlak_lane *lane, struct mlak_fault *fault)
 {
-    const struct mlak_cuda_job *own = &device->job;
-    CUdeviceptr *at = lane->scratch;
-    struct mlak_cuda_job *room = &lane->room;
     const size_t words = (size_t)UNITS * UNIT_WORDS;
-    TRY(stream_new, &lane->stream, CU_STREAM_NON_BLOCKING);
-    TRY(alloc, &at[0], MLAK_CUDA_MAX_REQUESTS * sizeof(struct mlak_row));
-    TRY(alloc, &at[1], MLAK_CUDA_MAX_REQUESTS * sizeof(struct mlak_cuda_request));
-    TRY(alloc, &at[2], device->split_grid * sizeof(struct mlak_cuda_start));
-    TRY(alloc, &at[3], (MLAK_MAX_BATCH + 1) * sizeof(int32_t));
-    TRY(alloc, &at[4], (size_t)own->max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float));
-    TRY(alloc, &at[5], MLAK_CUDA_MAX_REQUESTS * sizeof(struct mlak_cuda_row_result));
-    TRY(alloc, &at[6], sizeof(struct mlak_cuda_schedule) + sizeof(struct mlak_cuda_result));
-    TRY(alloc, &at[7],
-        mlak_cuda_most_merges(own->max_slots, MLAK_CUDA_MAX_REQUESTS) * sizeof(struct mlak_cuda_merge));
+    const char *call;
+    CUresult result = cuda_room_open(device, &lane->room, false, &call);
+    if (result != CUDA_SUCCESS)
+        return refused(device, call, result, fault);
     TRY(alloc, &lane->words, words * 4);
-    TRY(set_words_async, lane->words, 0, words, lane->stream);
-    TRY(set_words_async, at[6], 0, (sizeof(struct mlak_cuda_schedule) + sizeof(struct mlak_cuda_result)) / 4,
-        lane->stream);
-    room->rows = (void *)at[0];
-    room->requests = (void *)at[1];
-    room->starts = (void *)at[2];
-    room->cu_q = (void *)at[3];
-    room->parts = (void *)at[4];
-    room->row_results = (void *)at[5];
-    room->merges = (void *)at[7];
-    room->schedule = (void *)at[6];
-    room->result = (void *)(at[6] + sizeof(struct mlak_cuda_schedule));
-    room->max_slots = own->max_slots;
+    TRY(set_words_async, lane->words, 0, words, lane->room.stream);
     return MLAK_OK;
 }
-_Static_assert(sizeof(struct mlak_cuda_schedule) % 8 == 0 && sizeof(struct mlak_cuda_result) % 4 == 0, "one after the "
-               "other, and cleared by words");
 
 /* A lane that was used before: nobody has abandoned it, nothing of it is stopped. */
 static enum mlak_code clean_lane(struct mlak_device *device, struct mlak_lane *lane, struct mlak_fault *fault)
 {
-    TRY(set_words_async, lane->words, 0, sizeof(struct mlak_cuda_lane) / 4, lane->stream);
+    TRY(set_words_async, lane->words, 0, sizeof(struct mlak_cuda_lane) / 4, lane->room.stream);
     return MLAK_OK;
 }
 
@@ -250,7 +221,7 @@ enum mlak_code cuda_lane_restart(struct mlak_device *device, struct mlak_lane *l
     enum mlak_code code = cuda_enter(device, fault);
     CUresult result = CUDA_SUCCESS;
     if (code == MLAK_OK)
-        result = device->cu->set_words_async((CUdeviceptr)&lane_words(lane)->stopped, 0, 1, lane->stream);
+        result = device->cu->set_words_async((CUdeviceptr)&lane_words(lane)->stopped, 0, 1, lane->room.stream);
     return result == CUDA_SUCCESS ? code : cuda_lose(device, "set_words_async", result, fault);
 }
 
@@ -294,8 +265,9 @@ static CUresult launch_layer(const struct mlak_device *device, struct mlak_order
 {
     struct mlak_lane *lane = order->lane;
     const struct mlak_batch *batch = &order->batches[i];
+    const uint32_t gates = device->ordered->lanes;
     struct mlak_cuda_job job =
-        cuda_job_in(device, &lane->room, &(struct cuda_slice){.batch = batch, .count = batch->batch}, 1);
+        cuda_job(device, &lane->room, gates, &(struct cuda_slice){.batch = batch, .count = batch->batch}, 1);
     CUdeviceptr result, life;
     job.silent = true; /* what comes next on the stream is the signal, and the host looks at that one's word */
     CUresult code = device->cu->host_pointer(&result, results_of(device, lane, unit + i), 0);
@@ -323,7 +295,7 @@ static CUresult launch_layer(const struct mlak_device *device, struct mlak_order
     };
     code = launch_one(device, device->ordered->gate, 1, &parameter, stream);
     if (code == CUDA_SUCCESS)
-        code = cuda_launch(device, &job, false, stream);
+        code = cuda_launch(device, &lane->room, &job, false, stream);
     if (code == CUDA_SUCCESS)
         code = launch_one(device, device->ordered->signal, MLAK_CUDA_SIGNAL_THREADS, &parameter, stream);
     return code;
@@ -357,7 +329,6 @@ static enum mlak_code add_instance(struct mlak_device *device, struct mlak_order
     if (unit == UNITS)
         return mlak_fail(fault, MLAK_MEMORY, "layers", "the client's steps have %d layers together at most",
                          UNITS - FIRST_UNIT);
-    lane->room.grid = cuda_grid_beside(device, device->ordered->lanes);
     CUgraph captured = NULL;
     CUresult result = capture(device, order, unit, &captured);
     if (result == CUDA_SUCCESS)
@@ -448,8 +419,8 @@ enum mlak_code cuda_order_launch(struct mlak_device *device, struct mlak_order *
     struct instance *instance = &order->instances[(order->first + order->flying) % order->made];
     for (uint32_t i = 0; i < order->count; i++) /* of an earlier round, or of none: not this one */
         __atomic_store_n(&results_of(device, lane, instance->unit + i)->ended, round - 1, __ATOMIC_RELEASE);
-    TRY(set_words_async, lane->words + (size_t)instance->unit * UNIT_WORDS * 4, round, 1, lane->stream);
-    TRY(graph_launch, instance->exec, lane->stream);
+    TRY(set_words_async, lane->words + (size_t)instance->unit * UNIT_WORDS * 4, round, 1, lane->room.stream);
+    TRY(graph_launch, instance->exec, lane->room.stream);
     instance->round = round;
     order->flying++;
     if (lane->in_flight++ == 0) {
@@ -468,7 +439,7 @@ static enum mlak_code check_life(struct mlak_device *device, struct mlak_lane *l
         lane->life_seen = life;
         lane->life_at = now;
     }
-    CUresult state = device->cu->stream_query(lane->stream);
+    CUresult state = device->cu->stream_query(lane->room.stream);
     if (state != CUDA_SUCCESS && state != CUDA_ERROR_NOT_READY)
         return cuda_lose(device, "cuStreamQuery", state, fault);
     if (now - lane->life_at > (lane->wait_ms + HANG_SECONDS * INT64_C(1000)) * 1000000)

@@ -191,9 +191,10 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
     }
 }
 
-static enum mlak_code emulated_launch_batches(struct mlak_device *device, struct mlak_part *parts, uint32_t n,
-                                              bool layer, struct mlak_fault *fault)
+static enum mlak_code emulated_launch_batches(struct mlak_device *device, uint32_t which, struct mlak_part *parts,
+                                              uint32_t n, bool layer, struct mlak_fault *fault)
 {
+    (void)which;
     (void)layer;
     (void)fault;
     for (uint32_t at = 0, end; at < n; at = end) {

@@ -248,7 +248,7 @@ static void a_part_can_be_cancelled_and_the_other_is_right(void **state)
         parts[i] = (struct mlak_part){.batch = &made[i]->batch, .count = 2, .rows = rows[i]};
     }
     assert_int_equal(pthread_create(&thread, NULL, cancel_soon, &(struct cancel){&rows[0][0]}), 0);
-    assert_int_equal(backend->launch_batches(device, parts, 2, false, &fault), MLAK_OK);
+    assert_int_equal(backend->launch_batches(device, 0, parts, 2, false, &fault), MLAK_OK);
     pthread_join(thread, NULL);
     assert_int_equal(rows[0][0].code, MLAK_ROW_CANCELLED);
     for (size_t i = 0; i < made[0]->tensor[MLAK_T_OUT].bytes; i++)
@@ -281,19 +281,171 @@ static void a_refused_launch_leaves_nothing_running(void **state)
     made_free(made);
 }
 
-/* Last: what is lost stays lost in this process. */
-static void a_sticky_error_loses_the_device(void **state)
+/* ---- two launches at once ---- */
+
+/* One that has a thread of its own. */
+struct launch {
+    struct mlak_device *device;
+    uint32_t which;
+    struct mlak_row rows[2];
+    struct made *made;
+    struct mlak_part part;
+    enum mlak_code code;
+    int over; /* by __atomic_* */
+    pthread_t thread;
+};
+
+static void *launch_there(void *context)
+{
+    struct launch *launch = context;
+    struct mlak_fault fault;
+    launch->code = backend->launch_batches(launch->device, launch->which, &launch->part, 1, false, &fault);
+    __atomic_store_n(&launch->over, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static bool is_over(struct launch *launch)
+{
+    return __atomic_load_n(&launch->over, __ATOMIC_ACQUIRE);
+}
+
+/* As launch `which`, of a plain batch; its kernels are with the driver on return. */
+static void begin_launch(struct launch *launch, struct mlak_device *device, uint32_t which)
+{
+    const unsigned before = succeeded("cuLaunchKernelEx");
+    *launch = (struct launch){.device = device, .which = which, .made = plain(launch->rows)};
+    launch->part = (struct mlak_part){.batch = &launch->made->batch, .count = 2, .rows = launch->rows};
+    memset(launch->made->tensor[MLAK_T_OUT].data, 0xff, launch->made->tensor[MLAK_T_OUT].bytes);
+    assert_int_equal(pthread_create(&launch->thread, NULL, launch_there, launch), 0);
+    while (succeeded("cuLaunchKernelEx") < before + 3)
+        usleep(1000);
+}
+
+static void end_launch(struct launch *launch, enum mlak_code code)
+{
+    pthread_join(launch->thread, NULL);
+    assert_int_equal(launch->code, code);
+    if (code == MLAK_OK && launch->rows[0].code == MLAK_ROW_OK) {
+        assert_int_equal(launch->part.code, MLAK_OK);
+        assert_int_equal(launch->rows[0].local_len, 100);
+        assert_outputs_are_right(launch->made);
+    }
+    made_free(launch->made);
+}
+
+static void a_launch_goes_past_one_that_hangs_and_does_not_hide_it(void **state)
+{
+    (void)state;
+    uint64_t progress = 0;
+    struct launch hung, other;
+    inject("");
+    struct mlak_device *device = open_device(&progress);
+    assert_true(backend->launches >= 2);
+    inject("hang=1");
+    begin_launch(&hung, device, 1);
+    for (unsigned i = 0; i < 3; i++) {
+        begin_launch(&other, device, 0);
+        end_launch(&other, MLAK_OK);
+    }
+    assert_false(is_over(&hung));
+    assert_int_equal(__atomic_load_n(&progress, __ATOMIC_RELAXED), 0); /* or a watchdog would wait for ever */
+    inject("");
+    end_launch(&hung, MLAK_OK);
+    assert_true(progress > 0);
+    progress = 0;
+    begin_launch(&other, device, 0);
+    end_launch(&other, MLAK_OK);
+    assert_true(progress > 0);
+    backend->close(device);
+}
+
+static void a_launch_can_be_cancelled_beside_another(void **state)
+{
+    (void)state;
+    struct launch launches[2];
+    for (unsigned gone = 0; gone < 2; gone++) {
+        inject("");
+        struct mlak_device *device = open_device(NULL);
+        inject("slow=100"); /* neither has begun when the word comes */
+        for (unsigned i = 0; i < 2; i++)
+            begin_launch(&launches[i], device, i);
+        for (unsigned row = 0; row < 2; row++)
+            __atomic_store_n(&launches[gone].rows[row].code, MLAK_ROW_CANCELLED, __ATOMIC_RELAXED);
+        pthread_join(launches[gone].thread, NULL);
+        assert_int_equal(launches[gone].rows[0].code, MLAK_ROW_CANCELLED);
+        const struct made *made = launches[gone].made;
+        for (size_t i = 0; i < made->tensor[MLAK_T_OUT].bytes; i++)
+            assert_int_equal(made->tensor[MLAK_T_OUT].data[i], 0xff);
+        made_free(launches[gone].made);
+        end_launch(&launches[!gone], MLAK_OK);
+        assert_int_equal(launches[!gone].rows[0].code, MLAK_ROW_OK);
+        backend->close(device);
+    }
+}
+
+static void a_refused_launch_leaves_another_alone(void **state)
 {
     (void)state;
     struct mlak_row rows[2];
     struct made *made = plain(rows);
+    struct launch hung;
     struct mlak_fault fault = {0};
     inject("");
     struct mlak_device *device = open_device(NULL);
-    inject("sticky=2");
+    inject("hang=1 fail=cuLaunchKernelEx:6:701");
+    begin_launch(&hung, device, 1);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
+    assert_false(is_over(&hung)); /* nor did the refused one wait for it */
+    inject("");
+    end_launch(&hung, MLAK_OK);
+    backend->close(device);
+    made_free(made);
+}
+
+/* The driver goes on, but has said something that no launch comes back from. */
+static void a_device_that_one_launch_lost_is_lost_to_the_other(void **state)
+{
+    (void)state;
+    struct launch launch;
+    DRIVER(cuCtxSynchronize, void);
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("hang=1 fail=cuStreamQuery:1:700");
+    begin_launch(&launch, device, 1);
+    pthread_join(launch.thread, NULL);
+    assert_int_equal(launch.code, MLAK_LOST);
+    inject("");
+    assert_int_equal(cuCtxSynchronize(), 0); /* it did run to its end */
+    made_free(launch.made);
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct mlak_fault fault = {0};
     assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    assert_string_equal(fault.message, backend->lost(device));
+    backend->close(device);
+    made_free(made);
+}
+
+/* Last: what is lost stays lost in this process. */
+static void a_sticky_error_loses_the_device_and_all_that_runs(void **state)
+{
+    (void)state;
+    struct mlak_row rows[2];
+    struct made *made = plain(rows);
+    struct launch hung;
+    struct mlak_fault fault = {0};
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject("hang=1 sticky=5");
+    begin_launch(&hung, device, 1);
+    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    end_launch(&hung, MLAK_LOST);
     assert_non_null(strstr(backend->lost(device), "700"));
-    assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
+    for (uint32_t which = 0; which < 2; which++) {
+        struct mlak_part part = {.batch = &made->batch, .count = 2, .rows = rows};
+        assert_int_equal(backend->launch_batches(device, which, &part, 1, false, &fault), MLAK_LOST);
+    }
+    inject("");
     backend->close(device);
     made_free(made);
 }
@@ -310,7 +462,11 @@ int main(void)
         cmocka_unit_test(a_refused_launch_leaves_nothing_running),
         cmocka_unit_test(a_launch_that_hangs_shows_no_progress_and_can_be_cancelled),
         cmocka_unit_test(a_part_can_be_cancelled_and_the_other_is_right),
-        cmocka_unit_test(a_sticky_error_loses_the_device),
+        cmocka_unit_test(a_launch_goes_past_one_that_hangs_and_does_not_hide_it),
+        cmocka_unit_test(a_launch_can_be_cancelled_beside_another),
+        cmocka_unit_test(a_refused_launch_leaves_another_alone),
+        cmocka_unit_test(a_device_that_one_launch_lost_is_lost_to_the_other),
+        cmocka_unit_test(a_sticky_error_loses_the_device_and_all_that_runs),
     };
     int failures = cmocka_run_group_tests(tests, NULL, NULL);
     gpu_fixture_end();

@@ -424,6 +424,7 @@ def dependent_decodes_run_in_order():
         for plans, wanted, most in (((1, 2, 1, 2), 1, 1), ((2, 1, 2, 1), 0, 1), ((2, 2, 1, 1), 0, 1), ((1, 3, 1, 3), 0, 2)):
             before = worker.report()
             last = submit(blocker)
+            eventually(lambda: worker.report()["launches"] > before["launches"])    # or the first ones are with it
             sent = [submit(session, plan) for plan in plans]
             for sequence in sent:
                 assert done(session, sequence)["failed"] == 0

@@ -183,8 +183,10 @@ static struct mlak_batch batch_of(const struct side *side)
 
 static void local_decode(struct mlak_device *device, struct side *side, const struct mlak_batch *batch)
 {
-    struct mlak_cuda_job job = cuda_job(device, &(struct cuda_slice){.batch = batch, .count = batch->batch}, 1);
-    REQUIRE(cuda_launch(device, &job, false, side->stream) == CUDA_SUCCESS, "the kernels");
+    const struct cuda_slice whole = {.batch = batch, .count = batch->batch};
+    struct cuda_room *room = &device->rooms[0];
+    struct mlak_cuda_job job = cuda_job(device, room, cuda_gates(device), &whole, 1);
+    REQUIRE(cuda_launch(device, room, &job, false, side->stream) == CUDA_SUCCESS, "the kernels");
 }
 
 /* ---- figures ---- */

@@ -173,7 +173,7 @@ static void launch_parts(const struct copy *copies, uint32_t count, struct mlak_
     struct mlak_fault fault;
     for (uint32_t i = 0; i < count; i++)
         parts[i] = (struct mlak_part){.batch = &copies[i].batch, .count = copies[i].batch.batch, .rows = rows[i]};
-    assert_int_equal(backend->launch_batches(device, parts, count, false, &fault), MLAK_OK);
+    assert_int_equal(backend->launch_batches(device, 0, parts, count, false, &fault), MLAK_OK);
     for (uint32_t i = 0; i < count; i++)
         codes[i] = parts[i].code;
     free(parts);
@@ -278,7 +278,7 @@ void test_device_decode_step(struct made *const *made, uint32_t count, struct ml
         batch.tree_mask = first.batch.tree_mask;
         memset(rows, 0, batch.batch * sizeof *rows);
         struct mlak_part part = {.batch = &batch, .count = batch.batch, .rows = rows};
-        assert_int_equal(backend->launch_batches(device, &part, 1, i > 0, &fault), MLAK_OK);
+        assert_int_equal(backend->launch_batches(device, 0, &part, 1, i > 0, &fault), MLAK_OK);
         assert_int_equal(part.code, MLAK_OK);
         for (uint32_t b = 0; b < batch.batch; b++)
             assert_int_equal(rows[b].code, MLAK_ROW_OK);
