@@ -378,6 +378,7 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_
         if (tiles == 0)
             return;
         struct wgmma_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+        warp_meet(); /* all of it have seen q_full */
         if (own == 1 && tiles == 1 && threadIdx.x % 32 == 0)
             barrier_arrive(&shared->q_empty);
         if (own == 0) {

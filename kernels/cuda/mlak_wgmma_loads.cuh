@@ -87,6 +87,7 @@ __device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, cons
         uint64_t *full = &shared->keys_full[stage][piece];
         barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
         uint32_t to = shared_address(shared->keys[stage][chunk]) + lane * box;
+        warp_meet(); /* all of it have seen keys_empty */
         if (lane == 0) {
             barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
             barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);

@@ -88,6 +88,13 @@ static bool barrier_pass(meeting *barrier)
     return passed;
 }
 
+/* The current thread gives way as long as another one can go on. */
+static void go_last()
+{
+    gpu.block->late.arrived++;
+    await_meeting(&gpu.block->late);
+}
+
 /* An arrival that expects so many bytes; then the others' turn, in clusters where that is so. */
 static void barrier_count(meeting *barrier, uint32_t bytes)
 {
@@ -98,10 +105,8 @@ static void barrier_count(meeting *barrier, uint32_t bytes)
     barrier->arrived++;
     barrier_pass(barrier);
     perturb();
-    if (gpu.disorder ? draw(16) == 0 : gpu.block->index / gpu.cluster % 2) {
-        gpu.block->late.arrived++;
-        await_meeting(&gpu.block->late);
-    }
+    if (gpu.disorder ? draw(16) == 0 : gpu.block->index / gpu.cluster % 2)
+        go_last();
 }
 
 void barrier_new(uint64_t *barrier, uint32_t arrivals)
@@ -149,8 +154,9 @@ void barrier_join_after_copies(uint64_t *barrier)
 
 void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    if (gpu.disorder) /* lanes are apart when they come here, but look together, as those of a machine's warp do */
-        warp_meet();
+    perturb();
+    if (gpu.disorder && draw(64) == 0) /* lanes of a warp look apart: who arrives for all must have met them since */
+        go_last();
     meeting *at = barrier_at(barrier);
     uint64_t phase = at->held;
     if (parity > 1)
