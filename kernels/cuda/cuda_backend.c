@@ -56,6 +56,8 @@ static enum mlak_code load_kernels(struct mlak_device *device, struct mlak_fault
     TRY(function_attribute, "kernels", device->prepare, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         MLAK_CUDA_PREPARE_SHARED);
     TRY(module_function, "kernels", &device->combine, device->module, "mlak_cuda_combine");
+    TRY(function_attribute, "kernels", device->combine, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        MLAK_CUDA_COMBINE_SHARED);
     TRY(device_attribute, "device", &shared, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device->gpu);
     TRY(device_attribute, "device", &processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device->gpu);
     if (shared < MLAK_CUDA_SPLIT_SHARED_1)
