@@ -9,9 +9,9 @@
  *     row order  splits are merged in their order, never in that of their arrival: the same launch gives the same bits
  *     the end    the last block to finish writes the completion word
  *
- * What it does is wait: for memory, so all that a warp adds up is on its way to shared memory at once, 20 times 16 bytes
- * of each lane, together with the look at maxima and sums, and its row; and for code, which is there once and goes in
- * circles. */
+ * What it does is wait: for memory, so all that a warp adds up is on its way to shared memory at once, 20 times 16
+ * bytes of each lane, together with the look at maxima and sums, and its row; and for code, which is there once and
+ * goes in circles. */
 #include "mlak_items.cuh"
 
 enum {
@@ -23,7 +23,7 @@ enum {
 static_assert(COMBINE_COLUMNS == 32 * 4, "four of each lane");
 
 struct combine_shared {
-    float4 places[COMBINE_WARPS][COMBINE_PLACES][32]; /* of what lanes fetch, each for itself; then [0], what came of it */
+    float4 places[COMBINE_WARPS][COMBINE_PLACES][32]; /* of what a lane fetches for itself; then [0], its sum */
     float tops[COMBINE_WARPS], sums[COMBINE_WARPS];   /* of each warp's parts */
     uint32_t last;
 };

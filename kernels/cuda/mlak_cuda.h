@@ -40,7 +40,7 @@ enum {
     MLAK_CUDA_SPLIT_SHARED_2 = 177152,     /* two, from this size on: sm_90 and 100 */
     MLAK_CUDA_SPLIT_SHARED_WIDE = 201728,  /* two, and 32 rows: the wide kernels */
     MLAK_CUDA_SPLIT_SHARED_WGMMA = 231424, /* and 64 rows: those for Hopper; a block more of 1 KB may still start */
-    MLAK_CUDA_COMBINE_SHARED = 81 << 10,    /* two at a time on sm_80, 90 and 100, else one; fits a block anywhere */
+    MLAK_CUDA_COMBINE_SHARED = 81 << 10,   /* two at a time on sm_80, 90 and 100, else one; fits a block anywhere */
     MLAK_CUDA_SIGN_OF_LIFE = 64 /* items */
 };
 
