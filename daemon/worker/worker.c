@@ -353,8 +353,8 @@ static void on_beat(uv_timer_t *timer)
         check_device();
 }
 
-/* For a moment, or once when none has had anything for long; then the sockets have their turn. What a pass has found and
- * what the sockets brought before runs together: every turn of the loop comes by here. */
+/* For a moment, or once when none has had anything for long; then the sockets have their turn. What a pass has found
+ * and what the sockets brought before runs together: every turn of the loop comes by here. */
 static bool look_at_rings(void)
 {
     bool heard = false;
