@@ -164,6 +164,7 @@ static void on_lost(struct mlad_scheduler *lost, const char *why)
 static void turn(void)
 {
     mlad_rings_look(&sessions);
+    mlad_scheduler_run(&scheduler);
     uv_run(&loop, UV_RUN_NOWAIT);
 }
 
