@@ -383,6 +383,16 @@ static void a_launch_can_be_cancelled_beside_another(void **state)
     }
 }
 
+/* A device on which `launch` has begun, as its second, and whatever else `words` say goes wrong from then on. */
+static struct mlak_device *open_beside(struct launch *launch, const char *words)
+{
+    inject("");
+    struct mlak_device *device = open_device(NULL);
+    inject(words);
+    begin_launch(launch, device, 1);
+    return device;
+}
+
 static void a_refused_launch_leaves_another_alone(void **state)
 {
     (void)state;
@@ -390,10 +400,7 @@ static void a_refused_launch_leaves_another_alone(void **state)
     struct made *made = plain(rows);
     struct launch hung;
     struct mlak_fault fault = {0};
-    inject("");
-    struct mlak_device *device = open_device(NULL);
-    inject("hang=1 fail=cuLaunchKernelEx:6:701");
-    begin_launch(&hung, device, 1);
+    struct mlak_device *device = open_beside(&hung, "hang=1 fail=cuLaunchKernelEx:6:701");
     assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_MEMORY);
     assert_false(is_over(&hung)); /* nor did the refused one wait for it */
     inject("");
@@ -408,10 +415,7 @@ static void a_device_that_one_launch_lost_is_lost_to_the_other(void **state)
     (void)state;
     struct launch launch;
     DRIVER(cuCtxSynchronize, void);
-    inject("");
-    struct mlak_device *device = open_device(NULL);
-    inject("hang=1 fail=cuStreamQuery:1:700");
-    begin_launch(&launch, device, 1);
+    struct mlak_device *device = open_beside(&launch, "hang=1 fail=cuStreamQuery:1:700");
     pthread_join(launch.thread, NULL);
     assert_int_equal(launch.code, MLAK_LOST);
     inject("");
@@ -434,10 +438,7 @@ static void a_sticky_error_loses_the_device_and_all_that_runs(void **state)
     struct made *made = plain(rows);
     struct launch hung;
     struct mlak_fault fault = {0};
-    inject("");
-    struct mlak_device *device = open_device(NULL);
-    inject("hang=1 sticky=5");
-    begin_launch(&hung, device, 1);
+    struct mlak_device *device = open_beside(&hung, "hang=1 sticky=5");
     assert_int_equal(mlak_launch_batch(backend, device, &made->batch, 0, 2, rows, &fault), MLAK_LOST);
     end_launch(&hung, MLAK_LOST);
     assert_non_null(strstr(backend->lost(device), "700"));
