@@ -340,6 +340,14 @@ def a_session_leaves_room_for_others_of_its_user():
         worker.configure(max_bytes_per_session=4096)
         worker.report()
         assert "max_bytes_per_session" in expect("quota", "bytes", slow().register, worker.attach())
+        fd, third = memfd(2 * PAGE), worker.attach()
+        worker.configure(max_bytes_per_session=2 * PAGE)
+        worker.report()
+        third.register(1, fd, PAGE)
+        assert "max_bytes_per_session" in expect("quota", "bytes", third.register, 2, fd, 2 * PAGE)  # with the first
+        third.register(2, fd, PAGE)
+        worker.attach().register(1, fd, 2 * PAGE)
+        os.close(fd)
 
 
 def flood_does_not_starve_others():
