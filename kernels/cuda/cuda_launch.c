@@ -101,6 +101,7 @@ void cuda_room_close(const struct mlak_device *device, struct cuda_room *room)
             cu->free((CUdeviceptr)scratch[i]);
     free(room->prepared);
 }
+
 /* ---- a launch ---- */
 
 /* Of launches that run at once, only the one that began first is a sign of life: one that hangs is not hidden by others

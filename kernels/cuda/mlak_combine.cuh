@@ -10,8 +10,8 @@
  *     the end    the last block to finish writes the completion word
  *
  * What it does is wait: for memory, so all that a warp adds up is on its way to shared memory at once, 20 times 16
- * bytes of each lane, together with the look at maxima and sums, and its row; and for code, which is there once and
- * goes in circles. */
+ * bytes of each lane, together with the look at maxima and sums, and its row; and for code, which goes in circles
+ * where it can. */
 #include "mlak_items.cuh"
 
 enum {
@@ -42,8 +42,8 @@ struct combine_row {
     float4 o;
 };
 
-/* Columns from `column` on of row `r` set off, of `count` parts from `first` on: of each, `quarters` neighbouring
- * places. */
+/* Columns from `column` on of row `r` set off, of `count` parts from `first` on: of each, 2^wide neighbouring
+ * places, a quarter of the row's columns in each. */
 __device__ static inline void combine_fetch(const struct mlak_cuda_job *job, const struct mlak_cuda_merge *merge,
                                             uint32_t r, uint32_t column, uint32_t wide, uint32_t first, uint32_t count,
                                             float4 (*places)[32])
