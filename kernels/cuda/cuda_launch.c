@@ -190,8 +190,6 @@ static struct mlak_cuda_source *source_of(const struct cuda_room *room, struct m
 static unsigned grid_beside(const struct mlak_device *device, uint32_t gates)
 {
     unsigned most = device->split_grid / 4, left_out = gates < most ? gates : most;
-    if (device->wgmma && left_out > 0) /* clusters of two need an even grid */
-        left_out += (device->split_grid - left_out) % 2;
     return device->split_grid - left_out;
 }
 
@@ -219,7 +217,6 @@ struct mlak_cuda_job cuda_job(const struct mlak_device *device, struct cuda_room
     if (count > 1)
         job.source = room->staged[0];
     job.abreast = mlak_cuda_abreast(folded, job.count, slices[0].batch->deterministic, job.rows_per_item, job.grid);
-    job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, job.grid);
     return job;
 }
 
@@ -269,21 +266,13 @@ CUresult cuda_launch(const struct mlak_device *device, const struct cuda_room *r
         {device->combine, device->combine_grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED},
     };
     /* A kernel's blocks may start while the one before it ends, and wait for it themselves. */
-    const CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+    CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                                      .value.programmaticStreamSerializationAllowed = 1};
-    const CUlaunchAttribute cluster = {.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                                       .value.clusterDim = {job->cluster, 1, 1}};
     CUresult result = CUDA_SUCCESS;
     if (job->n_sources > 1)
         result = device->cu->copy_to_async((CUdeviceptr)job->sources, room->staged,
                                            job->n_sources * sizeof *room->staged, stream);
     for (unsigned first = prepared, i = first; i < sizeof kernels / sizeof kernels[0] && result == CUDA_SUCCESS; i++) {
-        CUlaunchAttribute attributes[2];
-        unsigned count = 0;
-        if (i > first && device->early)
-            attributes[count++] = early;
-        if (i == 1 && job->cluster > 1)
-            attributes[count++] = cluster;
         result = device->cu->launch_as(&(CUlaunchConfig){.gridDimX = kernels[i].grid,
                                                          .gridDimY = 1,
                                                          .gridDimZ = 1,
@@ -292,8 +281,8 @@ CUresult cuda_launch(const struct mlak_device *device, const struct cuda_room *r
                                                          .blockDimZ = 1,
                                                          .sharedMemBytes = kernels[i].shared,
                                                          .hStream = stream,
-                                                         .attrs = attributes,
-                                                         .numAttrs = count},
+                                                         .attrs = &early,
+                                                         .numAttrs = i > first && device->early},
                                        kernels[i].kernel, parameters, NULL);
     }
     return result;

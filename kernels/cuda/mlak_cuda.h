@@ -74,7 +74,7 @@ struct mlak_cuda_item {
     uint32_t tile, end_tile;
     float *part;                   /* its slot; NULL: to out */
     uint32_t source, box_rows;     /* its request's */
-    uint32_t first_row, rows;      /* folded rows of the block; none: it goes with another of its cluster */
+    uint32_t first_row, rows;      /* folded rows of the block */
     uint32_t first_token, end_token;
     struct mlak_visible any;       /* what any of its rows sees */
     uint64_t any_bits;
@@ -147,7 +147,6 @@ struct mlak_cuda_job {
     uint32_t count;                /* requests of all sources, at most MLAK_CUDA_MAX_REQUESTS */
     uint32_t rows_per_item;        /* 16, 32 with the wide kernels, 64 with those for Hopper */
     uint32_t abreast;              /* 1..MLAK_CUDA_MOST_ABREAST; deterministic: 1 */
-    uint32_t cluster;              /* blocks of the split kernel that share copies of tiles: 1, or 2 */
     uint32_t grid;                 /* thread blocks of the split kernel, at most MLAK_CUDA_PREPARE_THREADS */
     uint32_t max_slots;            /* room in parts: 2 * grid; deterministic: mlak_cuda_slots of all requests */
     bool silent;                   /* nobody waits for its end, but for a later one's on the stream: `done` stays */
@@ -214,13 +213,6 @@ static inline uint32_t mlak_cuda_abreast(uint64_t rows, uint64_t requests, bool 
     while ((blocks + abreast - 1) / abreast * abreast * 8 > blocks * 9 && abreast > 1)
         abreast--;
     return (uint32_t)abreast;
-}
-
-/* Blocks of a cluster: two of Hopper's kernels where four abreast or more come in pairs. Where there are two, memory is
- * what they wait for, and two that fetch apart have more on its way. */
-static inline uint32_t mlak_cuda_cluster(uint32_t rows_per_item, uint32_t abreast, uint32_t grid)
-{
-    return rows_per_item == MLAK_CUDA_M && abreast >= 4 && abreast % 2 == 0 && grid % 2 == 0 ? 2 : 1;
 }
 
 /* Threads of the prepare kernel: one for each request, source and thread block of the split kernel, in whole warps. */

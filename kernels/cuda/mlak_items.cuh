@@ -69,15 +69,12 @@ __device__ static inline bool item_open(const struct mlak_cuda_job *job, const s
     return row->code == MLAK_ROW_OK && !*failed;
 }
 
-/* Which rows the item has, of at most `most`, and what they see together. False: it has none. TREE: the row may have
- * tree masks. */
+/* Which rows the item has, of at most `most`, and what they see together. TREE: the row may have tree masks. */
 template <bool TREE = true>
-__device__ static inline bool item_look(struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t most)
+__device__ static inline void item_look(struct mlak_cuda_item *item, const struct mlak_row *row, uint32_t most)
 {
     uint32_t folded = row->q_len * row->heads;
     item->first_row = item->block * most;
-    if (item->first_row >= folded)
-        return false;
     item->rows = (uint32_t)row_least(folded - item->first_row, most);
     item->first_token = item->first_row / row->heads;
     item->end_token = (item->first_row + item->rows - 1) / row->heads + 1;
@@ -86,36 +83,16 @@ __device__ static inline bool item_look(struct mlak_cuda_item *item, const struc
                      : row_visible_range(row, item->first_token, item->end_token);
     item->all_lo = row_visible(row, item->end_token - 1).lo;
     item->all_end = row_visible(row, item->first_token).base;
-    return true;
 }
 
-/* Narrow [*from, *to), of an item's tiles, to those that the copy engine can fetch: what it finds it fetches, so all
- * keys must be some row's. */
-__device__ static inline void item_fetchable(const struct mlak_cuda_item *item, int64_t *from, int64_t *to)
-{
-    *from = row_most(*from, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
-    *to = row_least(*to, item->any.base / MLAK_CUDA_TILE - item->tile);
-}
-
-/* The same, and which tiles may be fetched. Blocks of a cluster agree on these; the second may have no row of its own,
- * and then goes with the first. */
+/* The same, and which tiles the copy engine can fetch: what it finds it fetches, so all keys must be some row's. */
 template <bool TREE = true>
 __device__ static inline void item_look_around(const struct mlak_cuda_job *job, struct mlak_cuda_item *item,
                                                const struct mlak_row *row)
 {
-    struct mlak_cuda_item other = *item;
-    int64_t from = 0, to = item->end_tile - item->tile;
-    bool there = item_look<TREE>(item, row, job->rows_per_item);
-    if (there)
-        item_fetchable(item, &from, &to);
-    other.block ^= 1;
-    if (job->cluster == 2 && item_look<TREE>(&other, row, job->rows_per_item)) {
-        item_fetchable(&other, &from, &to);
-        if (!there) {
-            *item = other;
-            item->rows = 0;
-        }
-    }
+    item_look<TREE>(item, row, job->rows_per_item);
+    int64_t from = row_most(0, (item->any.lo + MLAK_CUDA_TILE - 1) / MLAK_CUDA_TILE - item->tile);
+    int64_t to = row_least(item->end_tile - item->tile, item->any.base / MLAK_CUDA_TILE - item->tile);
     bool fetched = item->box_rows > 0 && from < to;
     item->fetch = fetched ? (uint32_t)from : 1; /* else the first is copied, and then the others */
     item->fetch_end = fetched ? (uint32_t)to : 1;

@@ -29,6 +29,13 @@ __device__ static inline void barrier_new(uint64_t *barrier, uint32_t arrivals)
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
+/* All threads of the block, and the copy engine, see the barriers that one of them has made. */
+__device__ static inline void barriers_meet(void)
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
+}
+
 __device__ static inline void barrier_arrive(uint64_t *barrier)
 {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -58,43 +65,12 @@ __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *
                  : "memory");
 }
 
-/* ---- clusters ---- */
-
-/* Of the block in its cluster; 0 if it is alone. */
-__device__ static inline uint32_t cluster_rank(void)
+/* A box is wanted soon: it comes to the L2 cache. */
+__device__ static inline void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
+                                         int32_t page, uint64_t stays)
 {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-/* All threads of all blocks of the cluster; new barriers are seen by the others. */
-__device__ static inline void cluster_meet(void)
-{
-    asm volatile("fence.mbarrier_init.release.cluster;\n"
-                 "barrier.cluster.arrive.release;\n"
-                 "barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-/* An arrival at the same barrier of the cluster's block `rank`. */
-__device__ static inline void barrier_arrive_at(uint64_t *barrier, uint32_t rank)
-{
-    asm volatile("{\n.reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
-}
-
-/* As copy_box, to the same place of both blocks of a cluster; its bytes are told to the barrier of each. */
-__device__ static inline void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element,
-                                               int32_t row, int32_t chunk, int32_t page, uint64_t *barrier,
-                                               uint64_t stays)
-{
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-                 ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7, %8;" ::"r"(to),
-                 "l"(map), "r"(element), "r"(row), "r"(chunk), "r"(page), "r"(shared_address(barrier)),
-                 "h"((uint16_t)3), "l"(stays)
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::"l"(map),
+                 "r"(element), "r"(row), "r"(chunk), "r"(page), "l"(stays)
                  : "memory");
 }
 
@@ -162,6 +138,16 @@ __device__ static inline void store_matrices(void *row, const uint32_t r[4])
 __device__ static inline uint32_t warp_uniform(uint32_t value)
 {
     return __shfl_sync(0xffffffff, value, 0);
+}
+
+/* True for one lane of a warp whose lanes are all here: the same one each time. */
+__device__ static inline bool warp_speaker(void)
+{
+    uint32_t speaks;
+    asm volatile("{\n.reg .pred speaks;\n"
+                 "elect.sync _|speaks, 0xffffffff;\n"
+                 "selp.b32 %0, 1, 0, speaks;\n}" : "=r"(speaks));
+    return speaks;
 }
 
 /* None of the warp goes on before all are here. */

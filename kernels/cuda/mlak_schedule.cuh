@@ -101,7 +101,7 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, con
         if (item->tile > 0 || item->end_tile < request->tiles)
             item->part = job->parts + (uint64_t)item_slot(walk->block, begins) * MLAK_CUDA_PART_FLOATS;
         walk->at += item->end_tile - item->tile;
-    } while (item->block / job->cluster * job->cluster >= request->blocks); /* a last strip may have less row blocks */
+    } while (item->block >= request->blocks); /* a last strip may have less row blocks */
     item->source = request->source;
     item->box_rows = request->box_rows;
     item->tile += request->first_tile;

@@ -3,29 +3,33 @@
  * one loads.
  *
  *   warpgroup   what it does                                                          registers a thread
- *   0, 1        own tiles: S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)  200
+ *   0, 1        own tiles: S = Q K^T, 36 products of 64 x 64 x 16; P = 2^(S - maximum)  208
  *               every tile: O[64][own 256 columns] += P V, 4 products of 64 x 256 x 16  (O is 128 of them, S 32)
- *   loads       page ids, keys, q: tiles that are seen whole by the copy engine        104
+ *   loads       page ids, keys, q: tiles that are seen whole by the copy engine        88
  *               (TMA), where boxes of the pages are a tile; else by cp.async, to which
  *               any page size will do, and zeros where no row of the item sees a key
  *
  * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner
  * of tile t does this, and the other one of t + 1 the same a half turn later:
  *
- *     P(t - 1), which the other made, times own columns | scores of t | its weights | P(t) times own columns
+ *     scores of t over the own half | P(t - 1), which the other made, times own columns | scores over the other half and
+ *     the rope | its weights | P(t) times own columns
  *
- * So between the last product with a stage's keys and the first one with those that come next there is another to do.
+ * Nothing is waited for between products: the next ones are in the queue when those before end. Scores of the half that
+ * was loaded first need no P, and come while the other still weighs. Only two tiles fit, so keys that come late are
+ * waited for: a half is given back as soon as its last product has ended, in the middle of a turn.
  *
  *   shared memory, bytes                     barriers: full, and empty again
  *   q        9 chunks of 64 x 64     73728   q_full      loads -> both          q_empty
- *   keys     2 stages of 9 chunks   147456   keys_full   loads -> owner         keys_empty, of each stage and piece
+ *   keys     2 stages of 9 chunks   147456   keys_full   loads -> owner         keys_empty, of each stage and half
  *   the rest of wgmma_shared        ~ 8500   maxima_full, p_full   owner -> the other one, a while before P and with it
  *
- * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile's pieces are loaded and
- * given back in this order: the owner's half, whose products are the first; the other half; the rope.
+ * P lies where the tile's rope was, which nobody needs any more once there are scores. A tile is loaded in pieces, in
+ * the order of its products: the owner's half; the other half; the rope. It is given back by halves, the rope's place
+ * with that of the one who is not the owner.
  *
- * Where requests have several row blocks, the blocks of a cluster of two take the same tiles: each fetches half of
- * every tile, to both. So a tile comes from the L2 cache once for two.
+ * Where a request has several row blocks, blocks abreast take the same tiles at the same time. Each tile comes from
+ * memory once, and to the L2 cache before it is fetched.
  *
  * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are
  * on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written
@@ -54,18 +58,18 @@ __device__ static inline void wgmma_see_copies(struct wgmma_shared *shared, cons
     shared_to_products();
 }
 
-/* S = Q K^T sets off, over each piece as soon as its keys are there. */
-template <enum mlak_cuda_types TYPES>
+/* S = Q K^T sets off, over pieces [FROM, TO) in their order, each as soon as its keys are there. */
+template <enum mlak_cuda_types TYPES, uint32_t FROM, uint32_t TO>
 __device__ static inline void wgmma_score(struct wgmma_shared *shared, uint32_t owner, uint32_t count, float s[32])
 {
     uint32_t stage = count % WGMMA_STAGES;
 #pragma unroll
-    for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
+    for (uint32_t n = FROM; n < TO; n++) {
         uint32_t piece = wgmma_piece(n, owner), first = wgmma_first(piece);
         uint32_t q = operand_here(operand_rows(shared->q[first]));
         uint32_t keys = operand_here(operand_rows(shared->keys[stage][first]));
         barrier_wait(&shared->keys_full[stage][piece], count / WGMMA_STAGES % 2);
-        if (n == 0)
+        if (n == FROM)
             products_begin();
 #pragma unroll
         for (uint32_t step = 0; step < wgmma_chunks(n) * 4; step++) {
@@ -240,19 +244,13 @@ __device__ static inline void wgmma_add_own(struct wgmma_shared *shared, const u
 }
 
 /* Room for others: own half of tile `count`; and, of another's, where its P was. */
-__device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t own, uint32_t count, bool others)
+__device__ static inline void wgmma_give(struct wgmma_shared *shared, uint32_t own, uint32_t count)
 {
-    uint64_t *empty = shared->keys_empty[count % WGMMA_STAGES];
-    uint32_t rank = threadIdx.x % 32; /* a lane for each block of the cluster */
-    if (rank >= shared->cluster)
-        return;
-    barrier_arrive_at(&empty[own * 2], rank);
-    barrier_arrive_at(&empty[own * 2 + 1], rank);
-    if (others)
-        barrier_arrive_at(&empty[WGMMA_ROPE], rank);
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(&shared->keys_empty[count % WGMMA_STAGES][own]);
 }
 
-/* The other one's tile. */
+/* The other one's tile: O follows its maxima, and its products set off. */
 template <enum mlak_cuda_types TYPES>
 __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wgmma_rows *rows, uint32_t own,
                                           uint32_t count, bool first, float o[128])
@@ -260,11 +258,10 @@ __device__ static inline void wgmma_other(struct wgmma_shared *shared, struct wg
     wgmma_follow(shared, rows, count, first, o);
     barrier_wait(&shared->p_full[count % WGMMA_STAGES], count / WGMMA_STAGES % 2);
     wgmma_add_shared<TYPES>(shared, own, count, first, o);
-    products_wait<0>();
-    wgmma_give(shared, own, count, true);
 }
 
-/* Own tile i of the item, of `count` of all; FIRST: of both. */
+/* Own tile i of the item, of `count` of all, and between its scores the other's, the one before. FIRST: of both, there
+ * is none before. */
 template <enum mlak_cuda_types TYPES, bool FIRST>
 __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struct wgmma_item *slot,
                                         struct wgmma_rows *rows, uint32_t own, uint32_t i, uint32_t count,
@@ -273,7 +270,15 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
     float s[32], shrink[2];
     uint32_t p[16];
     wgmma_see_copies(shared, slot, i, count);
-    wgmma_score<TYPES>(shared, own, count, s);
+    wgmma_score<TYPES, 0, 2>(shared, own, count, s);
+    if (!FIRST)
+        wgmma_other<TYPES>(shared, rows, own, count - 1, i == 1, o);
+    wgmma_score<TYPES, 2, 3>(shared, own, count, s);
+    if (!FIRST) {
+        products_wait<1>();
+        wgmma_give(shared, own, count - 1);
+    }
+    wgmma_score<TYPES, 3, WGMMA_PIECES>(shared, own, count, s);
     struct wgmma_sight sight = wgmma_look(slot, slot->item.tile + i);
     float scale = slot->scale;
     bool last = i + 2 >= slot->tiles; /* q is not needed any more */
@@ -285,7 +290,7 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
         wgmma_shrink_o(o, shrink);
     wgmma_add_own<TYPES>(shared, p, own, count, FIRST, o);
     products_wait<0>();
-    wgmma_give(shared, own, count, false);
+    wgmma_give(shared, own, count);
 }
 
 /* Four lanes' values i are lane i's four. */
@@ -386,12 +391,13 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_
             i += 2;
         }
 #pragma unroll 1
-        for (; i < tiles; i += 2) {
-            wgmma_other<TYPES>(shared, &rows, own, begun + i - 1, i == 1, o);
+        for (; i < tiles; i += 2)
             wgmma_own<TYPES, false>(shared, slot, &rows, own, i, begun + i, o);
-        }
-        if (i == tiles) /* the last one is not own */
+        if (i == tiles) { /* the last one is not own */
             wgmma_other<TYPES>(shared, &rows, own, begun + tiles - 1, tiles == 1, o);
+            products_wait<0>();
+            wgmma_give(shared, own, begun + tiles - 1);
+        }
         begun += tiles;
         float sum[2];
         wgmma_sums(shared, &rows, own, items, sum);
@@ -409,22 +415,21 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
     uint32_t group = warp_uniform(threadIdx.x / WGMMA_GROUP);
     kernel_begins();
     if (threadIdx.x == 0) {
-        shared->cluster = job->cluster;
         barrier_new(&shared->q_full, WGMMA_LOAD_WARPS - 1);
         barrier_new(&shared->q_empty, 2 * WGMMA_GROUP / 32);
         for (uint32_t stage = 0; stage < WGMMA_STAGES; stage++) {
             barrier_new(&shared->maxima_full[stage], WGMMA_GROUP);
             barrier_new(&shared->p_full[stage], WGMMA_GROUP);
-            for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++) {
+            for (uint32_t piece = 0; piece < WGMMA_PIECES; piece++)
                 barrier_new(&shared->keys_full[stage][piece], WGMMA_LOAD_WARPS);
-                barrier_new(&shared->keys_empty[stage][piece], WGMMA_GROUP / 32 * job->cluster);
-            }
+            for (uint32_t half = 0; half < 2; half++)
+                barrier_new(&shared->keys_empty[stage][half], WGMMA_GROUP / 32);
         }
     }
     if (threadIdx.x == WGMMA_LOADS * WGMMA_GROUP && job->n_sources == 1 && job->source.box_rows > 0)
         for (uint32_t i = 0; i < 2; i++)
             map_expect(&job->source.keys[i]);
-    cluster_meet(); /* the barriers are there, also for the other block */
+    barriers_meet();
     await_kernel_before();
     let_next_kernel_start();
     if (group == WGMMA_LOADS) {
@@ -434,7 +439,6 @@ template <enum mlak_cuda_types TYPES> __device__ static inline void wgmma_kernel
         registers_take<WGMMA_COMPUTE_REGISTERS>();
         wgmma_compute<TYPES>(shared, group);
     }
-    cluster_meet(); /* nothing is on its way to a block that has ended */
 }
 
 #define WGMMA_KERNEL(name, TYPES)                                                                                      \

@@ -9,6 +9,10 @@
  * of any of them, add one more, which comes when they have landed. */
 enum { WGMMA_LOAD_WARPS = WGMMA_GROUP / 32, WGMMA_FETCHER = 0, WGMMA_SEEKER = WGMMA_LOAD_WARPS - 1 };
 
+/* Tiles go to the L2 cache so many before they are fetched, where so many blocks abreast fetch them: they all come to a
+ * key at once, and would all wait for memory. Where it is fewer, memory is what bounds, and has enough to do. */
+enum { WGMMA_AHEAD = 2, WGMMA_EXPECT_ABREAST = 4 };
+
 /* All of a warp's copies so far are told to the barrier, and that there are no more. */
 __device__ static inline void wgmma_told(uint64_t *full)
 {
@@ -38,7 +42,8 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
 #pragma unroll 1
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, i % 2), first = wgmma_first(piece);
-        barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
+        if (wgmma_begins_half(n))
+            barrier_wait(&shared->keys_empty[stage][piece / 2], count / WGMMA_STAGES % 2 ^ 1);
         for (uint32_t chunk = first; chunk < first + wgmma_chunks(n); chunk++)
 #pragma unroll
             for (uint32_t four = 0; four < 4; four++)
@@ -73,41 +78,70 @@ __device__ static inline void wgmma_copy_tiles(struct wgmma_shared *shared, cons
     }
 }
 
-/* The same of a tile that is seen whole, by the copy engine, in boxes of box_rows keys of one page; lane i names the
- * place of box i. One warp. */
-__device__ static inline void wgmma_fetch_keys(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
-                                               uint64_t stays, uint32_t boxes, int32_t page, int32_t slot, uint32_t i,
+/* The same of a tile that is seen whole, by the copy engine, in boxes of two chunks of all its keys, which lie in one
+ * page. One warp, all of it with the same page and slot. Short, and no lane has a condition or an address of its own:
+ * what computes displaces this code from the instruction cache between any two tiles, and registers that are not the
+ * same for a warp are copied, one by one, to those that the instruction takes. */
+__device__ static inline void wgmma_fetch_tile(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
+                                               uint64_t stays, int32_t page, int32_t slot, uint32_t owner,
                                                uint32_t count)
 {
+    uint32_t stage = count % WGMMA_STAGES, to = shared_address(shared->keys[stage][0]);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        barrier_wait(&shared->keys_empty[stage][half ^ owner], count / WGMMA_STAGES % 2 ^ 1);
+        if (!warp_speaker())
+            continue;
+#pragma unroll
+        for (uint32_t n = half * 2; n < (half == 0 ? 2 : WGMMA_PIECES); n++) {
+            uint32_t piece = wgmma_piece(n, owner), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
+            uint64_t *full = &shared->keys_full[stage][piece];
+            barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
+            barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
+            copy_box(to + chunk * WGMMA_CHUNK, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full, stays);
+        }
+    }
+}
+
+/* The same in boxes of one chunk of so many keys of one page each; lane i names the place of box i. One warp. */
+__device__ static inline void wgmma_fetch_boxes(struct wgmma_shared *shared, const struct mlak_cuda_map *maps,
+                                                uint64_t stays, uint32_t boxes, int32_t page, int32_t slot,
+                                                uint32_t owner, uint32_t count)
+{
     uint32_t lane = threadIdx.x % 32, stage = count % WGMMA_STAGES, box = WGMMA_CHUNK / boxes;
-    uint32_t rank = cluster_rank();
 #pragma unroll 1
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
-        uint32_t piece = wgmma_piece(n, i % 2), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
+        uint32_t piece = wgmma_piece(n, owner), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
         uint64_t *full = &shared->keys_full[stage][piece];
-        barrier_wait(&shared->keys_empty[stage][piece], count / WGMMA_STAGES % 2 ^ 1);
+        if (wgmma_begins_half(n))
+            barrier_wait(&shared->keys_empty[stage][piece / 2], count / WGMMA_STAGES % 2 ^ 1);
         uint32_t to = shared_address(shared->keys[stage][chunk]) + lane * box;
         warp_meet(); /* all of it have seen keys_empty */
         if (lane == 0) {
             barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
             barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
         }
-        if (shared->cluster == 2) { /* each block of the cluster fetches one of two chunks for both, in turn the rope */
-            uint32_t own = chunks == 2 ? rank : 0;
-            if (lane < boxes && (chunks == 2 || count % 2 == rank))
-                copy_box_to_both(to + own * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + own), page, full,
-                                 stays);
-            continue;
-        }
-        if (boxes == 1) { /* two chunks lie behind each other, and so do the rows of a box */
-            if (lane == 0)
-                copy_box(to, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full, stays);
-            continue;
-        }
         warp_meet();
         for (uint32_t c = 0; c < chunks && lane < boxes; c++)
             copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full, stays);
     }
+}
+
+/* A tile that is fetched later comes to the L2 cache: each of the blocks abreast asks for its share of the pieces. */
+__device__ static inline void wgmma_expect_tile(const struct mlak_cuda_job *job, const struct mlak_cuda_map *maps,
+                                                uint64_t stays, int32_t page, int32_t slot)
+{
+    if (!warp_speaker())
+        return;
+#pragma unroll 1
+    for (uint32_t piece = blockIdx.x % job->abreast; piece < WGMMA_PIECES; piece += job->abreast)
+        expect_box(&maps[wgmma_chunks(piece) - 1], 0, slot, (int32_t)wgmma_first(piece), page, stays);
+}
+
+/* Lane `lane`'s value, and the compiler takes it for the same in all. */
+__device__ static inline int32_t wgmma_of_lane(uint32_t value, uint32_t lane)
+{
+    return (int32_t)warp_uniform(__shfl_sync(0xffffffff, value, (int)lane));
 }
 
 /* Tiles [i, end) of an item by the copy engine. One warp: a lane knows the page of one box of several tiles, and asks
@@ -120,7 +154,8 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
     const struct mlak_row *row = &slot->row;
     const struct mlak_cuda_map *maps = item_maps(job, item);
     uint32_t key = lane % boxes * item->box_rows;
-    uint64_t stays = job->abreast > job->cluster ? MLAK_COMES_AGAIN : MLAK_COMES_ONCE;
+    uint64_t stays = job->abreast > 1 ? MLAK_COMES_AGAIN : MLAK_COMES_ONCE;
+    bool expects = boxes == 1 && job->abreast >= WGMMA_EXPECT_ABREAST;
     struct item_key asked = {};
     if (job->n_sources > 1 && lane < boxes)
         for (uint32_t n = 0; n < 2; n++)
@@ -139,11 +174,19 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
             wgmma_stop(slot);
         uint32_t page = wgmma_stopped(slot) ? row->pages : (uint32_t)known.page; /* zeros come of no page */
 #pragma unroll 1
-        for (uint32_t n = 0; n < tiles && i < end; n++, i++)
-            wgmma_fetch_keys(shared, maps, stays, boxes,
-                             (int32_t)__shfl_sync(0xffffffff, page, (int)(n * boxes + lane % boxes)),
-                             (int32_t)__shfl_sync(0xffffffff, known.slot, (int)(n * boxes + lane % boxes)), i,
-                             begun + i);
+        for (uint32_t n = 0; n < tiles && i < end; n++, i++) {
+            if (boxes > 1) {
+                uint32_t from = n * boxes + lane % boxes;
+                wgmma_fetch_boxes(shared, maps, stays, boxes, (int32_t)__shfl_sync(0xffffffff, page, (int)from),
+                                  (int32_t)__shfl_sync(0xffffffff, known.slot, (int)from), i % 2, begun + i);
+                continue;
+            }
+            if (expects && n + WGMMA_AHEAD < tiles && i + WGMMA_AHEAD < end)
+                wgmma_expect_tile(job, maps, stays, wgmma_of_lane(page, n + WGMMA_AHEAD),
+                                  wgmma_of_lane((uint32_t)known.slot, n + WGMMA_AHEAD));
+            wgmma_fetch_tile(shared, maps, stays, wgmma_of_lane(page, n), wgmma_of_lane((uint32_t)known.slot, n),
+                             i % 2, begun + i);
+        }
     }
 }
 
@@ -177,8 +220,7 @@ __device__ static inline void wgmma_fill(const struct mlak_cuda_job *job, const 
     item_done(job); /* or will be soon */
 }
 
-/* The schedule's next item that is to be computed, into a slot. One warp. Blocks of a cluster take the same items, each
- * with a row block of its own: whatever has become of the request since. */
+/* The schedule's next item that is to be computed, into a slot. One warp. */
 __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct mlak_cuda_walk *walk,
                                          struct wgmma_item *slot)
 {
@@ -190,7 +232,7 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
             int code = read_once(&job->rows[item.request].code);
             wanted = !__any_sync(0xffffffff, code != MLAK_ROW_OK || item_cancelled(job, &item));
         }
-    } while (there && !wanted && job->cluster == 1);
+    } while (there && !wanted);
     if (!there) {
         if (threadIdx.x % 32 == 0)
             slot->tiles = 0;
@@ -200,7 +242,7 @@ __device__ static inline void wgmma_seek(const struct mlak_cuda_job *job, struct
     if (threadIdx.x % 32 > 0)
         return;
     item_look_around(job, &slot->item, &slot->row);
-    slot->stopped = !wanted;
+    slot->stopped = false;
 }
 
 /* What the block begins with. */

@@ -13,9 +13,10 @@ enum {
     WGMMA_GROUP = 128, /* threads of a warpgroup */
     WGMMA_STAGES = 2,
     WGMMA_ITEMS = 8, /* slots of the ring */
-    WGMMA_COMPUTE_REGISTERS = 200,
-    WGMMA_LOAD_REGISTERS = 104 /* a thread; 168 at entry, three times that all together */
+    WGMMA_COMPUTE_REGISTERS = 208,
+    WGMMA_LOAD_REGISTERS = 88 /* a thread */
 };
+static_assert(2 * WGMMA_COMPUTE_REGISTERS + WGMMA_LOAD_REGISTERS <= 3 * 168, "of a block, 168 a thread at entry");
 enum { WGMMA_LOADS = 2 };                                      /* warpgroups: the two that compute are 0 and 1 */
 enum { WGMMA_LOADERS = 1, WGMMA_ENDS };                        /* named barriers: of the loads; of those that compute */
 enum { WGMMA_ROPE = 4, WGMMA_PIECES = 5, WGMMA_ROPE_CHUNK = 8 }; /* of a tile: 0, 1 and 2, 3 are halves */
@@ -24,6 +25,11 @@ enum { WGMMA_ROPE = 4, WGMMA_PIECES = 5, WGMMA_ROPE_CHUNK = 8 }; /* of a tile: 0
 __device__ static constexpr uint32_t wgmma_piece(uint32_t n, uint32_t owner)
 {
     return n == WGMMA_ROPE ? n : n ^ owner * 2;
+}
+/* Whether room for it is room for a half. The rope's is given back with the half of the one who is not the owner. */
+__device__ static constexpr bool wgmma_begins_half(uint32_t n)
+{
+    return n == 0 || n == 2;
 }
 /* The first of its chunks, and how many they are. */
 __device__ static constexpr uint32_t wgmma_first(uint32_t piece)
@@ -46,8 +52,7 @@ struct wgmma_item {
 struct wgmma_shared {
     unsigned char q[WGMMA_CHUNKS][WGMMA_CHUNK], keys[WGMMA_STAGES][WGMMA_CHUNKS][WGMMA_CHUNK];
     uint64_t q_full, q_empty, maxima_full[WGMMA_STAGES], p_full[WGMMA_STAGES];
-    uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][WGMMA_PIECES];
-    uint32_t cluster; /* job->cluster */
+    uint64_t keys_full[WGMMA_STAGES][WGMMA_PIECES], keys_empty[WGMMA_STAGES][2]; /* of each piece; of each half */
     struct wgmma_item items[WGMMA_ITEMS];
     float maximum[WGMMA_STAGES][WGMMA_ROWS]; /* that the tile's weights refer to */
     float sums[2][2][WGMMA_ROWS];            /* of weights, each warpgroup's own; of this item and the one before */

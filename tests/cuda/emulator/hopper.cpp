@@ -295,6 +295,12 @@ void warp_meet()
         leave(warp());
 }
 
+bool warp_speaker()
+{
+    warp_meet();
+    return threadIdx.x % 32 == 0;
+}
+
 int64_t shuffle(int64_t value, uint32_t lane)
 {
     uint32_t low = __shfl_sync(0xffffffff, (uint32_t)value, (int)lane);
