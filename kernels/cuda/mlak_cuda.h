@@ -15,8 +15,10 @@
  * block of its own: so a tile that many rows need comes from memory once, and from the L2 cache for the others. Such
  * row blocks are a strip. The schedule lays all tiles of all strips end to end and gives all that walk abreast an equal
  * share of them (as FlashMLA and "Stream-K", Osama et al. 2023, do): a strip is split only where a share ends in it,
- * and a thread block has at most two parts that do not stand for a whole row block, in slots of its own. A
- * deterministic batch is split by each request's own length instead, into items that the thread blocks take in turn. */
+ * and a thread block has at most two parts that do not stand for a whole row block, in slots of its own. To go on from
+ * one strip to the next takes a thread block as long as some tiles: where shares that are hardly longer end where strips
+ * do, they are that long. A deterministic batch is split by each request's own length instead, into items that the
+ * thread blocks take in turn. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 
@@ -61,6 +63,7 @@ struct mlak_cuda_request {
     uint64_t first;                /* tile (deterministic: item) of all, with which it begins */
     uint32_t blocks, strips;       /* row blocks, and what abreast makes of them */
     uint32_t tiles;                /* of each; counted from local key lo rounded down to a multiple of 64 */
+    uint32_t room;                 /* of a strip in the schedule: its tiles, or up to a whole number of shares */
     uint32_t first_tile;
     uint32_t splits, split_tiles;  /* deterministic: of each row block, and their tiles; 1: written straight to out */
     uint32_t first_slot;           /* deterministic: slot of (block, split): first_slot + block * splits + split */

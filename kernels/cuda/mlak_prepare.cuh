@@ -31,12 +31,17 @@ struct prepare_shared {
     bool given_up[MLAK_CUDA_MAX_SOURCES]; /* before it began: nothing of it is computed or written */
     float q_scale[MLAK_CUDA_MAX_SOURCES], k_scale[MLAK_CUDA_MAX_SOURCES], v_scale[MLAK_CUDA_MAX_SOURCES];
     uint64_t sums[2][PREPARE_WARPS]; /* of warps; two, since one sum may begin where another is still read */
+    bool ragged;                     /* strips have different numbers of tiles */
     struct mlak_cuda_request requests[MLAK_CUDA_MAX_REQUESTS]; /* as in memory */
     struct prepare_length lengths[MLAK_CUDA_MAX_REQUESTS];     /* of those that have tiles */
 };
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
 enum { PREPARE_MIN_TILES = 1 }; /* of a share */
+/* Tiles that it may be longer in order to end where a strip does: to go on with another strip takes a block as long, and
+ * costs it a part more. */
+enum { PREPARE_LONGER = 2 };
+enum { PREPARE_STRIPS = 44 };   /* bits above those of all tiles, in the sum of both: 2^17 strips of 2^25 tiles */
 
 __device__ static float prepare_scale(const struct mlak_scale *scale, float absent)
 {
@@ -250,7 +255,7 @@ MLAK_CALLED uint32_t prepare_merges(const struct mlak_cuda_job *job, const struc
     }
 #pragma unroll 1
     for (uint32_t strip = 0; strip < request->strips; strip++) {
-        uint64_t begin = request->first + (uint64_t)strip * request->tiles;
+        uint64_t begin = request->first + (uint64_t)strip * request->room;
         uint64_t first = share ? begin / share : 0, last = share ? (begin + request->tiles - 1) / share : 0;
         uint32_t parts = share ? (uint32_t)(last - first) + 1 : request->splits;
         if (parts == 1)
@@ -294,10 +299,10 @@ __device__ static void prepare_start(const struct mlak_cuda_job *job, const stru
     start.walk = schedule_share(job, block, share, work);
     if (share && start.walk.at < start.walk.end) {
         uint32_t index = item_request(shared->requests, job->count, start.walk.at);
-        uint64_t within = start.walk.at - shared->requests[index].first, tiles = shared->requests[index].tiles;
+        uint64_t within = start.walk.at - shared->requests[index].first, room = shared->requests[index].room;
         start.walk.request = index;
-        start.walk.strip = (uint32_t)(within / tiles);
-        start.walk.tile = (uint32_t)(within - start.walk.strip * tiles);
+        start.walk.strip = (uint32_t)(within / room);
+        start.walk.tile = (uint32_t)(within - start.walk.strip * room);
     }
     start.next = start.walk;
     start.there = schedule_next(job, shared->requests, &start.next, &start.item);
@@ -345,6 +350,20 @@ MLAK_CALLED struct prepare_sum prepare_sum(uint64_t sums[PREPARE_WARPS], uint64_
     return found;
 }
 
+/* Tiles of each of so many shares. */
+__device__ static inline uint64_t prepare_share(uint64_t tiles, uint32_t shares)
+{
+    return (uint64_t)row_most((int64_t)((tiles + shares - 1) / shares), PREPARE_MIN_TILES);
+}
+
+/* The same of shares that end where strips do, of so many tiles each: some in a strip, or some strips in one. */
+__device__ static inline uint64_t prepare_whole(uint64_t tiles, uint64_t strips, uint32_t shares)
+{
+    if (strips > shares)
+        return (strips + shares - 1) / shares * tiles;
+    return prepare_share(tiles, strips > 0 ? shares / (uint32_t)strips : shares);
+}
+
 MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job job)
 {
     struct prepare_shared *shared = (struct prepare_shared *)(void *)mlak_shared;
@@ -354,6 +373,8 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
     bool own = thread < job.count;
     kernel_begins();
     let_next_kernel_start();
+    if (thread == 0)
+        shared->ragged = false;
     if (own && job.n_sources == 1)
         length = prepare_ask(&job.source, thread);
     if (thread < job.n_sources)
@@ -386,11 +407,30 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         if (deterministic)
             prepare_splits(&request);
     }
-    uint64_t steps = deterministic ? request.splits : request.tiles;
-    const struct prepare_sum tiles = prepare_sum(shared->sums[0], request.strips * steps, job.count);
-    uint32_t shares = job.grid / job.abreast;
-    uint64_t share = deterministic ? 0 : (tiles.all + shares - 1) / shares;
-    share = deterministic ? 0 : (uint64_t)row_most((int64_t)share, PREPARE_MIN_TILES);
+    uint64_t steps = deterministic ? request.splits : request.tiles, share = 0;
+    uint64_t strips = request.tiles > 0 ? request.strips : 0;
+    struct prepare_sum tiles =
+        prepare_sum(shared->sums[0], request.strips * steps + (strips << PREPARE_STRIPS), job.count);
+    uint64_t strips_before = tiles.before >> PREPARE_STRIPS;
+    strips = tiles.all >> PREPARE_STRIPS;
+    tiles.before &= (1ull << PREPARE_STRIPS) - 1;
+    tiles.all &= (1ull << PREPARE_STRIPS) - 1;
+    uint64_t mean = strips ? (tiles.all + strips - 1) / strips : 0;
+    if (own && request.tiles > 0 && request.tiles != mean)
+        shared->ragged = true;
+    __syncthreads();
+    request.room = request.tiles;
+    if (!deterministic) {
+        uint32_t shares = job.grid / job.abreast;
+        share = prepare_share(tiles.all, shares);
+        uint64_t whole = prepare_whole(mean, strips, shares);
+        if (strips > 0 && !shared->ragged && whole <= share + PREPARE_LONGER + share / 64) {
+            uint64_t room = strips <= shares ? (mean + whole - 1) / whole * whole : mean;
+            share = whole;
+            tiles = {strips_before * room, strips * room};
+            request.room = (uint32_t)room;
+        }
+    }
     request.first = tiles.before;
     struct prepare_sum slots = {};
     if (deterministic) {
@@ -403,7 +443,7 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
         job.requests[thread] = request;
         count = prepare_merges(&job, here, thread, folded, share, NULL);
     }
-    const struct prepare_sum merges = prepare_sum(shared->sums[deterministic ? 0 : 1], count, job.count);
+    const struct prepare_sum merges = prepare_sum(shared->sums[0], count, job.count);
     if (count > 0)
         prepare_merges(&job, here, thread, folded, share, job.merges + merges.before);
     if (thread == 0) {

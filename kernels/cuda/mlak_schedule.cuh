@@ -100,7 +100,7 @@ __device__ static inline bool schedule_next(const struct mlak_cuda_job *job, con
         item->end_tile = (uint32_t)row_least(item->tile + (int64_t)(walk->end - at), request->tiles);
         if (item->tile > 0 || item->end_tile < request->tiles)
             item->part = job->parts + (uint64_t)item_slot(walk->block, begins) * MLAK_CUDA_PART_FLOATS;
-        walk->at += item->end_tile - item->tile;
+        walk->at += (item->end_tile < request->tiles ? item->end_tile : request->room) - item->tile;
     } while (item->block >= request->blocks); /* a last strip may have less row blocks */
     item->source = request->source;
     item->box_rows = request->box_rows;
