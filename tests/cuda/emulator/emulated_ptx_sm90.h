@@ -20,6 +20,8 @@ void copy_async_to(uint32_t to, const void *from, bool valid);
 void map_acquire(const struct mlak_cuda_map *map);
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
               uint64_t *barrier, uint64_t stays);
+void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+                uint64_t stays);
 void warp_meet();
 bool warp_speaker();
 int64_t shuffle(int64_t value, uint32_t lane);
@@ -42,7 +44,6 @@ template <int PENDING> static inline void products_wait()
 template <int REGISTERS> static inline void registers_give() {}
 template <int REGISTERS> static inline void registers_take() {}
 static inline void map_expect(const struct mlak_cuda_map *) {}
-static inline void expect_box(const struct mlak_cuda_map *, int32_t, int32_t, int32_t, int32_t, uint64_t) {}
 static inline void shared_to_products() {}
 static inline void __threadfence_block() {}
 static inline uint32_t warp_uniform(uint32_t value)

@@ -170,8 +170,8 @@ void map_acquire(const struct mlak_cuda_map *map)
     self()->acquired.insert(map);
 }
 
-void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
-              uint64_t *barrier, uint64_t)
+/* What the copy engine reads, for this thread, of a map. */
+static struct emulated_map map_read(const struct mlak_cuda_map *map, int32_t element)
 {
     struct emulated_map own;
     memcpy(&own, map, sizeof own);
@@ -179,8 +179,22 @@ void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int
     const void *first = job->sources, *end = job->sources + job->n_sources;
     if (job->n_sources > 1 && map >= first && map < end && !self()->acquired.count(map))
         fault("a map in memory that other launches use too, and this thread has not acquired it");
-    if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
+    if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || element != 0)
         fault("a box or its map is not as the copy engine takes it");
+    return own;
+}
+
+void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t, int32_t, int32_t, uint64_t)
+{
+    map_read(map, element);
+}
+
+void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+              uint64_t *barrier, uint64_t)
+{
+    const struct emulated_map own = map_read(map, element);
+    if (to % 1024)
+        fault("a box whose place in shared memory is not aligned");
     int64_t bytes = (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES);
     flight flight = {{}, barrier_at(barrier), 0, bytes, NULL};
     for (int64_t c = 0; c < (int64_t)own.box_chunks; c++)
