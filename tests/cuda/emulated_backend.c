@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GRID = 8 }; /* of kernels that may have clusters, which must be whole; others have one block less */
+enum { GRID = 7 };
 
 struct mlak_device {
     size_t shared; /* that a block may have: of one stage, two, two and 32 rows, or Hopper's 64 */
@@ -61,10 +61,9 @@ static const char *split_kernel(const struct mlak_cuda_job *job, char name[64])
     return name;
 }
 
-static void run(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t shared,
-                const struct mlak_cuda_job *job)
+static void run(const char *kernel, unsigned grid, unsigned block, size_t shared, const struct mlak_cuda_job *job)
 {
-    if (!mlak_emulate(kernel, grid, block, cluster, shared, job)) {
+    if (!mlak_emulate(kernel, grid, block, shared, job)) {
         fprintf(stderr, "no kernel %s\n", kernel);
         abort();
     }
@@ -111,6 +110,7 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
     struct mlak_cuda_job job = {
         .n_sources = n,
         .rows_per_item = mlak_cuda_rows(batch, device->shared, device->wgmma),
+        .grid = GRID,
         .ticket = ++device->ticket,
         .result = &device->result,
     };
@@ -121,14 +121,12 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
         folded += batch->q_rows * batch->heads * parts[i].count / batch->batch;
         entries += batch->has_cu_q ? batch->batch + 1 : 0;
     }
-    job.grid = job.rows_per_item == MLAK_CUDA_M ? GRID : GRID - 1;
-    job.max_slots = deterministic ? job.max_slots : 2 * job.grid;
-    job.abreast = mlak_cuda_abreast(folded, job.count, deterministic, job.rows_per_item, job.grid);
-    job.cluster = mlak_cuda_cluster(job.rows_per_item, job.abreast, job.grid);
+    job.max_slots = deterministic ? job.max_slots : 2 * GRID;
+    job.abreast = mlak_cuda_abreast(folded, job.count, deterministic, job.rows_per_item, GRID);
     const size_t sizes[FENCES] = {
         [ROWS] = job.count * sizeof(struct mlak_row),
         [REQUESTS] = job.count * sizeof(struct mlak_cuda_request),
-        [STARTS] = job.grid * sizeof(struct mlak_cuda_start),
+        [STARTS] = GRID * sizeof(struct mlak_cuda_start),
         [MERGES] = mlak_cuda_most_merges(job.max_slots, job.count) * sizeof(struct mlak_cuda_merge),
         [CU_Q] = entries * sizeof(int32_t),
         [PARTS] = (size_t)job.max_slots * MLAK_CUDA_PART_FLOATS * sizeof(float),
@@ -163,10 +161,9 @@ static void launch(struct mlak_device *device, struct mlak_part *parts, uint32_t
 
     bool wgmma = job.rows_per_item == MLAK_CUDA_M;
     char name[64];
-    run("mlak_cuda_prepare", 1, mlak_cuda_prepare_threads(&job), 1, MLAK_CUDA_PREPARE_SHARED, &job);
-    run(split_kernel(&job, name), job.grid, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, job.cluster,
-        device->shared, &job);
-    run("mlak_cuda_combine", job.grid, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &job);
+    run("mlak_cuda_prepare", 1, mlak_cuda_prepare_threads(&job), MLAK_CUDA_PREPARE_SHARED, &job);
+    run(split_kernel(&job, name), GRID, wgmma ? MLAK_CUDA_WGMMA_THREADS : MLAK_CUDA_THREADS, device->shared, &job);
+    run("mlak_cuda_combine", GRID, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &job);
 
     if (device->result.done != job.ticket || schedule.blocks_done != 0 || schedule.slots > job.max_slots) {
         fprintf(stderr, "the launch did not end as it should: ticket %llu of %llu, %u blocks, %u slots of %u\n",

@@ -18,7 +18,7 @@ void inject(const char *words);
 void *unhang_soon(void *over);
 /* Calls of the driver's function, by its whole name, that have succeeded in this process. */
 unsigned succeeded(const char *function);
-/* Kernels launched or captured in this process: "mlak_cuda_combine 8 1 silent", as in the driver's trace. */
+/* Kernels launched or captured in this process: "mlak_cuda_combine 8 silent", as in the driver's trace. */
 unsigned launched(const char *kernel);
 
 /* Fails the running test if it cannot be opened. */

@@ -109,7 +109,7 @@ static void run(struct scene *scene, uint32_t grid)
         memset(scene->lse[i].data, 0xff, scene->lse[i].bytes);
     }
     scene->result.done = 0;
-    assert_true(mlak_emulate("mlak_cuda_combine", grid, MLAK_CUDA_THREADS, 1, MLAK_CUDA_COMBINE_SHARED, &scene->job));
+    assert_true(mlak_emulate("mlak_cuda_combine", grid, MLAK_CUDA_THREADS, MLAK_CUDA_COMBINE_SHARED, &scene->job));
     assert_int_equal(scene->result.done, scene->job.silent ? 0 : TICKET);
     assert_int_equal(scene->schedule.blocks_done, 0);
 }

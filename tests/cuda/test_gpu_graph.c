@@ -83,7 +83,7 @@ static void a_capture_that_fails_is_only_that(void **state)
 static void only_the_last_of_a_graph_is_told_to_the_host(void **state)
 {
     (void)state;
-    const char *const combine = "mlak_cuda_combine 8 1", *const silent = "mlak_cuda_combine 8 1 silent";
+    const char *const combine = "mlak_cuda_combine 8", *const silent = "mlak_cuda_combine 8 silent";
     struct mlak_row rows[2];
     struct made *made = plain(rows);
     const struct mlak_batch batches[3] = {made->batch, made->batch, made->batch};

@@ -9,6 +9,7 @@ struct mlak_cuda_map;
 
 uint32_t shared_address(const void *pointer);
 void barrier_new(uint64_t *barrier, uint32_t arrivals);
+void barriers_meet();
 void barrier_arrive(uint64_t *barrier);
 void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes);
 void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals);
@@ -19,11 +20,8 @@ void copy_async_to(uint32_t to, const void *from, bool valid);
 void map_acquire(const struct mlak_cuda_map *map);
 void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
               uint64_t *barrier, uint64_t stays);
-uint32_t cluster_rank();
-void cluster_meet();
-void barrier_arrive_at(uint64_t *barrier, uint32_t rank);
-void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
-                      int32_t page, uint64_t *barrier, uint64_t stays);
+void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+                uint64_t stays);
 void warp_meet();
 bool warp_speaker();
 int64_t shuffle(int64_t value, uint32_t lane);
@@ -46,7 +44,6 @@ template <int PENDING> static inline void products_wait()
 template <int REGISTERS> static inline void registers_give() {}
 template <int REGISTERS> static inline void registers_take() {}
 static inline void map_expect(const struct mlak_cuda_map *) {}
-static inline void expect_box(const struct mlak_cuda_map *, int32_t, int32_t, int32_t, int32_t, uint64_t) {}
 static inline void shared_to_products() {}
 static inline void __threadfence_block() {}
 static inline uint32_t warp_uniform(uint32_t value)

@@ -1,7 +1,6 @@
-/* emulator.cpp - see emulator.h. Each thread of the blocks of a cluster is a fiber with a stack of its own; they take
- * turns on the calling thread. A fiber runs until it needs others: its warp for an instruction of the whole warp, its
- * block or cluster at a barrier. The last one to arrive does the work for all, and the others find their results when
- * their turn comes. */
+/* emulator.cpp - see emulator.h. Each thread of a block is a fiber with a stack of its own; they take turns on the
+ * calling thread. A fiber runs until it needs others: its warp for an instruction of the whole warp, its block at a
+ * barrier. The last one to arrive does the work for all, and the others find their results when their turn comes. */
 #include "emulator.h"
 #include "fibers.h"
 #include "mlak_convert.h"
@@ -14,13 +13,13 @@ emulated_gpu gpu;
 
 void fault(const char *what)
 {
-    fprintf(stderr, "emulator: block %u, thread %u: %s\n", gpu.block ? gpu.block->index : 0, gpu.current, what);
+    fprintf(stderr, "emulator: block %u, thread %u: %s\n", gpu.block.index, gpu.current, what);
     abort();
 }
 
 fiber *self()
 {
-    return &gpu.block->fibers[gpu.current];
+    return &gpu.block.fibers[gpu.current];
 }
 
 void mlak_emulate_disorder(uint64_t seed)
@@ -126,27 +125,28 @@ static bool fiber_can_run(const fiber *fiber)
 /* What everybody waits for, neighbours who wait for the same in one line. */
 [[noreturn]] static void fault_deadlock()
 {
-    for (const thread_block *block = gpu.blocks; block < gpu.blocks + gpu.cluster; block++)
-        for (uint32_t first = 0, next; first < gpu.threads; first = next) {
-            const meeting *waits = block->fibers[first].waits;
-            for (next = first + 1; next < gpu.threads && block->fibers[next].waits == waits; next++)
-                ;
-            fprintf(stderr, "block %u, threads %u to %u: ", block->index, first, next - 1);
-            if (block->fibers[first].done)
-                fprintf(stderr, "at their end\n");
-            else if (!waits)
-                fprintf(stderr, "give way\n");
-            else
-                fprintf(stderr, "wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n", waits->name,
-                        waits->number, (unsigned long long)waits->held, waits->arrived, waits->size,
-                        (long long)waits->bytes);
-        }
+    const fiber *fibers = gpu.block.fibers;
+    for (uint32_t first = 0, next; first < gpu.threads; first = next) {
+        const meeting *waits = fibers[first].waits;
+        for (next = first + 1; next < gpu.threads && fibers[next].waits == waits; next++)
+            ;
+        fprintf(stderr, "threads %u to %u: ", first, next - 1);
+        if (fibers[first].done)
+            fprintf(stderr, "at their end\n");
+        else if (!waits)
+            fprintf(stderr, "give way\n");
+        else
+            fprintf(stderr, "wait for %s %u, phase %llu: %u of %u have arrived, %lld bytes to come\n", waits->name,
+                    waits->number, (unsigned long long)waits->held, waits->arrived, waits->size,
+                    (long long)waits->bytes);
+    }
     fault("every thread waits for another one: a barrier that some do not reach");
 }
 
 /* In disorder: whether this is a turn that a warp sits out. What its threads wait for may go on meanwhile. */
-static bool warp_sits_out(thread_block *block, uint32_t first)
+static bool warp_sits_out(uint32_t first)
 {
+    thread_block *block = &gpu.block;
     uint32_t group = first / WARPGROUP;
     if (gpu.disorder && first % WARPGROUP == 0 && block->turns++ % 64 == 0)
         block->slow[group] = (draw(2) + draw(2)) * 4;
@@ -156,8 +156,9 @@ static bool warp_sits_out(thread_block *block, uint32_t first)
 }
 
 /* The block's threads; a warp goes on as long as it can by itself, in disorder as long as it likes. False: none can. */
-static bool block_run(thread_block *block)
+static bool threads_go_on()
 {
+    thread_block *block = &gpu.block;
     bool moved = false;
     uint32_t warps = gpu.threads / WARP, first_warp = draw(warps);
     for (uint32_t w = 0; w < warps; w++) {
@@ -165,7 +166,7 @@ static bool block_run(thread_block *block)
         bool again = true;
         for (uint32_t i = first; i < first + WARP; i++)
             moved |= block->fibers[i].naps > 0 || (gpu.disorder && fiber_can_run(&block->fibers[i]));
-        if (warp_sits_out(block, first))
+        if (warp_sits_out(first))
             continue;
         for (; again; again = again && draw(4) < 3) {
             uint32_t first_lane = draw(WARP);
@@ -176,47 +177,34 @@ static bool block_run(thread_block *block)
                 if (!fiber_can_run(fiber))
                     continue;
                 fiber->waits = NULL;
-                gpu.block = block;
                 gpu.current = i;
                 switch_to(&gpu.scheduler, fiber);
                 moved = again = true;
-                if (fiber->done && ++block->done == gpu.threads)
-                    block_ended(block);
+                block->done += fiber->done;
             }
         }
     }
     return moved;
 }
 
-/* Who of these blocks can go on; if nobody can, what is on its way lands; if nothing is, those go on who gave way. */
-static bool blocks_go_on(thread_block *first, uint32_t count)
+/* Who can go on; if nobody can, what is on its way lands; if nothing is, those go on who gave way. */
+static bool block_goes_on()
 {
-    bool moved = false;
     flights_perturb();
-    for (uint32_t i = 0; i < count; i++)
-        moved |= block_run(&first[i]);
-    if (moved || flights_land())
+    if (threads_go_on() || flights_land())
         return true;
-    for (uint32_t i = 0; i < count; i++) {
-        moved |= first[i].late.arrived > 0;
-        leave(&first[i].late);
-    }
-    return moved;
+    bool late = gpu.block.late.arrived > 0;
+    leave(&gpu.block.late);
+    return late;
 }
 
-/* All threads of a cluster to their end. In two of three clusters (in disorder: turns) one of the blocks does nothing
- * as long as the other one can go on. */
-static void run_cluster()
+/* All threads of the block to their end. */
+static void run_block()
 {
-    thread_block *blocks = gpu.blocks;
-    while (blocks[0].done < gpu.threads || blocks[gpu.cluster - 1].done < gpu.threads) {
-        uint32_t kind = gpu.disorder ? draw(3) : blocks[0].index / gpu.cluster % 3, early = kind / 2;
-        bool together = gpu.cluster == 1 || kind == 1;
-        bool moved = together ? blocks_go_on(blocks, gpu.cluster)
-                              : blocks_go_on(&blocks[early], 1) || blocks_go_on(&blocks[1 - early], 1);
-        if (!moved)
+    while (gpu.block.done < gpu.threads)
+        if (!block_goes_on())
             fault_deadlock();
-    }
+    block_ended();
 }
 
 void await_meeting(meeting *meeting)
@@ -254,7 +242,7 @@ void leave(meeting *meeting)
 
 meeting *warp()
 {
-    return &gpu.block->warps[gpu.current / WARP];
+    return &gpu.block.warps[gpu.current / WARP];
 }
 uint32_t lane()
 {
@@ -269,7 +257,7 @@ emulated_index emulated_thread()
 }
 emulated_index emulated_block()
 {
-    return {gpu.block->index};
+    return {gpu.block.index};
 }
 emulated_index emulated_grid()
 {
@@ -277,7 +265,7 @@ emulated_index emulated_grid()
 }
 unsigned char *emulated_shared()
 {
-    return gpu.block->shared;
+    return gpu.block.shared;
 }
 uint32_t shared_bytes()
 {
@@ -287,14 +275,14 @@ uint32_t shared_bytes()
 void __syncthreads()
 {
     perturb();
-    if (meet(&gpu.block->whole, 0, NULL))
-        leave(&gpu.block->whole);
+    if (meet(&gpu.block.whole, 0, NULL))
+        leave(&gpu.block.whole);
 }
 
 const unsigned char *in_shared(const void *pointer)
 {
     const unsigned char *at = (const unsigned char *)pointer;
-    if (at < gpu.block->shared || at + 16 > gpu.block->shared + gpu.shared_size || (uintptr_t)at % 16)
+    if (at < gpu.block.shared || at + 16 > gpu.block.shared + gpu.shared_size || (uintptr_t)at % 16)
         fault("16 bytes outside shared memory, or not aligned");
     return at;
 }
@@ -480,10 +468,10 @@ static meeting new_meeting(const char *name, uint32_t number, uint32_t size)
     return made;
 }
 
-static void start_block(thread_block *block, uint32_t index)
+static void start_block(uint32_t index)
 {
+    thread_block *block = &gpu.block;
     block->index = index;
-    block->rank = (uint32_t)(block - gpu.blocks);
     block->done = 0;
     block->turns = 0;
     memset(block->shared, 0xff, gpu.shared_size);
@@ -499,33 +487,25 @@ static void start_block(thread_block *block, uint32_t index)
     }
 }
 
-void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, uint32_t cluster, size_t shared_bytes,
+void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, size_t shared_bytes,
              const struct mlak_cuda_job *job)
 {
     std::lock_guard<std::mutex> lock(gpu.one_at_a_time);
     if (threads == 0 || threads > MAX_THREADS || threads % WARP)
         fault("a block has 32, 64, ... 1024 threads here");
-    if (cluster == 0 || cluster > MAX_CLUSTER || grid % cluster)
-        fault("a cluster has 1 or 2 blocks here, and a grid is a multiple of that");
     gpu.kernel = kernel;
     gpu.job = job;
     gpu.grid = grid;
     gpu.threads = threads;
-    gpu.cluster = cluster;
     gpu.shared_size = shared_bytes;
-    for (uint32_t i = 0; i < cluster; i++) {
-        gpu.blocks[i].shared = (unsigned char *)aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024);
-        if (!gpu.blocks[i].shared)
-            fault("no memory for shared memory");
+    gpu.block.shared = (unsigned char *)aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024);
+    if (!gpu.block.shared)
+        fault("no memory for shared memory");
+    for (uint32_t i = 0; i < grid; i++) {
+        start_block(i);
+        run_block();
     }
-    for (uint32_t first = 0; first < grid; first += cluster) {
-        gpu.whole = new_meeting("the cluster", first / cluster, threads * cluster);
-        for (uint32_t i = 0; i < cluster; i++)
-            start_block(&gpu.blocks[i], first + i);
-        run_cluster();
-    }
-    for (uint32_t i = 0; i < cluster; i++)
-        free(gpu.blocks[i].shared);
+    free(gpu.block.shared);
 }
 
 bool mlak_emulates(const char *kernel)
@@ -533,14 +513,10 @@ bool mlak_emulates(const char *kernel)
     return find_kernel(kernel) != NULL;
 }
 
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t size, const void *job)
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t size, const void *job)
 {
     kernel_function *found = find_kernel(kernel);
-    const struct mlak_cuda_job *own = (const struct mlak_cuda_job *)job;
-    bool split = strncmp(kernel, "mlak_cuda_split_", 16) == 0;
-    if (found && cluster != (split ? own->cluster : 1))
-        fault("the cluster is not what the job says: of split kernels, job.cluster blocks; of others, one");
     if (found)
-        emulate(found, grid, block, cluster, size, own);
+        emulate(found, grid, block, size, (const struct mlak_cuda_job *)job);
     return found != NULL;
 }

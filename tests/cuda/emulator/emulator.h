@@ -4,9 +4,9 @@
  *
  * What it shows: results, and every address that a kernel uses (accesses outside dynamic shared memory abort; client
  * memory is as protected as its owner made it; copies land only when they are waited for, and a warpgroup's products
- * are computed then; shared memory of a new block holds NaN); who waits for whom, where all wait; and who reaches for a
- * block of its cluster that has ended; in disorder, also most hand-overs that hold by the order of turns alone. What it
- * cannot show: speed, missing fences, and the assembler's view of the instructions. */
+ * are computed then; shared memory of a new block holds NaN); and who waits for whom, where all wait; in disorder, also
+ * most hand-overs that hold by the order of turns alone. What it cannot show: speed, most missing fences, and the
+ * assembler's view of the instructions. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
@@ -26,12 +26,10 @@ struct emulated_map {
 extern "C" {
 #endif
 
-/* Run `kernel` ("mlak_cuda_prepare") with `grid` blocks of `block` threads to the end: `cluster` blocks, 1 or 2, at the
- * same time, and one such cluster after the other; `grid` is a multiple of it. `job` is a struct mlak_cuda_job. False:
- * there is no such kernel. From any thread; one at a time runs. Aborts, with a sentence on stderr, where a GPU would
- * fault or hang. */
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
-                  const void *job);
+/* Run `kernel` ("mlak_cuda_prepare") with `grid` blocks of `block` threads, one block after the other, to the end.
+ * `job` is a struct mlak_cuda_job. False: there is no such kernel. From any thread; one at a time runs. Aborts, with a
+ * sentence on stderr, where a GPU would fault or hang. */
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared_bytes, const void *job);
 
 /* Whether there is such a kernel. */
 bool mlak_emulates(const char *kernel);

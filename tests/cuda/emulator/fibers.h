@@ -1,5 +1,5 @@
-/* fibers.h - what the two halves of the emulator share: the cluster of blocks that runs (emulator.cpp), of which
- * Hopper's instructions (hopper.cpp) are a part of their own. */
+/* fibers.h - what the two halves of the emulator share: the block that runs (emulator.cpp), of which Hopper's
+ * instructions (hopper.cpp) are a part of their own. */
 #ifndef FIBERS_H
 #define FIBERS_H
 
@@ -13,7 +13,7 @@
 #include <ucontext.h>
 #include <vector>
 
-enum { MAX_THREADS = 1024, WARP = 32, WARPGROUP = 128, NAMED_BARRIERS = 16, STACK_BYTES = 128 << 10, MAX_CLUSTER = 2 };
+enum { MAX_THREADS = 1024, WARP = 32, WARPGROUP = 128, NAMED_BARRIERS = 16, STACK_BYTES = 128 << 10 };
 
 typedef void kernel_function(const struct mlak_cuda_job job);
 
@@ -24,6 +24,7 @@ struct meeting {
     void *arguments[WARP];
     int64_t bytes;    /* of an mbarrier: expected and not yet there */
     uint32_t joined;  /* of an mbarrier: arrivals beyond its size that are still to come */
+    bool there;       /* of an mbarrier: the block's threads have met since it was made (barriers_meet) */
     const char *name; /* for whoever reads of a deadlock: what it is, and which; of an mbarrier, its address */
     uint32_t number;
 };
@@ -70,7 +71,7 @@ struct fiber {
 };
 
 struct thread_block {
-    uint32_t index, rank; /* of the grid; in its cluster */
+    uint32_t index;
     fiber fibers[MAX_THREADS];
     meeting warps[MAX_THREADS / WARP], groups[MAX_THREADS / WARPGROUP], named[NAMED_BARRIERS], whole;
     meeting late;  /* of those who go on when nobody else can */
@@ -80,10 +81,9 @@ struct thread_block {
     std::map<uint32_t, meeting> barriers; /* by address */
 };
 
-/* Copies that land together in a block, and what they tell a barrier of it then. */
+/* Copies that land together, and what they tell their barrier then. */
 struct flight {
     std::vector<copy> copies;
-    thread_block *block;
     meeting *barrier;
     uint32_t joined;
     int64_t bytes;
@@ -92,14 +92,12 @@ struct flight {
 
 struct emulated_gpu {
     std::mutex one_at_a_time;
-    thread_block blocks[MAX_CLUSTER]; /* of the cluster that runs */
-    meeting whole;                    /* all its threads */
-    std::deque<flight> flights;       /* in the order in which they set off */
+    thread_block block;         /* that runs */
+    std::deque<flight> flights; /* in the order in which they set off */
     fiber scheduler;
-    thread_block *block; /* whose thread `current` runs */
-    uint32_t current, threads, cluster, grid;
-    size_t shared_size; /* of a block */
-    uint64_t disorder;  /* where random numbers come from; 0: there are none */
+    uint32_t current, threads, grid; /* thread that runs; of a block; blocks */
+    size_t shared_size;              /* of a block */
+    uint64_t disorder;               /* where random numbers come from; 0: there are none */
     kernel_function *kernel;
     const struct mlak_cuda_job *job;
 };
@@ -108,9 +106,8 @@ extern emulated_gpu gpu;
 /* A sentence on stderr, and the end. */
 [[noreturn]] void fault(const char *what);
 
-/* Run `grid` blocks of `threads` threads to their end, `cluster` of them at the same time, one such cluster after the
- * other. */
-void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, uint32_t cluster, size_t shared_bytes,
+/* Run `grid` blocks of `threads` threads, one after the other, to their end. */
+void emulate(kernel_function *kernel, uint32_t grid, uint32_t threads, size_t shared_bytes,
              const struct mlak_cuda_job *job);
 
 /* The thread that runs. */
@@ -148,6 +145,6 @@ bool flights_land();
 void flights_perturb();
 
 /* All threads of the block are at their end; nothing may be on its way to it any more. */
-void block_ended(const thread_block *block);
+void block_ended();
 
 #endif

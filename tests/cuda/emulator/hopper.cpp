@@ -2,13 +2,9 @@
  *
  * All that is asynchronous there is as late here as it can be: copies land when no thread can run without them, and
  * what they will overwrite is NaN from the moment they set off; products are computed when their warpgroup waits for
- * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other cluster a
+ * them, out of what is in shared memory then, and until then their accumulators are NaN. And in every other block a
  * thread that has arrived at a barrier goes on when no other thread can. So whoever waits for too little, or gives room
  * back too early, computes NaN.
- *
- * Of two blocks of a cluster, one is so late in two of three clusters that the other one, and what is on its way, come
- * first (run_cluster): bytes are told to its barriers before it says that it expects them, and who does not wait for it
- * has ended when it comes.
  *
  * In disorder chance says what is late (mlak_emulate_disorder). */
 #include "emulated_ptx_sm90.h"
@@ -19,12 +15,12 @@
 /* Where shared memory begins: its first KB is the driver's. */
 enum { SHARED_BASE = 1024, ROW_BYTES = 128, CHUNK_COLUMNS = 64 };
 
-/* `bytes` of a block's shared memory from an address on. */
-static unsigned char *at_address(const thread_block *block, uint32_t address, uint32_t bytes)
+/* `bytes` of shared memory from an address on. */
+static unsigned char *at_address(uint32_t address, uint32_t bytes)
 {
     if (address < SHARED_BASE || (uint64_t)address + bytes > SHARED_BASE + gpu.shared_size)
         fault("an address outside shared memory");
-    return block->shared + (address - SHARED_BASE);
+    return gpu.block.shared + (address - SHARED_BASE);
 }
 
 /* Within 8 rows of 128 bytes, from a multiple of 1,024 on, 16-byte piece j of row r is at j ^ r. */
@@ -35,47 +31,17 @@ static uint32_t swizzled(uint32_t address)
 
 uint32_t shared_address(const void *pointer)
 {
-    return (uint32_t)((const unsigned char *)pointer - gpu.block->shared) + SHARED_BASE;
-}
-
-/* ---- clusters ---- */
-
-/* One of the cluster, which the thread reaches for. */
-static thread_block *cluster_block(uint32_t rank)
-{
-    if (rank >= gpu.cluster)
-        fault("a cluster has no block of this rank");
-    if (gpu.blocks[rank].done == gpu.threads)
-        fault("the other block of the cluster has ended, and this one still reaches for it");
-    return &gpu.blocks[rank];
-}
-
-uint32_t cluster_rank()
-{
-    return gpu.block->rank;
-}
-
-void cluster_meet()
-{
-    perturb();
-    if (meet(&gpu.whole, 0, NULL))
-        leave(&gpu.whole);
+    return (uint32_t)((const unsigned char *)pointer - gpu.block.shared) + SHARED_BASE;
 }
 
 /* ---- barriers ---- */
 
-/* That of a block at the place where the thread's own block has this one. */
-static meeting *barrier_of(thread_block *block, const uint64_t *barrier)
-{
-    auto found = block->barriers.find(shared_address(barrier));
-    if (found == block->barriers.end())
-        fault(block == gpu.block ? "a barrier that is not there yet"
-                                 : "a barrier that is not there yet in the other block of the cluster");
-    return &found->second;
-}
 static meeting *barrier_at(const uint64_t *barrier)
 {
-    return barrier_of(gpu.block, barrier);
+    auto found = gpu.block.barriers.find(shared_address(barrier));
+    if (found == gpu.block.barriers.end() || !found->second.there)
+        fault("a barrier that is not there yet");
+    return &found->second;
 }
 
 static bool barrier_pass(meeting *barrier)
@@ -91,35 +57,31 @@ static bool barrier_pass(meeting *barrier)
 /* The current thread gives way as long as another one can go on. */
 static void go_last()
 {
-    gpu.block->late.arrived++;
-    await_meeting(&gpu.block->late);
-}
-
-/* An arrival that expects so many bytes; then the others' turn, in clusters where that is so. */
-static void barrier_count(meeting *barrier, uint32_t bytes)
-{
-    perturb();
-    if (barrier->arrived == barrier->size)
-        fault("an arrival too many at a barrier");
-    barrier->bytes += bytes;
-    barrier->arrived++;
-    barrier_pass(barrier);
-    perturb();
-    if (gpu.disorder ? draw(16) == 0 : gpu.block->index / gpu.cluster % 2)
-        go_last();
+    gpu.block.late.arrived++;
+    await_meeting(&gpu.block.late);
 }
 
 void barrier_new(uint64_t *barrier, uint32_t arrivals)
 {
     uint32_t address = shared_address(barrier);
-    at_address(gpu.block, address, sizeof *barrier);
+    at_address(address, sizeof *barrier);
     if (address % sizeof *barrier || arrivals == 0)
         fault("a barrier that is not aligned, or of nobody");
-    meeting *made = &gpu.block->barriers[address];
+    meeting *made = &gpu.block.barriers[address];
     *made = {};
     made->size = arrivals;
     made->name = "barrier";
     made->number = address - SHARED_BASE;
+}
+
+void barriers_meet()
+{
+    perturb();
+    if (!meet(&gpu.block.whole, 0, NULL))
+        return;
+    for (auto &at : gpu.block.barriers)
+        at.second.there = true;
+    leave(&gpu.block.whole);
 }
 
 void barrier_arrive(uint64_t *barrier)
@@ -127,14 +89,19 @@ void barrier_arrive(uint64_t *barrier)
     barrier_arrive_expecting(barrier, 0);
 }
 
+/* Then it is the others' turn, in blocks where that is so. */
 void barrier_arrive_expecting(uint64_t *barrier, uint32_t bytes)
 {
-    barrier_count(barrier_at(barrier), bytes);
-}
-
-void barrier_arrive_at(uint64_t *barrier, uint32_t rank)
-{
-    barrier_count(barrier_of(cluster_block(rank), barrier), 0);
+    meeting *at = barrier_at(barrier);
+    perturb();
+    if (at->arrived == at->size)
+        fault("an arrival too many at a barrier");
+    at->bytes += bytes;
+    at->arrived++;
+    barrier_pass(at);
+    perturb();
+    if (gpu.disorder ? draw(16) == 0 : gpu.block.index % 2)
+        go_last();
 }
 
 void barrier_arrive_many(uint64_t *barrier, uint32_t arrivals)
@@ -148,7 +115,7 @@ void barrier_join_after_copies(uint64_t *barrier)
     fiber *own = self();
     perturb();
     barrier_at(barrier)->joined++;
-    gpu.flights.push_back({std::move(own->copies), gpu.block, barrier_at(barrier), 1, 0, own});
+    gpu.flights.push_back({std::move(own->copies), barrier_at(barrier), 1, 0, own});
     own->copies.clear();
 }
 
@@ -173,7 +140,7 @@ void barrier_meet(uint32_t id, uint32_t threads)
     if (id == 0 || id >= NAMED_BARRIERS || threads == 0 || threads % WARP)
         fault("named barriers are 1 to 15, of whole warps");
     perturb();
-    meeting *named = &gpu.block->named[id];
+    meeting *named = &gpu.block.named[id];
     if (named->arrived == 0)
         named->size = threads;
     if (named->size != threads)
@@ -186,7 +153,7 @@ void barrier_meet(uint32_t id, uint32_t threads)
 
 void copy_async_to(uint32_t to, const void *from, bool valid)
 {
-    copy_async(at_address(gpu.block, to, 16), from, valid);
+    copy_async(at_address(to, 16), from, valid);
 }
 
 void emulated_map(struct mlak_cuda_map *map, const struct mlak_batch *batch, uint32_t rows, uint32_t chunks)
@@ -203,9 +170,8 @@ void map_acquire(const struct mlak_cuda_map *map)
     self()->acquired.insert(map);
 }
 
-/* A box sets off for one of the blocks. */
-static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row,
-                        int32_t chunk, int32_t page, const uint64_t *barrier)
+/* What the copy engine reads, for this thread, of a map. */
+static struct emulated_map map_read(const struct mlak_cuda_map *map, int32_t element)
 {
     struct emulated_map own;
     memcpy(&own, map, sizeof own);
@@ -213,10 +179,24 @@ static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda
     const void *first = job->sources, *end = job->sources + job->n_sources;
     if (job->n_sources > 1 && map >= first && map < end && !self()->acquired.count(map))
         fault("a map in memory that other launches use too, and this thread has not acquired it");
-    if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || to % 1024 || element != 0)
+    if ((uintptr_t)map % 64 || own.kv % 16 || own.row_stride % 16 || own.page_stride % 16 || element != 0)
         fault("a box or its map is not as the copy engine takes it");
+    return own;
+}
+
+void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t, int32_t, int32_t, uint64_t)
+{
+    map_read(map, element);
+}
+
+void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
+              uint64_t *barrier, uint64_t)
+{
+    const struct emulated_map own = map_read(map, element);
+    if (to % 1024)
+        fault("a box whose place in shared memory is not aligned");
     int64_t bytes = (int64_t)(own.box_chunks * own.box_rows * ROW_BYTES);
-    flight flight = {{}, block, barrier_of(block, barrier), 0, bytes, NULL};
+    flight flight = {{}, barrier_at(barrier), 0, bytes, NULL};
     for (int64_t c = 0; c < (int64_t)own.box_chunks; c++)
         for (int64_t r = 0; r < (int64_t)own.box_rows; r++)
             for (int64_t piece = 0; piece < ROW_BYTES / 16; piece++) {
@@ -228,24 +208,11 @@ static void box_set_off(thread_block *block, uint32_t to, const struct mlak_cuda
                                             (uint64_t)(chunk + c) * ROW_BYTES + (uint64_t)piece * 16
                                       : 0;
                 uint32_t at = to + (uint32_t)((c * (int64_t)own.box_rows + r) * ROW_BYTES + piece * 16);
-                unsigned char *landing = at_address(block, swizzled(at), 16);
+                unsigned char *landing = at_address(swizzled(at), 16);
                 memset(landing, 0xff, 16);
                 flight.copies.push_back({landing, (const void *)(uintptr_t)from, there, 0});
             }
     gpu.flights.push_back(std::move(flight));
-}
-
-void copy_box(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk, int32_t page,
-              uint64_t *barrier, uint64_t)
-{
-    box_set_off(gpu.block, to, map, element, row, chunk, page, barrier);
-}
-
-void copy_box_to_both(uint32_t to, const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
-                      int32_t page, uint64_t *barrier, uint64_t)
-{
-    for (uint32_t rank = 0; rank < 2; rank++)
-        box_set_off(cluster_block(rank), to, map, element, row, chunk, page, barrier);
 }
 
 /* Flight `n` lands. Whether its barrier has been passed. */
@@ -279,11 +246,10 @@ void flights_perturb()
     }
 }
 
-void block_ended(const thread_block *block)
+void block_ended()
 {
-    for (const flight &flight : gpu.flights)
-        if (flight.block == block)
-            fault("the block has ended, and copies are on their way into its shared memory");
+    if (!gpu.flights.empty())
+        fault("the block has ended, and copies are on their way into its shared memory");
 }
 
 /* ---- warps ---- */
@@ -362,7 +328,7 @@ static float operand_value(uint32_t operand, uint32_t down, uint32_t along, bool
     uint32_t start = (operand & 0x3fff) << 4, chunk_bytes = operand >> 16 << 4;
     uint32_t address = start + along / CHUNK_COLUMNS * chunk_bytes + down * ROW_BYTES + along % CHUNK_COLUMNS * 2;
     uint16_t code;
-    memcpy(&code, at_address(gpu.block, swizzled(address), sizeof code), sizeof code);
+    memcpy(&code, at_address(swizzled(address), sizeof code), sizeof code);
     return fp16 ? mlak_fp16_to_float(code) : mlak_bf16_to_float(code);
 }
 
@@ -465,8 +431,8 @@ void products_begin()
 void products_commit()
 {
     uint32_t number = gpu.current / WARPGROUP, committed = ++self()->product_groups;
-    fiber *group = &gpu.block->fibers[(size_t)number * WARPGROUP];
-    if (!gpu.disorder || (gpu.block->index + number + committed / 2) % 2)
+    fiber *group = &gpu.block.fibers[(size_t)number * WARPGROUP];
+    if (!gpu.disorder || (gpu.block.index + number + committed / 2) % 2)
         return;
     for (uint32_t t = 0; t < WARPGROUP; t++)
         if (group[t].product_groups < committed)
@@ -481,8 +447,8 @@ void products_commit()
 void emulated_products_wait(uint32_t pending)
 {
     uint32_t number = gpu.current / WARPGROUP;
-    meeting *meeting = &gpu.block->groups[number];
-    fiber *group = &gpu.block->fibers[(size_t)number * WARPGROUP];
+    meeting *meeting = &gpu.block.groups[number];
+    fiber *group = &gpu.block.fibers[(size_t)number * WARPGROUP];
     self()->begun = false;
     if (!meet(meeting, 0, NULL))
         return;

@@ -3,7 +3,7 @@
  *
  * Environment: MLAD_FAKE_CUDA_DIR      folder for device memory as files; without it memfds, reached through /proc
  *              MLAD_FAKE_CUDA_TRACE    file to append "pid function result" to, one line a call, and before that of a
- *                                      kernel "pid launch kernel grid cluster", and "silent" if its job is that
+ *                                      kernel "pid launch kernel grid", and "silent" if its job is that
  *              MLAD_FAKE_CUDA_CONTROL  file of the words below, read again when its mtime or size changes
  *              MLAD_FAKE_CUDA          the same words, separated by blanks, read once
  * Words (blank or newline between them; codes default to 999, CUDA_ERROR_UNKNOWN):
@@ -46,14 +46,12 @@ typedef struct {
     struct { unsigned char compression, rdma; unsigned short usage; unsigned char reserved[4]; } flags;
 } CUmemAllocationProp;
 _Static_assert(sizeof(CUmemAllocationProp) == 32, "ABI of cuda.h");
-struct fake_attribute { int id, reserved; unsigned value[16]; };                 /* CUlaunchAttribute */
-struct fake_config {                                                             /* CUlaunchConfig */
+struct fake_config { /* CUlaunchConfig */
     unsigned grid[3], block[3], shared;
     CUstream stream;
-    const struct fake_attribute *attributes;
+    const void *attributes;
     unsigned count;
 };
-enum { FAKE_CLUSTER_DIMENSION = 4 };                                             /* CU_LAUNCH_ATTRIBUTE_.. */
 
 enum { /* the results in use, numbers of cuda.h */
     FAKE_OK = 0, FAKE_INVALID_VALUE = 1, FAKE_OUT_OF_MEMORY = 2, FAKE_NOT_INITIALIZED = 3, FAKE_NO_DEVICE = 100,

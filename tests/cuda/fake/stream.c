@@ -10,7 +10,7 @@
 
 #include "mlak_cuda.h"
 
-bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, unsigned cluster, size_t shared, const void *job)
+bool mlak_emulate(const char *kernel, unsigned grid, unsigned block, size_t shared, const void *job)
     __attribute__((weak));
 bool mlak_emulates(const char *kernel) __attribute__((weak));
 bool mlak_emulate_alone(const char *kernel, const void *parameter) __attribute__((weak));
@@ -23,7 +23,7 @@ struct op {
     void *to;
     const void *from;
     size_t n, shared;
-    unsigned grid, block, cluster;
+    unsigned grid, block;
     int value, sticky;
     bool hang;
     const char *kernel;
@@ -75,7 +75,7 @@ static void run_op(struct op *op)
     case OP_LAUNCH:
         if (op->sticky) fake_set_sticky(op->sticky);
         else if (mlak_emulate_alone(op->kernel, op->job)) break;
-        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->cluster, op->shared, op->job))
+        else if (!mlak_emulate(op->kernel, op->grid, op->block, op->shared, op->job))
             fake_set_sticky(FAKE_LAUNCH_FAILED);
         break;
     }
@@ -350,20 +350,17 @@ API(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *out, CUfunction f, int bl
     if (block < 1) return FAKE_INVALID_VALUE;
     return *out = block > 1024 || shared > (size_t)fake_settings().smem ? 0 : 1, FAKE_OK;
 }
-/* Clusters are of as many blocks as the job says that its split kernel needs; other kernels' have one. */
-static CUresult launch(CUfunction f, const unsigned grid[3], const unsigned block[3], unsigned cluster, unsigned shared,
-                       CUstream s, void **parameters, void **extra)
+static CUresult launch(CUfunction f, const unsigned grid[3], const unsigned block[3], unsigned shared, CUstream s,
+                       void **parameters, void **extra)
 {
     if (!f || !parameters || extra || !grid[0] || grid[1] != 1 || grid[2] != 1 || !block[0] || block[0] > 1024 ||
         block[1] != 1 || block[2] != 1 || (shared > 49152 && shared > (unsigned)f->shared)) return FAKE_INVALID_VALUE;
-    struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = grid[0], .block = block[0], .cluster = cluster,
-                    .shared = shared};
+    struct op op = {.kind = OP_LAUNCH, .kernel = f->name, .grid = grid[0], .block = block[0], .shared = shared};
     memcpy(op.job, parameters[0], f->parameter);
-    bool split = !strncmp(f->name, "mlak_cuda_split_", 16), whole = f->parameter == sizeof(struct mlak_cuda_job);
+    bool whole = f->parameter == sizeof(struct mlak_cuda_job);
     const struct mlak_cuda_job *job = (void *)op.job;
-    if (cluster != (split ? job->cluster : 1) || grid[0] % cluster) return FAKE_INVALID_VALUE;
     char line[200];
-    snprintf(line, sizeof line, "launch %s %u %u%s", f->name, grid[0], cluster, whole && job->silent ? " silent" : "");
+    snprintf(line, sizeof line, "launch %s %u%s", f->name, grid[0], whole && job->silent ? " silent" : "");
     fake_note(line);
     return enqueue(s, &op);
 }
@@ -371,17 +368,13 @@ API(cuLaunchKernel, (CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsign
                      unsigned shared, CUstream s, void **parameters, void **extra),
     (f, gx, gy, gz, bx, by, bz, shared, s, parameters, extra))
 {
-    return launch(f, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, 1, shared, s, parameters, extra);
+    return launch(f, (unsigned[]){gx, gy, gz}, (unsigned[]){bx, by, bz}, shared, s, parameters, extra);
 }
 
 API(cuLaunchKernelEx, (const struct fake_config *c, CUfunction f, void **parameters, void **extra),
     (c, f, parameters, extra))
 {
-    const unsigned *size = NULL; /* of a cluster */
-    for (unsigned i = 0; i < c->count; i++)
-        if (c->attributes[i].id == FAKE_CLUSTER_DIMENSION) size = c->attributes[i].value;
-    if (size && (!size[0] || size[1] != 1 || size[2] != 1)) return FAKE_INVALID_VALUE;
-    return launch(f, c->grid, c->block, size ? size[0] : 1, c->shared, c->stream, parameters, extra);
+    return launch(f, c->grid, c->block, c->shared, c->stream, parameters, extra);
 }
 /* There is no copy engine here, and no kernel that would use one. */
 API(cuTensorMapEncodeTiled,

@@ -1,6 +1,5 @@
 /* test_fake_cuda.c - the fake driver itself. argv[1]: the library. */
 #include "fake_cuda.h"
-#include "mlak_cuda.h"
 
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -177,43 +176,6 @@ static void test_graphs(void **state)
     (void)state;
 }
 
-/* A launch with a cluster of so many blocks (0: it says nothing of that), of a job that says how many its split kernel
- * needs. */
-static CUresult launch_cluster(CUstream s, CUfunction f, unsigned grid, unsigned cluster, unsigned needed)
-{
-    static struct mlak_cuda_job job;
-    void *parameters[] = {&job};
-    const struct fake_attribute attributes[] = {{.id = 6, .value = {1}},
-                                                {.id = FAKE_CLUSTER_DIMENSION, .value = {cluster, 1, 1}}};
-    struct fake_config config = {.grid = {grid, 1, 1}, .block = {32, 1, 1}, .stream = s, .attributes = attributes,
-                                 .count = cluster ? 2 : 1};
-    job.cluster = needed;
-    return CU(cuLaunchKernelEx, &config, f, parameters, NULL);
-}
-static void test_clusters(void **state)
-{
-    CUstream s;
-    CUmodule m;
-    CUfunction split, prepare;
-    CUgraph graph;
-    assert_int_equal(CU(cuStreamCreate, &s, 1) | CU(cuModuleLoadData, &m, "x"), 0);
-    assert_int_equal(CU(cuModuleGetFunction, &split, m, "mlak_cuda_split_wgmma_bf16"), 0);
-    assert_int_equal(CU(cuModuleGetFunction, &prepare, m, "mlak_cuda_prepare"), 0);
-    for (int captured = 0; captured < 2; captured++) {
-        if (captured) assert_int_equal(CU(cuStreamBeginCapture_v2, s, 1), 0);
-        assert_int_equal(launch_cluster(s, split, 4, 2, 1), FAKE_INVALID_VALUE);
-        assert_int_equal(launch_cluster(s, split, 4, 1, 2), FAKE_INVALID_VALUE);
-        assert_int_equal(launch_cluster(s, split, 4, 0, 2), FAKE_INVALID_VALUE);
-        assert_int_equal(launch_cluster(s, split, 5, 2, 2), FAKE_INVALID_VALUE);
-        assert_int_equal(launch_cluster(s, prepare, 4, 2, 2), FAKE_INVALID_VALUE);
-    }
-    assert_int_equal(launch_cluster(s, split, 4, 2, 2), 0);
-    assert_int_equal(launch_cluster(s, split, 4, 1, 1) | launch_cluster(s, split, 4, 0, 1), 0);
-    assert_int_equal(launch_cluster(s, prepare, 4, 0, 2), 0);
-    assert_int_equal(CU(cuStreamEndCapture, s, &graph) | CU(cuGraphDestroy, graph) | CU(cuStreamDestroy_v2, s), 0);
-    (void)state;
-}
-
 static void test_injection(void **state)
 {
     CUdeviceptr p;
@@ -243,7 +205,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_share), cmocka_unit_test(test_vmm),
                                        cmocka_unit_test(test_streams), cmocka_unit_test(test_graphs),
-                                       cmocka_unit_test(test_clusters), cmocka_unit_test(test_injection)};
+                                       cmocka_unit_test(test_injection)};
     if (argc < 2 || close(mkstemp(control)) != 0) return 2;
     library = argv[1];
     setenv("MLAD_FAKE_CUDA_CONTROL", control, 1);

@@ -58,23 +58,23 @@ __device__ static inline void perturbed_begin(void)
 
 /* ---- waits that end ---- */
 
-/* Where the host wants to hear of it, or NULL; and the pair of blocks, counted from 1, that tells. */
+/* Where the host wants to hear of it, or NULL; and the block, counted from 1, that tells. */
 extern "C" {
 __device__ struct perturbed_report *perturbed_report_at;
 __device__ uint32_t perturbed_teller;
 }
 static_assert(sizeof(struct perturbed_wait) == 8 && offsetof(struct perturbed_report, waits) == 8 &&
-                  PERTURBED_BLOCKS == 2 && PERTURBED_WARPS == 12 && PERTURBED_MOST_NS == 2000000000,
+                  PERTURBED_WARPS == 12 && PERTURBED_MOST_NS == 2000000000,
               "numbers below");
 
-/* All warps of the first pair of blocks where one waits for too long tell what they wait for; half a second later it is
- * over. One piece of assembly: between products, the compiler would keep apart what it sees of branches. */
+/* All warps of the first block where one waits for too long tell what they wait for; half a second later it is over.
+ * One piece of assembly: between products, the compiler would keep apart what it sees of branches. */
 __device__ static inline void perturbed_wait(uint64_t *barrier, uint32_t parity)
 {
     perturb();
     asm volatile("{\n"
                  ".reg .pred yes;\n"
-                 ".reg .b32 begin, now, block, pair, warp, word;\n"
+                 ".reg .b32 begin, now, block, warp, word;\n"
                  ".reg .b64 report, at;\n"
                  "mov.u32 begin, %%globaltimer_lo;\n"
                  "again:\n"
@@ -89,24 +89,19 @@ __device__ static inline void perturbed_wait(uint64_t *barrier, uint32_t parity)
                  "setp.eq.u64 yes, report, 0;\n"
                  "@yes bra told;\n"
                  "mov.u32 block, %%ctaid.x;\n"
-                 "shr.u32 pair, block, 1;\n"
-                 "add.u32 pair, pair, 1;\n"
-                 "atom.global.cas.b32 word, [perturbed_teller], 0, pair;\n"
+                 "add.u32 block, block, 1;\n"
+                 "atom.global.cas.b32 word, [perturbed_teller], 0, block;\n"
                  "setp.ne.u32 yes, word, 0;\n"
-                 "setp.ne.and.u32 yes, word, pair, yes;\n"
+                 "setp.ne.and.u32 yes, word, block, yes;\n"
                  "@yes bra told;\n"
                  "mov.u32 warp, %%tid.x;\n"
                  "shr.u32 warp, warp, 5;\n"
-                 "and.b32 word, block, 1;\n"
-                 "mad.lo.u32 word, word, 12, warp;\n"
-                 "mad.wide.u32 at, word, 8, report;\n"
+                 "mad.wide.u32 at, warp, 8, report;\n"
                  "mov.u32 word, mlak_shared;\n"
                  "sub.u32 word, %0, word;\n"
                  "or.b32 now, %1, 0x10000;\n"
                  "st.volatile.global.v2.u32 [at + 8], {word, now};\n"
-                 "shl.b32 word, pair, 1;\n"
-                 "sub.u32 word, word, 1;\n"
-                 "st.volatile.global.u32 [report], word;\n"
+                 "st.volatile.global.u32 [report], block;\n"
                  "membar.sys;\n"
                  "told:\n"
                  "mov.u32 begin, %%globaltimer_lo;\n"
@@ -142,9 +137,9 @@ template <int PENDING> __device__ static inline void perturbed_products_wait(voi
 #define barrier_join_after_copies(barrier) (perturb(), barrier_join_after_copies(barrier))
 #define barrier_meet(id, threads) (perturb(), barrier_meet(id, threads))
 #define copy_box(...) (perturb(), copy_box(__VA_ARGS__))
-#define copy_box_to_both(...) (perturb(), copy_box_to_both(__VA_ARGS__))
-#define cluster_meet() (perturb(), cluster_meet())
+#define barriers_meet() (perturb(), barriers_meet())
 #define warp_meet() (perturb(), warp_meet())
+#define warp_speaker() (perturb(), warp_speaker())
 #define await_kernel_before() (perturb(), await_kernel_before())
 #define let_next_kernel_start() (perturb(), let_next_kernel_start())
 #define __syncthreads() (perturb(), __syncthreads())

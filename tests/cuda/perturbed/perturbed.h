@@ -6,11 +6,10 @@
 
 enum {
     PERTURBED_MOST_NS = 2000000000, /* a wait at a barrier in shared memory; less than 4 s, the clock's 32 bits */
-    PERTURBED_BLOCKS = 2,           /* a cluster, or two neighbours */
     PERTURBED_WARPS = 12
 };
 
-/* Pinned host memory. `block`: the first of those told of, and 1 more; 0: nobody waited for too long. Of a warp 0, or
+/* Pinned host memory. `block`: that is told of, and 1 more; 0: nobody waited for too long. Of a warp 0, or
  * the barrier it waits for: its place in shared memory, in bytes; the parity of the phase; and 1. */
 struct perturbed_wait {
     uint32_t barrier;
@@ -18,7 +17,7 @@ struct perturbed_wait {
 };
 struct perturbed_report {
     uint32_t block, reserved;
-    struct perturbed_wait waits[PERTURBED_BLOCKS][PERTURBED_WARPS];
+    struct perturbed_wait waits[PERTURBED_WARPS];
 };
 
 #endif

@@ -37,12 +37,11 @@ static void tell(void)
     if (own.told || !own.report || own.report->block == 0)
         return;
     own.told = true;
-    for (unsigned i = 0; i < PERTURBED_BLOCKS * PERTURBED_WARPS; i++) {
-        volatile struct perturbed_wait *wait = &own.report->waits[i / PERTURBED_WARPS][i % PERTURBED_WARPS];
-        unsigned warp = i % PERTURBED_WARPS, block = own.report->block - 1 + i / PERTURBED_WARPS;
+    for (unsigned warp = 0; warp < PERTURBED_WARPS; warp++) {
+        volatile struct perturbed_wait *wait = &own.report->waits[warp];
         if (wait->there)
             fprintf(stderr, "block %u, warp %u (%s) waits for the barrier at byte %u of shared memory, parity %u\n",
-                    block, warp, role_of(warp), wait->barrier, wait->parity);
+                    own.report->block - 1, warp, role_of(warp), wait->barrier, wait->parity);
     }
 }
 

@@ -1,5 +1,5 @@
-/* test_clusters.cpp - two blocks of a cluster, in the emulator: a kernel of which each block fetches one of a tile's
- * two boxes for both; sound, and with one mistake at a time. */
+/* test_emulator.cpp - the emulator itself: a kernel of which one thread fetches tiles of two boxes, and a warp reads
+ * them; sound, and with one mistake at a time. */
 #include "emulated_ptx_sm90.h"
 #include "emulator.h"
 #include "fibers.h"
@@ -18,89 +18,82 @@ enum {
     ROWS = 8, /* of a box, and of a page */
     BOX = ROWS * 128,
     TILE = 2 * BOX,
-    STAGES = 2,
     TILES = 7,
-    BLOCKS = 12, /* six clusters: all orders in which the emulator runs them */
+    BLOCKS = 4, /* in two of them, who arrives goes on last */
     THREADS = 64,
-    SHARED = STAGES * TILE + 64,
+    SHARED = TILE + 64,
     ROW_BYTES = MLAK_D * 2
 };
 
-/* What is wrong with the kernel; job.max_slots here. All but the first two are of one block alone. */
+/* What is wrong with the kernel; job.max_slots here. */
 enum mistake {
     NONE,
-    BARRIERS_NOT_SEEN,   /* no meeting once there are barriers */
-    NO_MEETING_AT_END,
-    NEVER_GIVES_ROOM,    /* to the other block */
+    BARRIERS_NOT_SEEN, /* threads meet, but not those new barriers */
+    NO_BARRIERS,
+    ARRIVES_TWICE,     /* where bytes are still to come */
+    NEVER_GIVES_ROOM,
     GIVES_ROOM_TOO_EARLY,
-    LAST_TILE_NOT_AWAITED,
-    NO_SUCH_BLOCK
+    LAST_TILE_NOT_AWAITED
 };
 
-struct shared_tiles {
-    unsigned char tiles[STAGES][TILE];
-    uint64_t full[STAGES], empty[STAGES];
+struct shared_tile {
+    unsigned char tile[TILE];
+    uint64_t full, empty;
 };
-static_assert(sizeof(struct shared_tiles) <= SHARED, "");
+static_assert(sizeof(struct shared_tile) <= SHARED, "");
 
-static void fetch(struct shared_tiles *shared, const struct mlak_cuda_job *job)
+static void fetch(struct shared_tile *shared, const struct mlak_cuda_job *job)
 {
-    uint32_t rank = cluster_rank();
     for (uint32_t n = 0; n < TILES; n++) {
-        uint32_t stage = n % STAGES, to = shared_address(shared->tiles[stage]) + rank * BOX;
-        barrier_wait(&shared->empty[stage], n / STAGES % 2 ^ 1);
-        barrier_arrive_expecting(&shared->full[stage], TILE);
-        copy_box_to_both(to, &job->source.keys[0], 0, 0, (int32_t)rank, (int32_t)(blockIdx.x / 2 * TILES + n),
-                         &shared->full[stage], 0);
+        uint32_t to = shared_address(shared->tile);
+        barrier_wait(&shared->empty, n % 2 ^ 1);
+        barrier_arrive_expecting(&shared->full, TILE);
+        for (uint32_t box = 0; box < 2; box++)
+            copy_box(to + box * BOX, &job->source.keys[0], 0, 0, (int32_t)box, (int32_t)(blockIdx.x * TILES + n),
+                     &shared->full, 0);
+        if (job->max_slots == ARRIVES_TWICE)
+            barrier_arrive(&shared->full);
     }
 }
 
 /* Each tile, its rows in order, to job.parts: [block][tile][box][row][128]. One warp. */
-static void read(struct shared_tiles *shared, const struct mlak_cuda_job *job)
+static void read(struct shared_tile *shared, const struct mlak_cuda_job *job)
 {
-    uint32_t rank = cluster_rank(), lane = threadIdx.x % WARP, mistake = rank == 1 ? job->max_slots : (uint32_t)NONE;
+    uint32_t lane = threadIdx.x % WARP, mistake = job->max_slots;
     unsigned char *out = (unsigned char *)job->parts + (size_t)blockIdx.x * TILES * TILE;
     for (uint32_t n = 0; n < TILES; n++) {
-        uint32_t stage = n % STAGES;
         if (mistake == LAST_TILE_NOT_AWAITED && n == TILES - 1)
             return;
-        barrier_wait(&shared->full[stage], n / STAGES % 2);
+        barrier_wait(&shared->full, n % 2);
         if (mistake == GIVES_ROOM_TOO_EARLY && lane == 0)
-            barrier_arrive_at(&shared->empty[stage], 0);
+            barrier_arrive(&shared->empty);
         for (uint32_t piece = lane; piece < TILE / 16; piece += WARP) {
             uint32_t row = piece / 8, at = row * 128 + (piece % 8 ^ row % 8) * 16;
-            memcpy(out + n * TILE + piece * 16, shared->tiles[stage] + at, 16);
+            memcpy(out + n * TILE + piece * 16, shared->tile + at, 16);
         }
-        warp_meet();
-        if (lane > 0)
-            continue;
-        barrier_arrive_at(&shared->empty[stage], rank);
-        if (mistake != NEVER_GIVES_ROOM && mistake != GIVES_ROOM_TOO_EARLY)
-            barrier_arrive_at(&shared->empty[stage], mistake == NO_SUCH_BLOCK ? 2 : 1 - rank);
+        if (warp_speaker() && mistake != NEVER_GIVES_ROOM && mistake != GIVES_ROOM_TOO_EARLY)
+            barrier_arrive(&shared->empty);
     }
 }
 
 static void kernel(const struct mlak_cuda_job job)
 {
-    struct shared_tiles *shared = (struct shared_tiles *)(void *)mlak_shared;
-    if (threadIdx.x == 0)
-        for (uint32_t stage = 0; stage < STAGES; stage++) {
-            barrier_new(&shared->full[stage], 1);
-            barrier_new(&shared->empty[stage], 2);
-        }
-    __syncthreads();
-    if (job.max_slots != BARRIERS_NOT_SEEN)
-        cluster_meet();
+    struct shared_tile *shared = (struct shared_tile *)(void *)mlak_shared;
+    if (threadIdx.x == 0 && job.max_slots != NO_BARRIERS) {
+        barrier_new(&shared->full, 1);
+        barrier_new(&shared->empty, 1);
+    }
+    if (job.max_slots == BARRIERS_NOT_SEEN)
+        __syncthreads();
+    else
+        barriers_meet();
     if (threadIdx.x == 0)
         fetch(shared, &job);
     if (threadIdx.x >= WARP)
         read(shared, &job);
-    barrier_meet(1, THREADS);
-    if (job.max_slots != NO_MEETING_AT_END && job.max_slots != LAST_TILE_NOT_AWAITED)
-        cluster_meet();
 }
 
-static uint16_t keys[BLOCKS / 2 * TILES][ROWS][MLAK_D];
+static uint16_t keys[BLOCKS * TILES][ROWS][MLAK_D];
 static unsigned char out[BLOCKS][TILES][2][ROWS][128];
 
 /* Run the kernel. */
@@ -111,19 +104,19 @@ static void run(enum mistake mistake)
     job.source.batch.row_stride = ROW_BYTES;
     job.source.batch.page_stride = sizeof keys[0];
     job.source.batch.page_size = ROWS;
-    job.source.batch.pages = BLOCKS / 2 * TILES;
+    job.source.batch.pages = BLOCKS * TILES;
     job.max_slots = mistake;
     job.parts = (float *)(void *)out;
     emulated_map(&job.source.keys[0], &job.source.batch, ROWS, 1);
     for (size_t i = 0; i < sizeof keys / 2; i++)
         ((uint16_t *)keys)[i] = (uint16_t)(i * 40503 % 65521); /* none is 0xffff */
     memset(out, 0, sizeof out);
-    emulate(kernel, BLOCKS, THREADS, 2, SHARED, &job);
+    emulate(kernel, BLOCKS, THREADS, SHARED, &job);
 }
 
 static const unsigned char *row_of(unsigned block, unsigned tile, unsigned box, unsigned row)
 {
-    return (const unsigned char *)keys[block / 2 * TILES + tile][row] + box * 128;
+    return (const unsigned char *)keys[block * TILES + tile][row] + box * 128;
 }
 
 /* Rows of boxes that are not what they should be; and those of them that have a NaN. */
@@ -138,12 +131,16 @@ static void count_wrong(unsigned *wrong, unsigned *nan)
     }
 }
 
-static void test_tiles_are_shared(void **)
+static void test_tiles_come(void **)
 {
     unsigned wrong, nan;
-    run(NONE);
-    count_wrong(&wrong, &nan);
-    assert_int_equal(wrong, 0);
+    for (uint64_t seed = 0; seed < 20; seed++) { /* 0: in order */
+        mlak_emulate_disorder(seed);
+        run(NONE);
+        count_wrong(&wrong, &nan);
+        assert_int_equal(wrong, 0);
+    }
+    mlak_emulate_disorder(0);
 }
 
 static void test_room_given_too_early_is_nan(void **)
@@ -179,34 +176,38 @@ static void assert_faults(enum mistake mistake, const char *says, const char *al
         fail_msg("status %d, and it says: %s", status, text);
 }
 
-static void test_deadlock_names_block_and_barrier(void **)
+static void test_deadlock_names_barrier(void **)
 {
-    assert_faults(NEVER_GIVES_ROOM, "block 0, threads 0 to 0: wait for barrier 4112, phase 0: 1 of 2 have arrived",
+    assert_faults(NEVER_GIVES_ROOM, "threads 0 to 0: wait for barrier 2056, phase 0: 0 of 1 have arrived",
                   "every thread waits for another one");
 }
 
 static void test_block_that_ends_early(void **)
 {
-    assert_faults(NO_MEETING_AT_END, "the other block of the cluster has ended, and this one still reaches for it",
-                  NULL);
     assert_faults(LAST_TILE_NOT_AWAITED, "the block has ended, and copies are on their way into its shared memory",
                   NULL);
 }
 
-static void test_nothing_there_to_reach(void **)
+static void test_barriers_that_are_not_there(void **)
 {
-    assert_faults(BARRIERS_NOT_SEEN, "a barrier that is not there yet in the other block of the cluster", NULL);
-    assert_faults(NO_SUCH_BLOCK, "a cluster has no block of this rank", NULL);
+    assert_faults(NO_BARRIERS, "a barrier that is not there yet", NULL);
+    assert_faults(BARRIERS_NOT_SEEN, "a barrier that is not there yet", NULL);
+}
+
+static void test_arrival_too_many(void **)
+{
+    assert_faults(ARRIVES_TWICE, "an arrival too many at a barrier", NULL);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tiles_are_shared),
+        cmocka_unit_test(test_tiles_come),
         cmocka_unit_test(test_room_given_too_early_is_nan),
-        cmocka_unit_test(test_deadlock_names_block_and_barrier),
+        cmocka_unit_test(test_deadlock_names_barrier),
         cmocka_unit_test(test_block_that_ends_early),
-        cmocka_unit_test(test_nothing_there_to_reach),
+        cmocka_unit_test(test_barriers_that_are_not_there),
+        cmocka_unit_test(test_arrival_too_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
