@@ -16,9 +16,9 @@
  * row blocks are a strip. The schedule lays all tiles of all strips end to end and gives all that walk abreast an equal
  * share of them (as FlashMLA and "Stream-K", Osama et al. 2023, do): a strip is split only where a share ends in it,
  * and a thread block has at most two parts that do not stand for a whole row block, in slots of its own. To go on from
- * one strip to the next takes a thread block as long as some tiles: where shares that are hardly longer end where strips
- * do, they are that long. A deterministic batch is split by each request's own length instead, into items that the
- * thread blocks take in turn. */
+ * one strip to the next takes a thread block as long as some tiles: where shares that are hardly longer end where
+ * strips do, they are that long. A deterministic batch is split by each request's own length instead, into items that
+ * the thread blocks take in turn. */
 #ifndef MLAK_CUDA_H
 #define MLAK_CUDA_H
 

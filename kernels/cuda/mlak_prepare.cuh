@@ -38,8 +38,8 @@ struct prepare_shared {
 static_assert(sizeof(struct prepare_shared) <= MLAK_CUDA_PREPARE_SHARED, "");
 
 enum { PREPARE_MIN_TILES = 1 }; /* of a share */
-/* Tiles that it may be longer in order to end where a strip does: to go on with another strip takes a block as long, and
- * costs it a part more. */
+/* Tiles that it may be longer in order to end where a strip does: to go on with another strip takes a block as long,
+ * and costs it a part more. */
 enum { PREPARE_LONGER = 2 };
 enum { PREPARE_STRIPS = 44 };   /* bits above those of all tiles, in the sum of both: 2^17 strips of 2^25 tiles */
 

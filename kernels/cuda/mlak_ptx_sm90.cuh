@@ -69,7 +69,8 @@ __device__ static inline void copy_box(uint32_t to, const struct mlak_cuda_map *
 __device__ static inline void expect_box(const struct mlak_cuda_map *map, int32_t element, int32_t row, int32_t chunk,
                                          int32_t page, uint64_t stays)
 {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint [%0, {%1, %2, %3, %4}], %5;" ::"l"(map),
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile.L2::cache_hint "
+                 "[%0, {%1, %2, %3, %4}], %5;" ::"l"(map),
                  "r"(element), "r"(row), "r"(chunk), "r"(page), "l"(stays)
                  : "memory");
 }

@@ -12,8 +12,8 @@
  * While one makes weights of its tile, the other's products keep the tensor cores busy (FlashMLA's "seesaw"). The owner
  * of tile t does this, and the other one of t + 1 the same a half turn later:
  *
- *     scores of t over the own half | P(t - 1), which the other made, times own columns | scores over the other half and
- *     the rope | its weights | P(t) times own columns
+ *     scores of t over the own half | P(t - 1), which the other made, times own columns | scores of t over the other
+ *     half and the rope | its weights | P(t) times own columns
  *
  * Nothing is waited for between products: the next ones are in the queue when those before end. Scores of the half that
  * was loaded first need no P, and come while the other still weighs. Only two tiles fit, so keys that come late are
