@@ -267,7 +267,7 @@ CUresult cuda_launch(const struct mlak_device *device, const struct cuda_room *r
     };
     /* A kernel's blocks may start while the one before it ends, and wait for it themselves. */
     CUlaunchAttribute early = {.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                                     .value.programmaticStreamSerializationAllowed = 1};
+                               .value.programmaticStreamSerializationAllowed = 1};
     CUresult result = CUDA_SUCCESS;
     if (job->n_sources > 1)
         result = device->cu->copy_to_async((CUdeviceptr)job->sources, room->staged,

@@ -28,8 +28,8 @@
  * the order of its products: the owner's half; the other half; the rope. It is given back by halves, the rope's place
  * with that of the one who is not the owner.
  *
- * Where a request has several row blocks, blocks abreast take the same tiles at the same time. Each tile comes from
- * memory once, and to the L2 cache before it is fetched.
+ * Where a request has several row blocks, blocks abreast take the same tiles at the same time: a tile comes from memory
+ * once. Where they are four or more, most tiles come to the L2 cache before they are fetched.
  *
  * The loads run ahead by two tiles, into the next item as well: while an item is written out, the next one's keys are
  * on their way. They walk the schedule and tell the others through a ring of slots, shared->items. A slot is written

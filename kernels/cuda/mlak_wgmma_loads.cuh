@@ -157,7 +157,7 @@ __device__ static inline void wgmma_fetch_tiles(struct wgmma_shared *shared, con
     uint64_t stays = job->abreast > 1 ? MLAK_COMES_AGAIN : MLAK_COMES_ONCE;
     bool expects = boxes == 1 && job->abreast >= WGMMA_EXPECT_ABREAST;
     struct item_key asked = {};
-    if (job->n_sources > 1 && lane < boxes)
+    if (job->n_sources > 1) /* each lane: any of them may be the one that fetches */
         for (uint32_t n = 0; n < 2; n++)
             map_acquire(&maps[n]);
     if (i + lane / boxes < end)
@@ -254,6 +254,8 @@ __device__ static inline void wgmma_start(const struct mlak_cuda_job *job, struc
     if (start->there)
         wgmma_fill(job, &start->item, slot);
 }
+
+static_assert(MLAK_MAX_Q <= MLAK_CUDA_TILE, "two tiles at most are copied before those that are fetched, and before q");
 
 /* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's
  * ends. Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups

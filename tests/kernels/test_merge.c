@@ -111,7 +111,7 @@ static void one_batch_that_fails_leaves_the_others_right(void **state)
     for (uint32_t i = 0; i < PARTS; i++) {
         struct mlak_batch shape = maker_plain(2 + i % 3, 3 + i * 5, 1 + i % 4);
         const int32_t lengths[4] = {100, 128, 7, 65};
-        shape.page_size = i % 2 ? 16 : 32;
+        shape.page_size = 16u << (i + 1) % 3;
         shape.page_stride = shape.page_size * shape.row_stride;
         shape.mask = i % 3 == 1 ? MLAK_MASK_NONE : MLAK_MASK_CAUSAL;
         shape.has_cu_q = i == RAGGED || i == BAD_CU_Q || i == LAST;

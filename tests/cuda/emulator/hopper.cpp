@@ -264,7 +264,7 @@ void warp_meet()
 bool warp_speaker()
 {
     warp_meet();
-    return threadIdx.x % 32 == 0;
+    return threadIdx.x % 32 == 31; /* which one it is, nothing says */
 }
 
 int64_t shuffle(int64_t value, uint32_t lane)
