@@ -193,6 +193,14 @@ template <int PENDING> __device__ static inline void products_wait(void)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+/* Accumulators that products have written and that have been waited for: no use of them is moved before the wait. */
+template <int COUNT> __device__ static inline void products_there(float c[COUNT])
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        asm volatile("" : "+f"(c[i])::"memory");
+}
+
 /* Operands are named by the lower half of the instruction's descriptor: address / 16 and, 16 bits above, the distance
  * of neighbouring chunks / 16. The upper half is the same for all: 8 rows are 1,024 bytes apart, 128B swizzle. */
 #define MLAK_OPERAND(name, half) "mov.b64 " name ", {" half ", 0x40000040};\n"

@@ -283,6 +283,9 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
     float scale = slot->scale;
     bool last = i + 2 >= slot->tiles; /* q is not needed any more */
     products_wait<0>();
+    products_there<32>(s);
+    if (!FIRST)
+        products_there<128>(o);
     if (last && threadIdx.x % 32 == 0)
         barrier_arrive(&shared->q_empty);
     wgmma_weigh<TYPES>(shared, scale, &sight, rows, count % WGMMA_STAGES, s, p, shrink);
@@ -290,6 +293,7 @@ __device__ static inline void wgmma_own(struct wgmma_shared *shared, const struc
         wgmma_shrink_o(o, shrink);
     wgmma_add_own<TYPES>(shared, p, own, count, FIRST, o);
     products_wait<0>();
+    products_there<128>(o);
     wgmma_give(shared, own, count);
 }
 
@@ -396,6 +400,7 @@ __device__ static inline void wgmma_compute(struct wgmma_shared *shared, uint32_
         if (i == tiles) { /* the last one is not own */
             wgmma_other<TYPES>(shared, &rows, own, begun + tiles - 1, tiles == 1, o);
             products_wait<0>();
+            products_there<128>(o);
             wgmma_give(shared, own, begun + tiles - 1);
         }
         begun += tiles;

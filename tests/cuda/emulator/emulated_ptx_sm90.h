@@ -41,6 +41,7 @@ template <int PENDING> static inline void products_wait()
 {
     emulated_products_wait(PENDING);
 }
+template <int COUNT> static inline void products_there(float *) {}
 template <int REGISTERS> static inline void registers_give() {}
 template <int REGISTERS> static inline void registers_take() {}
 static inline void map_expect(const struct mlak_cuda_map *) {}
