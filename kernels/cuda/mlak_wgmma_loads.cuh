@@ -255,7 +255,7 @@ __device__ static inline void wgmma_start(const struct mlak_cuda_job *job, struc
         wgmma_fill(job, &start->item, slot);
 }
 
-static_assert(MLAK_MAX_Q <= MLAK_CUDA_TILE, "two tiles at most are copied before those that are fetched, and before q");
+static_assert((uint32_t)MLAK_MAX_Q <= MLAK_CUDA_TILE, ""); /* so two tiles at most are copied before q is loaded */
 
 /* All tiles of all items. The first warp fetches those that the copy engine can; all copy the others, at an item's
  * ends. Meanwhile the others load q, and the last one looks for the next item: that takes as long as several look-ups
