@@ -207,16 +207,30 @@ static void forget(struct mlad_session *session, struct mlad_round *round)
     mlad_scheduler_ordered(session->sessions->scheduler, -1);
 }
 
-static void answer(struct mlad_session *session, const struct mlad_round *round,
-                   const struct mlak_order_outcome *outcome)
+/* What the device has done, whether or not its client is still there. */
+static void count(struct mlad_session *session, const struct mlad_round *round,
+                  const struct mlak_order_outcome *outcome)
 {
     struct mlad_stats *stats = session->sessions->stats;
-    const uint64_t now = mlad_now_ns();
-    struct mlap_fault fault;
     for (uint32_t i = 0; i < outcome->n_times; i++) { /* of a round that stopped, what ran is not run again */
         mlad_histogram_add(&stats->phases[MLAP_phase_GATE], outcome->times[i].gate_ns);
         mlad_histogram_add(&stats->phases[MLAP_phase_SERVE], outcome->times[i].serve_ns);
     }
+    if (outcome->stopped)
+        return;
+    if (outcome->code != MLAK_OK)
+        stats->decodes_failed++;
+    mlad_stats_decoded(stats, outcome->kv_tokens,
+                       outcome->kv_tokens * mlak_kv_row_bytes(round->step->plans[0]->batch.kv_format));
+    session->decodes++;
+    session->kv_tokens += outcome->kv_tokens;
+}
+
+static void answer(struct mlad_session *session, const struct mlad_round *round,
+                   const struct mlak_order_outcome *outcome)
+{
+    const uint64_t now = mlad_now_ns();
+    struct mlap_fault fault;
     if (outcome->stopped) {
         mlap_fail(&fault, MLAP_code_TIMEOUT, "",
                   "the client's stream did not come to this round, or to one before it, within %d ms; arm it again",
@@ -224,12 +238,6 @@ static void answer(struct mlad_session *session, const struct mlad_round *round,
         mlad_session_refuse(session, round->sequence, &fault);
         return;
     }
-    if (outcome->code != MLAK_OK)
-        stats->decodes_failed++;
-    mlad_stats_decoded(stats, outcome->kv_tokens,
-                       outcome->kv_tokens * mlak_kv_row_bytes(round->step->plans[0]->batch.kv_format));
-    session->decodes++;
-    session->kv_tokens += outcome->kv_tokens;
     if (outcome->code == MLAK_BATCH) {
         mlap_fail(&fault, MLAP_code_BATCH, outcome->fault.field, "%s", outcome->fault.message);
         mlad_session_refuse(session, round->sequence, &fault);
@@ -268,6 +276,7 @@ static void collect(struct mlad_session *session)
             return;
         STAILQ_REMOVE_HEAD(&ordered->launched, next);
         ordered->stopped |= outcome.stopped;
+        count(session, round, &outcome);
         if (!ordered->abandoned)
             answer(session, round, &outcome);
         forget(session, round);
