@@ -13,6 +13,19 @@ enum { WGMMA_LOAD_WARPS = WGMMA_GROUP / 32, WGMMA_FETCHER = 0, WGMMA_SEEKER = WG
  * key at once, and would all wait for memory. Where it is fewer, memory is what bounds, and has enough to do. */
 enum { WGMMA_AHEAD = 2, WGMMA_EXPECT_ABREAST = 4 };
 
+/* Until there is room for a half of tile `count`. */
+__device__ static inline void wgmma_await_room(struct wgmma_shared *shared, uint32_t half, uint32_t count)
+{
+    barrier_wait(&shared->keys_empty[count % WGMMA_STAGES][half], count / WGMMA_STAGES % 2 ^ 1);
+}
+
+/* A piece will come by the copy engine: one thread says so for all warps. */
+__device__ static inline void wgmma_promise(uint64_t *full, uint32_t chunks)
+{
+    barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
+    barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
+}
+
 /* All of a warp's copies so far are told to the barrier, and that there are no more. */
 __device__ static inline void wgmma_told(uint64_t *full)
 {
@@ -43,7 +56,7 @@ __device__ static inline void wgmma_copy_keys(struct wgmma_shared *shared, const
     for (uint32_t n = 0; n < WGMMA_PIECES; n++) {
         uint32_t piece = wgmma_piece(n, i % 2), first = wgmma_first(piece);
         if (wgmma_begins_half(n))
-            barrier_wait(&shared->keys_empty[stage][piece / 2], count / WGMMA_STAGES % 2 ^ 1);
+            wgmma_await_room(shared, piece / 2, count);
         for (uint32_t chunk = first; chunk < first + wgmma_chunks(n); chunk++)
 #pragma unroll
             for (uint32_t four = 0; four < 4; four++)
@@ -89,15 +102,14 @@ __device__ static inline void wgmma_fetch_tile(struct wgmma_shared *shared, cons
     uint32_t stage = count % WGMMA_STAGES, to = shared_address(shared->keys[stage][0]);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        barrier_wait(&shared->keys_empty[stage][half ^ owner], count / WGMMA_STAGES % 2 ^ 1);
+        wgmma_await_room(shared, half ^ owner, count);
         if (!warp_speaker())
             continue;
 #pragma unroll
         for (uint32_t n = half * 2; n < (half == 0 ? 2 : WGMMA_PIECES); n++) {
             uint32_t piece = wgmma_piece(n, owner), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
             uint64_t *full = &shared->keys_full[stage][piece];
-            barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
-            barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
+            wgmma_promise(full, chunks);
             copy_box(to + chunk * WGMMA_CHUNK, &maps[chunks - 1], 0, slot, (int32_t)chunk, page, full, stays);
         }
     }
@@ -114,13 +126,11 @@ __device__ static inline void wgmma_fetch_boxes(struct wgmma_shared *shared, con
         uint32_t piece = wgmma_piece(n, owner), chunk = wgmma_first(piece), chunks = wgmma_chunks(n);
         uint64_t *full = &shared->keys_full[stage][piece];
         if (wgmma_begins_half(n))
-            barrier_wait(&shared->keys_empty[stage][piece / 2], count / WGMMA_STAGES % 2 ^ 1);
+            wgmma_await_room(shared, piece / 2, count);
         uint32_t to = shared_address(shared->keys[stage][chunk]) + lane * box;
         warp_meet(); /* all of it have seen keys_empty */
-        if (lane == 0) {
-            barrier_arrive_many(full, WGMMA_LOAD_WARPS - 1);
-            barrier_arrive_expecting(full, chunks * WGMMA_CHUNK);
-        }
+        if (lane == 0)
+            wgmma_promise(full, chunks);
         warp_meet();
         for (uint32_t c = 0; c < chunks && lane < boxes; c++)
             copy_box(to + c * WGMMA_CHUNK, &maps[0], 0, slot, (int32_t)(chunk + c), page, full, stays);
