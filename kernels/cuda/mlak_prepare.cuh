@@ -41,7 +41,7 @@ enum { PREPARE_MIN_TILES = 1 }; /* of a share */
 /* Tiles that it may be longer in order to end where a strip does: to go on with another strip takes a block as long,
  * and costs it a part more. */
 enum { PREPARE_LONGER = 2 };
-enum { PREPARE_STRIPS = 44 };   /* bits above those of all tiles, in the sum of both: 2^17 strips of 2^25 tiles */
+enum { PREPARE_STRIPS = 44 };   /* bits of all tiles, in the sum of them and of strips, which lie above */
 
 __device__ static float prepare_scale(const struct mlak_scale *scale, float absent)
 {
@@ -408,19 +408,17 @@ MLAK_KERNEL(mlak_cuda_prepare, MLAK_CUDA_PREPARE_THREADS, struct mlak_cuda_job j
             prepare_splits(&request);
     }
     uint64_t steps = deterministic ? request.splits : request.tiles, share = 0;
-    uint64_t strips = request.tiles > 0 ? request.strips : 0;
-    struct prepare_sum tiles =
-        prepare_sum(shared->sums[0], request.strips * steps + (strips << PREPARE_STRIPS), job.count);
-    uint64_t strips_before = tiles.before >> PREPARE_STRIPS;
-    strips = tiles.all >> PREPARE_STRIPS;
+    uint64_t of_strips = (uint64_t)(request.tiles > 0 ? request.strips : 0) << PREPARE_STRIPS;
+    struct prepare_sum tiles = prepare_sum(shared->sums[0], request.strips * steps + of_strips, job.count);
+    const uint64_t strips_before = tiles.before >> PREPARE_STRIPS, strips = tiles.all >> PREPARE_STRIPS;
     tiles.before &= (1ull << PREPARE_STRIPS) - 1;
     tiles.all &= (1ull << PREPARE_STRIPS) - 1;
-    uint64_t mean = strips ? (tiles.all + strips - 1) / strips : 0;
-    if (own && request.tiles > 0 && request.tiles != mean)
-        shared->ragged = true;
-    __syncthreads();
     request.room = request.tiles;
     if (!deterministic) {
+        uint64_t mean = strips ? (tiles.all + strips - 1) / strips : 0;
+        if (own && request.tiles > 0 && request.tiles != mean)
+            shared->ragged = true;
+        __syncthreads();
         uint32_t shares = job.grid / job.abreast;
         share = prepare_share(tiles.all, shares);
         uint64_t whole = prepare_whole(mean, strips, shares);
